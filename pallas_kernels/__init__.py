@@ -1,0 +1,24 @@
+"""Kernels over one page pool that holds KV cache and LoRA adapters alike. Imports jax only."""
+
+from pallas_kernels.dispatch import Implementation, UnsupportedInput
+from pallas_kernels.geometry import GROUPS, MODULES, PAGE_TOKENS, Geometry
+from pallas_kernels.lora import AdapterTable, empty_table, lora_expand, lora_shrink
+from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.write_adapter import write_adapter
+from pallas_kernels.write_kv import write_kv
+
+__all__ = [
+    "GROUPS",
+    "MODULES",
+    "PAGE_TOKENS",
+    "AdapterTable",
+    "Geometry",
+    "Implementation",
+    "UnsupportedInput",
+    "empty_table",
+    "lora_expand",
+    "lora_shrink",
+    "paged_attention",
+    "write_adapter",
+    "write_kv",
+]

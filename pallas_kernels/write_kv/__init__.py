@@ -1,0 +1,29 @@
+"""Writes new keys and values into their pages."""
+
+from jax import numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.geometry import PAGE_TOKENS, Geometry
+
+__all__ = ["write_kv"]
+
+
+def write_kv(
+    pages: Float[Array, "L P E"],
+    k: Float[Array, "T K D"],
+    v: Float[Array, "T K D"],
+    page_ids: Int[Array, "T"],
+    slots: Int[Array, "T"],
+    *,
+    layer: int | Int[Array, ""],
+    geometry: Geometry,
+) -> Float[Array, "L P E"]:
+    """Puts token ``t``'s key and value into slot ``slots[t]`` (0 to 15) of page ``page_ids[t]``.
+
+    A page id of P or more marks a padding token, which is dropped. In place when `pages` is donated or already a temporary.
+    """
+    view = pages.reshape(*pages.shape[:2], 2, geometry.num_kv_heads, PAGE_TOKENS, geometry.head_dim)
+    kv = jnp.stack([k, v], axis=1).astype(pages.dtype)
+    which = jnp.arange(2, dtype=jnp.int32)
+    view = view.at[layer, page_ids[:, None], which, :, slots[:, None]].set(kv, mode="drop")
+    return view.reshape(pages.shape)

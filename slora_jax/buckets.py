@@ -1,0 +1,37 @@
+"""The padded shapes that steps are compiled for."""
+
+import bisect
+import dataclasses
+
+
+def powers_of_two(first: int, last: int) -> tuple[int, ...]:
+    """first, 2 first, 4 first, … and `last` itself, which need not be a power of two."""
+    sizes = []
+    while first < last:
+        sizes.append(first)
+        first *= 2
+    return (*sizes, last)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Buckets:
+    """Sizes in increasing order. Decode steps pad their sequences to one of `seqs`; steps with prompt chunks pad their tokens to one of `tokens`."""
+
+    seqs: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+    @classmethod
+    def default(cls, max_seqs: int, max_step_tokens: int) -> "Buckets":
+        """Powers of two (decode from 1, prompt steps from 64), the largest sizes exact."""
+        return cls(seqs=powers_of_two(1, max_seqs), tokens=powers_of_two(64, max(max_step_tokens, 64)))
+
+    @property
+    def max_seqs(self) -> int:
+        return self.seqs[-1]
+
+    def shape(self, num_seqs: int, num_tokens: int, decode_only: bool) -> tuple[int, int]:
+        """Padded (sequences, tokens) of a step."""
+        if decode_only:
+            size = self.seqs[bisect.bisect_left(self.seqs, num_seqs)]
+            return size, size
+        return self.max_seqs, self.tokens[bisect.bisect_left(self.tokens, num_tokens)]

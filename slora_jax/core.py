@@ -1,0 +1,163 @@
+"""The engine's inner loop body: plan a step, load adapters, run it, hand out tokens. Owned by one thread."""
+
+from collections.abc import Callable
+import logging
+import time
+from typing import Any
+
+from slora_jax.jobs import Generation, Job
+from slora_jax.page_pool import PagePool
+from slora_jax.requests import TokenLogprob
+from slora_jax.runner import Runner
+from slora_jax.sampling_batch import build_sampling
+from slora_jax.scheduler import Chunk, Scheduler, StepPlan, adapter_owner
+
+logger = logging.getLogger(__name__)
+
+
+class EngineCore:
+    """Runs jobs to their end.
+
+    keeps_adapter: whether contents of a digest are still registered under some name; if not, their pages are freed as
+    soon as no job uses them.
+    """
+
+    def __init__(self, runner: Runner, pool: PagePool, scheduler: Scheduler, keeps_adapter: Callable[[str], bool]):
+        self.runner = runner
+        self.pool = pool
+        self.scheduler = scheduler
+        self._keeps_adapter = keeps_adapter
+        self._generations: dict[Any, Generation] = {}  # by sequence id
+        self.counters = dict(
+            steps=0, prompt_tokens=0, generated_tokens=0, preemptions=0, adapter_loads=0, finished_requests=0
+        )
+
+    def has_work(self) -> bool:
+        return self.scheduler.has_work()
+
+    def jobs(self) -> list[Job]:
+        return list({id(g.job): g.job for g in self._generations.values()}.values())
+
+    def start(self, job: Job) -> None:
+        for generation in job.generations:
+            self._generations[generation.seq.seq_id] = generation
+            self.scheduler.add(generation.seq)
+
+    def end(self, job: Job, reason: str, error: str | None = None) -> None:
+        """Ends what is left of a job at once and frees its pages."""
+        for generation in [g for g in job.generations if not g.finished]:
+            self._drop(generation)
+            generation.finish(reason, error=error)
+        self._after(job)
+
+    def step(self) -> None:
+        """One step. An error of the device ends the requests that were running, with the error as their text, and no others."""
+        plan = self.scheduler.schedule()
+        self.counters["preemptions"] += len(plan.preempted)
+        if not plan.chunks:
+            return
+        try:
+            results = self._run(plan)
+        except Exception as error:  # the loop must outlive whatever the device raises
+            logger.exception("a step failed; its requests end with an error")
+            self._recover(error)
+            return
+        self.scheduler.complete(plan)
+        self.counters["steps"] += 1
+        for chunk, position, token, logprob, finite in results:
+            generation = self._generations[chunk.seq.seq_id]
+            if position < len(chunk.seq.tokens) - 1:
+                self._prompt_logprob(generation, position, logprob)
+            elif not finite:
+                self._drop(generation)
+                text = "the model's logits are not finite; check the adapter's weights, or use dtype float32"
+                generation.finish("error", error=text)
+            else:
+                generation.push(token, logprob)
+                self.counters["generated_tokens"] += 1
+                if generation.finished:
+                    self._drop(generation)
+            if generation.job.finished:
+                self._after(generation.job)
+
+    def release_adapter(self, digest: str) -> None:
+        """Frees the pages of contents that are neither registered nor used any more."""
+        owner = adapter_owner(digest)
+        if self._keeps_adapter(digest) or not self.pool.holds(owner) or not self.pool.is_idle(owner):
+            return
+        if not any(j.adapter and j.adapter.digest == digest for j in self.jobs()):
+            self.pool.release(owner)
+
+    def _run(self, plan: StepPlan) -> list[tuple[Chunk, int, int, TokenLogprob | None, bool]]:
+        now = time.monotonic()
+        adapters = {}
+        for chunk in plan.chunks:
+            job = self._generations[chunk.seq.seq_id].job
+            job.output.timings.scheduled = job.output.timings.scheduled or now
+            if job.adapter is not None:
+                adapters[job.adapter.digest] = job.adapter
+            prompt_left = chunk.seq.prompt_len - chunk.start
+            self.counters["prompt_tokens"] += max(0, min(chunk.length, prompt_left))
+        for use in plan.loads:
+            self.runner.load_adapter(adapters[use.digest], self.pool.pages(adapter_owner(use.digest)))
+            self.counters["adapter_loads"] += 1
+        batch, rows = self.runner.builder.build(plan.chunks, self.pool, adapters)
+        logits = self.runner.forward(batch)
+        if not rows:
+            return []
+        wanted = [self._generations[r.chunk.seq.seq_id].row_sampling(r.position) for r in rows]
+        output = self.runner.sample(logits, build_sampling(wanted, len(batch.logit_rows)))
+        results = []
+        for i, (row, sampling) in enumerate(zip(rows, wanted, strict=True)):
+            token = int(output.tokens[i])
+            logprob = None
+            if sampling.top_logprobs is not None:
+                n = sampling.top_logprobs
+                top = zip(output.top_ids[i, :n].tolist(), output.top_logprobs[i, :n].tolist(), strict=True) if n else ()
+                shown = sampling.target if sampling.params is None else token
+                logprob = TokenLogprob(shown, float(output.logprobs[i]), dict(top))
+            results.append((row.chunk, row.position, token, logprob, bool(output.finite[i])))
+        return results
+
+    def _prompt_logprob(self, generation: Generation, position: int, logprob: TokenLogprob | None) -> None:
+        table = generation.job.output.prompt_logprobs
+        if generation.completion.index == 0 and table is not None:
+            table[position + 1] = logprob
+
+    def _drop(self, generation: Generation) -> None:
+        del self._generations[generation.seq.seq_id]
+        self.scheduler.remove(generation.seq)
+
+    def _after(self, job: Job) -> None:
+        self.counters["finished_requests"] += 1
+        if job.adapter is not None:
+            self.release_adapter(job.adapter.digest)
+
+    def _recover(self, error: Exception) -> None:
+        """The pool was donated to a step that failed: its contents are lost, so what ran ends and what waits goes on."""
+        lines = str(error).strip().splitlines()
+        text = f"the step failed: {lines[0] if lines else type(error).__name__}"
+        lost = {id(g.job): g.job for g in (self._generations[s.seq_id] for s in self.scheduler.running)}
+        for job in lost.values():
+            self.end(job, "error", text)
+        self.scheduler.reset()
+        self.runner.reset()
+
+    def page_map(self) -> list[str | None]:
+        """What each page id holds: an adapter's digest, "kv", or None if it is free."""
+        kinds: list[str | None] = [None] * self.pool.num_pages
+        for owner in self.pool.owners():
+            kind, name = owner  # as made by sequence_owner and adapter_owner
+            for page in self.pool.pages(owner):
+                kinds[page] = name if kind == "adapter" else "kv"
+        return kinds
+
+    def used_pages(self) -> dict[str, int]:
+        """Pages by use: kv, adapter (in use), idle_adapter, free."""
+        counts = dict(kv=0, adapter=0, idle_adapter=0, free=self.pool.free)
+        for owner in self.pool.owners():
+            kind = owner[0] if owner[0] == "adapter" else "kv"
+            if self.pool.is_idle(owner):
+                kind = "idle_adapter"
+            counts[kind] += len(self.pool.pages(owner))
+        return counts

@@ -1,0 +1,363 @@
+"""The Engine: one base model, many adapters, all requests in one batch."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+import itertools
+import queue
+import secrets
+import threading
+import time
+from typing import Any
+
+import jax
+
+from slora_jax.adapters import Adapter, read_adapter
+from slora_jax.buckets import Buckets
+from slora_jax.core import EngineCore
+from slora_jax.engine_config import EngineConfig
+from slora_jax.engine_loop import EngineLoop
+from slora_jax.errors import AdapterError, CapacityError, RequestError, SloraError
+from slora_jax.jobs import Generation, Job, Sink
+from slora_jax.loading import LoadedModel, load_config, load_model
+from slora_jax.memory import check_weights_fit, choose_num_pages
+from slora_jax.page_pool import PagePool
+from slora_jax.progress import progress_bar
+from slora_jax.registry import AdapterRegistry
+from slora_jax.requests import Completion, Delta, Request, RequestOutput, Timings
+from slora_jax.runner import Runner
+from slora_jax.scheduler import Scheduler
+from slora_jax.sequence import AdapterUse, Sequence as Seq
+from slora_jax.text_stream import TextStream
+
+_HOST_TO_DEVICE_BYTES_PER_SECOND = 40e9  # measured from pinned memory on an H200; sets what evicting an adapter costs
+
+
+class Engine:
+    """Serves requests on one base model, each with its own adapter or none.
+
+    Make one with from_pretrained. Methods may be called from any thread; a thread of the engine's own runs the model. Use it
+    as a context manager, or call close.
+    """
+
+    def __init__(self, model: LoadedModel, config: EngineConfig, adapters: Mapping[str, Adapter] | None = None):
+        settings = config.resolved()
+        if settings.compile_cache_dir:
+            jax.config.update("jax_compilation_cache_dir", settings.compile_cache_dir)
+        self.settings = settings
+        self.model = model
+        self.max_model_len = min(settings.max_model_len or model.config.max_position, model.config.max_position)
+        self._registry = AdapterRegistry()
+        for name, adapter in (adapters or {}).items():
+            self._registry.add(name, adapter)
+        rank = settings.max_lora_rank or max((a.max_rank for _, a in self._registry.items()), default=8)
+        buckets = Buckets.default(settings.max_seqs, settings.max_step_tokens)
+        num_pages = choose_num_pages(model.config, model.params, settings, buckets, self.max_model_len, rank)
+        runner = Runner(
+            model.config,
+            model.params,
+            dtype=settings.dtype,
+            num_pages=num_pages,
+            buckets=buckets,
+            max_model_len=self.max_model_len,
+            max_rank=rank,
+            implementation=settings.implementation,
+            loop=settings.loop,
+        )
+        pool = PagePool(num_pages)
+        scheduler = Scheduler(pool, max_seqs=settings.max_seqs, max_step_tokens=settings.max_step_tokens)
+        for name, adapter in self._registry.items():
+            self._check_adapter_fits(name, adapter, num_pages)
+        if settings.warm_up:
+            with progress_bar("compiling", settings.progress) as progress:
+                runner.warm_up(adapters=bool(adapters), progress=progress)
+        self._lock = threading.Lock()  # of the registry
+        self._ids = itertools.count()
+        self._core = EngineCore(runner, pool, scheduler, self._registry.has_digest)
+        self._loop = EngineLoop(self._core)
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str, config: EngineConfig | None = None, adapters: Mapping[str, Any] | None = None
+    ) -> "Engine":
+        """Loads a base model and adapters.
+
+        model: a Hugging Face directory or id, a GGUF file, a directory written by ``slora-jax convert``, or "random:llama-2-7b".
+        adapters: name -> PEFT directory, Hugging Face id, or pytree of arrays (see read_adapter).
+        Raises ModelError, AdapterError or CapacityError naming what is wrong, before anything is placed on the device where possible.
+        """
+        settings = (config or EngineConfig()).resolved()
+        architecture = load_config(model)
+        check_weights_fit(architecture, settings.dtype, model)
+        read = {name: _read(name, source, architecture) for name, source in (adapters or {}).items()}
+        with progress_bar("loading", settings.progress) as progress:
+            loaded = load_model(model, dtype=settings.dtype, weight_dtype=settings.weight_dtype, progress=progress)
+        return cls(loaded, settings, read)
+
+    def generate(
+        self, requests: Sequence[Request | str], *, progress: bool = False, on_delta: Sink | None = None
+    ) -> list[RequestOutput]:
+        """Runs requests, together with whatever else the engine serves, and returns their outputs in order.
+
+        Every request is checked before any is queued: RequestError or AdapterError names the first bad one. A failure later
+        on ends that request alone, with finish_reason "error". on_delta: called with each piece of every answer, on the engine's thread.
+        """
+        finished: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
+
+        def sink(delta: Delta) -> None:
+            if on_delta:
+                on_delta(delta)
+            if delta.output:
+                finished.put(delta.output)
+
+        jobs = [self._prepare(r, sink) for r in requests]
+        self._start(jobs)
+        with progress_bar("generating", progress) as report:
+            for done in range(len(jobs)):
+                finished.get()
+                report(done + 1, len(jobs), "requests")
+        return [job.output for job in jobs]
+
+    def stream(self, request: Request | str) -> Iterator[Delta]:
+        """Runs one request and yields its answer piece by piece. Closing the iterator early aborts the request."""
+        deltas: queue.SimpleQueue[Delta] = queue.SimpleQueue()
+        job = self._prepare(request, deltas.put)
+        self._start([job])
+        return self._deltas(job, deltas)
+
+    def _deltas(self, job: Job, deltas: "queue.SimpleQueue[Delta]") -> Iterator[Delta]:
+        try:
+            while True:
+                delta = deltas.get()
+                yield delta
+                if delta.output:
+                    return
+        finally:
+            if not job.finished:
+                self.abort(job.output.request_id)
+
+    async def astream(self, request: Request | str) -> AsyncIterator[Delta]:
+        """stream for asyncio."""
+        loop = asyncio.get_running_loop()
+        deltas: asyncio.Queue[Delta] = asyncio.Queue()
+        job = self._prepare(request, lambda delta: loop.call_soon_threadsafe(deltas.put_nowait, delta))
+        self._start([job])
+        try:
+            while True:
+                delta = await deltas.get()
+                yield delta
+                if delta.output:
+                    return
+        finally:
+            if not job.finished:
+                self.abort(job.output.request_id)
+
+    async def agenerate(self, request: Request | str) -> RequestOutput:
+        """Runs one request and returns its output. Cancelling the task aborts the request."""
+        async for delta in self.astream(request):
+            if delta.output:
+                return delta.output
+        raise AssertionError("a stream always ends with an output")
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request now, with finish_reason "abort"; its pages are free before the next step. False if it is not in flight."""
+
+        def end() -> bool:
+            jobs = [j for j in self._core.jobs() if j.output.request_id == request_id]
+            for job in jobs:
+                self._core.end(job, "abort")
+            return bool(jobs)
+
+        return self._loop.call(end)
+
+    def add_adapter(self, name: str, source: Any) -> str:
+        """Registers an adapter and returns the digest of its contents.
+
+        source: PEFT directory, Hugging Face id, pytree of arrays, or Adapter. A name that is known is pointed at the new
+        contents at once: requests already queued or running keep the old, later ones get the new, and neither meets the other's pages.
+        Raises AdapterError if the adapter is not acceptable; nothing is changed then.
+        """
+        adapter = _read(name, source, self.model.config)
+        self._check_adapter_fits(name, adapter, self._core.pool.num_pages)
+        limit = self.settings.max_lora_rank
+        if limit is not None and adapter.max_rank > limit:
+            raise AdapterError(f"adapter {name!r} has rank {adapter.max_rank}, max_lora_rank is {limit}; set it higher")
+        self._loop.call(lambda: self._core.runner.require_rank(adapter.max_rank))
+        with self._lock:
+            known = dict(self._registry.items()).get(name)
+            kept = self._registry.add(name, adapter)
+        if known is not None and known.digest != kept.digest:
+            self._loop.call(lambda: self._core.release_adapter(known.digest))
+        return kept.digest
+
+    def remove_adapter(self, name: str, timeout: float | None = None) -> None:
+        """Forgets an adapter: new requests are refused, those in flight are waited for, then its memory is freed.
+
+        Raises AdapterError if the name is unknown, TimeoutError if requests still run after `timeout` seconds (the name
+        is gone by then, and the memory follows when they end).
+        """
+        with self._lock:
+            adapter = self._registry.remove(name)
+        deadline = None if timeout is None else time.monotonic() + timeout
+
+        def in_use() -> bool:
+            return any(j.request.adapter == name and j.adapter is adapter for j in self._core.jobs())
+
+        while self._loop.call(in_use):
+            if deadline is not None and time.monotonic() > deadline:
+                raise TimeoutError(f"requests still use adapter {name!r} after {timeout} seconds")
+            time.sleep(0.01)
+        self._loop.call(lambda: self._core.release_adapter(adapter.digest))
+
+    def list_adapters(self) -> list[dict[str, Any]]:
+        """Registered adapters: name, digest, ranks, targets, pages, and whether their weights are on the device."""
+        with self._lock:
+            items = self._registry.items()
+        resident = self._loop.call(lambda: set(self._core.page_map()))
+        return [
+            dict(
+                name=name,
+                digest=a.digest,
+                rank=a.max_rank,
+                targets=list(a.targets),
+                pages=a.num_pages(self.model.config.geometry),
+                resident=a.digest in resident,
+            )
+            for name, a in items
+        ]
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start, and the present: running, waiting, pages by use."""
+
+        def collect() -> dict[str, Any]:
+            core = self._core
+            return dict(
+                **core.counters,
+                running=len(core.scheduler.running),
+                waiting=len(core.scheduler.waiting),
+                pages=core.used_pages(),
+                num_pages=core.pool.num_pages,
+                page_bytes=core.runner.page_bytes,
+                adapters=len(self._registry.items()),
+            )
+
+        return self._loop.call(collect)
+
+    def page_map(self) -> list[str | None]:
+        """What each page holds: an adapter's digest, "kv", or None if it is free."""
+        return self._loop.call(self._core.page_map)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if the pool's books are wrong. For tests and debugging."""
+        self._loop.call(self._core.pool.check_integrity)
+
+    def close(self) -> None:
+        """Aborts what is in flight and stops the engine's thread. The engine takes no requests afterwards."""
+        self._loop.close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def _start(self, jobs: list[Job]) -> None:
+        def start() -> None:
+            for job in jobs:
+                self._core.start(job)
+
+        self._loop.call(start)
+
+    def _check_adapter_fits(self, name: str, adapter: Adapter, num_pages: int) -> None:
+        need = adapter.num_pages(self.model.config.geometry)
+        if need >= num_pages:
+            raise CapacityError(
+                f"adapter {name!r} needs {need} pages and the pool has {num_pages}: set page_pool_bytes higher"
+            )
+
+    def _prompt_ids(self, request: Request) -> list[int]:
+        given = [x is not None for x in (request.prompt, request.prompt_token_ids, request.messages)]
+        if sum(given) != 1:
+            raise RequestError("give exactly one of prompt, prompt_token_ids and messages")
+        if request.prompt_token_ids is not None:
+            ids = [int(t) for t in request.prompt_token_ids]
+        else:
+            tokenizer = self.model.tokenizer
+            if tokenizer is None:
+                raise RequestError(f"{self.model.name} has no tokenizer; give prompt_token_ids")
+            ids = tokenizer.encode(request.prompt) if request.prompt is not None else tokenizer.chat(request.messages)
+        if not ids:
+            raise RequestError("the prompt is empty; give at least one token")
+        vocab = self.model.config.vocab_size
+        bad = next((t for t in (*ids, *request.sampling.logit_bias) if not 0 <= t < vocab), None)
+        if bad is not None:
+            raise RequestError(f"token id {bad} is outside the model's vocabulary of {vocab}")
+        if len(ids) >= self.max_model_len:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens and the model takes {self.max_model_len} with the answer; shorten it"
+            )
+        return ids
+
+    def _prepare(self, request: Request | str, sink: Sink) -> Job:
+        """Checks a request and makes its job. Raises RequestError, AdapterError or CapacityError; nothing is queued."""
+        if isinstance(request, str):
+            request = Request(request)
+        params = request.sampling
+        with self._lock:
+            adapter = self._registry.get(request.adapter) if request.adapter is not None else None
+        ids = self._prompt_ids(request)
+        tokenizer = self.model.tokenizer
+        if params.stop and tokenizer is None:
+            raise RequestError(f"{self.model.name} has no tokenizer, so stop strings cannot be found; use stop_token_ids")
+        output = RequestOutput(
+            request_id=request.request_id or f"req-{next(self._ids)}-{secrets.token_hex(4)}",
+            prompt=request.prompt,
+            prompt_token_ids=ids,
+            adapter=request.adapter,
+            adapter_digest=adapter.digest if adapter else None,
+            completions=[],
+            prompt_logprobs=[None] * len(ids) if params.prompt_logprobs is not None else None,
+            timings=Timings(time.monotonic()),
+        )
+        job = Job(request, adapter, output, sink)
+        use = None
+        if adapter is not None:
+            pages = adapter.num_pages(self.model.config.geometry)
+            seconds = pages * self._core.runner.page_bytes / _HOST_TO_DEVICE_BYTES_PER_SECOND
+            use = AdapterUse(adapter.digest, pages, seconds)
+        seed = params.seed if params.seed is not None else secrets.randbits(63)
+        end_ids = frozenset(params.stop_token_ids) | (
+            frozenset() if params.ignore_eos else frozenset(self.model.eos_token_ids)
+        )
+        for index in range(params.n):
+            seq = Seq(
+                seq_id=(output.request_id, index, next(self._ids)),
+                tokens=list(ids),
+                prompt_len=len(ids),
+                max_tokens=min(params.max_tokens, self.max_model_len - len(ids)),
+                adapter=use,
+                prompt_logprobs=index == 0 and params.prompt_logprobs is not None,
+            )
+            self._check_fits(seq)
+            completion = Completion(index, logprobs=[] if params.logprobs is not None else None)
+            output.completions.append(completion)
+            stream = TextStream(tokenizer.stream() if tokenizer else None, params.stop)
+            job.generations.append(Generation(job, seq, completion, stream, seed + index, end_ids))
+        return job
+
+    def _check_fits(self, seq: Seq) -> None:
+        pool = self._core.pool
+        if seq.worst_case_pages > pool.num_pages:
+            raise CapacityError(
+                f"the request may need {seq.worst_case_pages} pages (prompt {seq.prompt_len} tokens, answer up to {seq.max_tokens}"
+                f"{f', adapter {seq.adapter.num_pages} pages' if seq.adapter else ''}) and the pool has {pool.num_pages}; "
+                "lower max_tokens or set page_pool_bytes higher"
+            )
+
+
+def _read(name: str, source: Any, config) -> Adapter:
+    if isinstance(source, Adapter):
+        return source
+    try:
+        return read_adapter(source, config)
+    except SloraError as error:
+        raise AdapterError(f"adapter {name!r}: {error}") from error

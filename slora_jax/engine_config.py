@@ -1,0 +1,85 @@
+"""Settings of an engine."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from pallas_kernels import Implementation
+from slora_jax.errors import SloraError
+
+
+def _default_cache_dir() -> str:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return str(Path(base) / "slora-jax" / "compiled")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Settings of an Engine. The defaults suit one GPU, or a CPU for trying things out.
+
+    dtype: "bfloat16" or "float32" of weights, activations and pool; None takes bfloat16 on a GPU and float32 on a CPU.
+    weight_dtype: dtype the weights are rounded to before they are converted to `dtype`; None as the loader sees fit.
+    max_model_len: longest prompt plus answer, in tokens; None takes the model's own limit.
+    max_seqs: sequences that run at the same time at most; None: 256 on a GPU, 16 on a CPU.
+    max_step_tokens: tokens in one step at most (decode tokens and prompt chunks); None: 2048 on a GPU, 256 on a CPU.
+    page_pool_bytes: memory for KV cache and adapters; None takes what the GPU has free after the weights and the
+        compiled steps' own need, or 1 GiB on a CPU.
+    max_lora_rank: largest rank that steps are compiled for; None follows the registered adapters, so that registering
+        one of a higher rank than all before compiles the steps anew.
+    implementation: kernels, "auto", "mosaic" or "xla".
+    loop: "unroll" or "scan" over the layers, see Llama; None: unroll on a GPU, scan on a CPU.
+    warm_up: compile every step shape at start instead of when it is first needed.
+    compile_cache_dir: where compiled steps are kept between runs; "" keeps none. It holds executable code: use a directory
+        that only you can write to.
+    progress: show progress bars.
+    """
+
+    dtype: Literal["bfloat16", "float32"] | None = None
+    weight_dtype: Literal["bfloat16", "float32"] | None = None
+    max_model_len: int | None = None
+    max_seqs: int | None = None
+    max_step_tokens: int | None = None
+    page_pool_bytes: int | None = None
+    max_lora_rank: int | None = None
+    implementation: Implementation = "auto"
+    loop: Literal["unroll", "scan"] | None = None
+    warm_up: bool = False
+    compile_cache_dir: str = dataclasses.field(default_factory=_default_cache_dir)
+    progress: bool = False
+
+    def __post_init__(self):
+        for name in ("max_model_len", "max_seqs", "max_step_tokens", "page_pool_bytes", "max_lora_rank"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SloraError(f"{name} must be at least 1, not {value}")
+        for name, allowed in (
+            ("dtype", (None, "bfloat16", "float32")),
+            ("weight_dtype", (None, "bfloat16", "float32")),
+            ("implementation", ("auto", "mosaic", "xla")),
+            ("loop", (None, "unroll", "scan")),
+        ):
+            if getattr(self, name) not in allowed:
+                choices = ", ".join(repr(a) for a in allowed if a)
+                raise SloraError(f"{name} must be one of {choices}, not {getattr(self, name)!r}")
+        if self.max_lora_rank is not None and self.max_lora_rank > 512:
+            raise SloraError(f"max_lora_rank must be at most 512, not {self.max_lora_rank}")
+
+    def resolved(self) -> "EngineConfig":
+        """The same settings with every None that depends on the backend filled in."""
+        gpu = jax.default_backend() == "gpu"
+        max_seqs = self.max_seqs or (256 if gpu else 16)
+        max_step_tokens = self.max_step_tokens or max(2048 if gpu else 256, max_seqs)
+        if max_step_tokens < max_seqs:
+            raise SloraError(
+                f"max_step_tokens {max_step_tokens} is less than max_seqs {max_seqs}: every running sequence needs a token a step"
+            )
+        return dataclasses.replace(
+            self,
+            dtype=self.dtype or ("bfloat16" if gpu else "float32"),
+            max_seqs=max_seqs,
+            max_step_tokens=max_step_tokens,
+            loop=self.loop or ("unroll" if gpu else "scan"),
+        )

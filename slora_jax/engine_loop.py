@@ -1,0 +1,62 @@
+"""The engine's thread: runs steps while there is work, and whatever other threads ask it to run between two steps."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+import queue
+import threading
+from typing import Any
+
+from slora_jax.core import EngineCore
+from slora_jax.errors import SloraError
+
+
+class EngineLoop:
+    """Owns an EngineCore: nothing else may touch it while the loop lives."""
+
+    def __init__(self, core: EngineCore):
+        self._core = core
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future] | None] = queue.SimpleQueue()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="slora-jax engine", daemon=True)
+        self._thread.start()
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """Runs a function on the loop's thread between two steps and returns its result or raises its error."""
+        if threading.current_thread() is self._thread:
+            return function()
+        if self._closed.is_set():
+            raise SloraError("the engine is closed")
+        future: Future = Future()
+        self._calls.put((function, future))
+        return future.result()
+
+    def close(self) -> None:
+        """Aborts all jobs and ends the thread. Harmless when called again."""
+        if not self._closed.is_set():
+            self._closed.set()
+            self._calls.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                item = self._calls.get(block=not self._core.has_work())
+            except queue.Empty:
+                self._core.step()
+                continue
+            if item is None:
+                break
+            self._serve(*item)
+        for job in self._core.jobs():
+            self._core.end(job, "abort")
+        while not self._calls.empty():
+            if item := self._calls.get():
+                item[1].set_exception(SloraError("the engine is closed"))
+
+    @staticmethod
+    def _serve(function: Callable[[], Any], future: Future) -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # handed to the caller, whose error it is
+            future.set_exception(error)

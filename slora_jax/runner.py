@@ -1,0 +1,127 @@
+"""The device side of the engine: parameters, page pool and compiled steps."""
+
+from collections.abc import Callable, Sequence
+import contextlib
+import math
+
+import jax
+from jax import numpy as jnp
+import numpy as np
+
+from pallas_kernels import Implementation, write_adapter
+from slora_jax.adapters import Adapter
+from slora_jax.batch import Batch, Output, Sampling, State
+from slora_jax.batch_builder import BatchBuilder
+from slora_jax.buckets import Buckets
+from slora_jax.errors import CapacityError
+from slora_jax.model_config import ModelConfig
+from slora_jax.sampling import sample
+from slora_jax.step import Params, make_forward
+
+Progress = Callable[[int, int, str], None]
+_LOAD_BYTES = 16 << 20  # of adapter weights a device copy moves at a time
+
+
+@contextlib.contextmanager
+def device_memory_errors(what: str, remedy: str):
+    """Turns the runtime's out-of-memory error into a CapacityError that names `what` and the remedy."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise CapacityError(f"not enough device memory for {what}; {remedy}") from error
+
+
+class Runner:
+    """Runs steps of one model over one pool. Not thread-safe: the engine's loop owns it."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        *,
+        dtype: jnp.dtype,
+        num_pages: int,
+        buckets: Buckets,
+        max_model_len: int,
+        max_rank: int,
+        implementation: Implementation,
+        loop: str,
+    ):
+        self.config = config
+        self.params = params
+        self.dtype = jnp.dtype(dtype)
+        self.num_pages = num_pages
+        self.builder = BatchBuilder(config.geometry, buckets, num_pages, max_model_len)
+        self.page_bytes = config.num_layers * config.geometry.page_elements * self.dtype.itemsize
+        self._load_pages = max(1, _LOAD_BYTES // self.page_bytes)
+        self._options = dict(dtype=self.dtype, implementation=implementation, loop=loop)
+        self._write = jax.jit(_write_pages, donate_argnums=0)
+        self._sample = jax.jit(sample)
+        self.max_rank = 0
+        self.require_rank(max_rank)
+        self.reset()
+
+    def reset(self) -> None:
+        """Makes a new, empty pool. Raises CapacityError if it does not fit."""
+        self.state = None
+        shape = (self.config.num_layers, self.num_pages, self.config.geometry.page_elements)
+        size = math.prod(shape) * self.dtype.itemsize / 2**30
+        with device_memory_errors(f"a page pool of {size:.1f} GiB", "set page_pool_bytes lower"):
+            self.state = jax.block_until_ready(State(pages=jnp.zeros(shape, self.dtype)))
+
+    def require_rank(self, rank: int) -> bool:
+        """Makes the steps take adapters up to `rank`. True if that means they will be compiled anew."""
+        if rank <= self.max_rank:
+            return False
+        self.max_rank = max(8, 1 << (rank - 1).bit_length())
+        self._forward = jax.jit(
+            make_forward(self.config, max_rank=self.max_rank, **self._options), donate_argnums=1
+        )
+        return True
+
+    def load_adapter(self, adapter: Adapter, page_ids: Sequence[int]) -> None:
+        """Writes an adapter's weights to its pages, a few pages at a time, without waiting for the device."""
+        image = adapter.image(self.config.geometry, self.dtype)
+        for start in range(0, len(page_ids), self._load_pages):
+            ids = np.full(self._load_pages, self.num_pages, np.int32)
+            part = np.zeros((self._load_pages, *image.shape[1:]), image.dtype)
+            n = min(self._load_pages, len(page_ids) - start)
+            ids[:n] = page_ids[start : start + n]
+            part[:n] = image[start : start + n]
+            self.state = self._write(self.state, ids, part)
+
+    def forward(self, batch: Batch) -> jax.Array:
+        """Runs a step and returns its logits, still on the device."""
+        self.state, logits = self._forward(self.params, self.state, batch)
+        return logits
+
+    def sample(self, logits: jax.Array, sampling: Sampling) -> Output:
+        """Chooses tokens and brings the results to the host."""
+        return jax.device_get(self._sample(logits, sampling))
+
+    def warm_up(self, *, adapters: bool, progress: Progress | None = None) -> None:
+        """Compiles the steps of every bucket by running them on padding."""
+        buckets = self.builder.buckets
+        shapes = [(n, n, True) for n in buckets.seqs] + [(buckets.max_seqs, n, False) for n in buckets.tokens]
+        for i, (seqs, tokens, decode_only) in enumerate(shapes):
+            what = f"{'decode' if decode_only else 'prompt'} step of {tokens} tokens"
+            if progress:
+                progress(i, len(shapes), what)
+            batch = self.builder.padding(seqs, tokens, decode_only=decode_only, use_adapters=adapters)
+            remedy = "set max_step_tokens, max_seqs or page_pool_bytes lower"
+            with device_memory_errors(f"a {what}", remedy):
+                jax.block_until_ready(self.forward(batch))
+        if progress:
+            progress(len(shapes), len(shapes), "done")
+
+    def temp_bytes(self, batch: Batch) -> int:
+        """Temporary device memory of the compiled step of this batch's shape, in bytes."""
+        compiled = self._forward.lower(self.params, self.state, batch).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+
+def _write_pages(state: State, page_ids: jax.Array, image: jax.Array) -> State:
+    return State(pages=write_adapter(state.pages, page_ids, image))
+

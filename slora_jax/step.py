@@ -1,0 +1,63 @@
+"""The step: one pure, jittable function from parameters, state and batch to new state and output."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Literal
+
+import jax
+from jax import numpy as jnp
+
+from pallas_kernels import Implementation
+from slora_jax.batch import Batch, Output, State
+from slora_jax.model import Llama
+from slora_jax.model_config import ModelConfig
+from slora_jax.sampling import sample
+
+Params = dict[str, jax.Array]
+BatchStep = Callable[[Params, State, Batch], tuple[State, Output]]
+Forward = Callable[[Params, State, Batch], tuple[State, jax.Array]]
+
+
+def make_forward(
+    config: ModelConfig,
+    *,
+    dtype: jnp.dtype = jnp.bfloat16,
+    max_rank: int = 64,
+    implementation: Implementation = "auto",
+    loop: Literal["unroll", "scan"] = "unroll",
+) -> Forward:
+    """Makes ``forward(params, state, batch) -> (state, logits)``: the step without sampling. Logits are float32 [R, V].
+
+    Arguments as in make_batch_step.
+    """
+    model = Llama(config, dtype=jnp.dtype(dtype), max_rank=max_rank, implementation=implementation, loop=loop)
+
+    def forward(params: Params, state: State, batch: Batch) -> tuple[State, jax.Array]:
+        variables = {"params": params}
+        pages, hidden = model.apply(variables, state.pages, batch)
+        return State(pages=pages), model.apply(variables, hidden[batch.logit_rows], method="logits")
+
+    return forward
+
+
+def make_batch_step(config: ModelConfig, **options) -> BatchStep:
+    """Makes ``batch_step(params, state, batch) -> (state, output)`` for one model.
+
+    The function is pure: put it inside your own ``jax.jit``, ``lax.scan`` or ``shard_map``, or jit it as it is with
+    ``donate_argnums=1`` so that the pool is updated in place.
+
+    dtype: of parameters and pool. max_rank: largest rank of one module that an adapter may have.
+    implementation: "auto", "mosaic" or "xla" kernels. loop: "unroll" or "scan", see Llama.
+    """
+    forward = make_forward(config, **options)
+
+    def batch_step(params: Params, state: State, batch: Batch) -> tuple[State, Output]:
+        if batch.sampling is None:
+            raise ValueError("batch.sampling is missing: batch_step needs it to choose tokens")
+        state, logits = forward(params, state, batch)
+        output = sample(logits, batch.sampling)
+        if batch.return_logits:
+            output = dataclasses.replace(output, logits=logits)
+        return state, output
+
+    return batch_step
