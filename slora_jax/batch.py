@@ -1,6 +1,7 @@
 """What a step takes and returns, as pytrees of arrays.
 
-Every array's shape is a bucket; what the step works on is data. Requests, adapters, ranks, lengths and pages change freely without a new compilation.
+Every array's shape is a bucket; what the step works on is data. Requests, adapters, ranks, lengths and pages change
+freely without a new compilation.
 """
 
 import dataclasses
@@ -30,8 +31,10 @@ class State:
 class Sampling:
     """How the next token of each row is chosen. Rows are those of ``Batch.logit_rows``.
 
-    ``history`` serves the penalties: tokens of the prompt, then of the output; -1 pads. Empty (width 0) arrays switch a feature off at compile time.
-    ``mode``: "greedy" takes the largest logit, "random" draws at a temperature, "filtered" also honours top_k, top_p and min_p.
+    ``history`` serves the penalties: tokens of the prompt, then of the output; -1 pads. Empty (width 0) arrays switch a
+    feature off at compile time.
+    ``mode``: "greedy" takes the largest logit, "random" draws at a temperature, "filtered" also honours top_k, top_p
+    and min_p.
     """
 
     temperature: Leaf  # float32 [R]: 0 = greedy

@@ -15,7 +15,9 @@ def powers_of_two(first: int, last: int) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Buckets:
-    """Sizes in increasing order. Decode steps pad their sequences to one of `seqs`; steps with prompt chunks pad their tokens to one of `tokens`."""
+    """Sizes in increasing order. Decode steps pad their sequences to one of `seqs`; steps with prompt chunks pad their
+    tokens to one of `tokens`.
+    """
 
     seqs: tuple[int, ...]
     tokens: tuple[int, ...]

@@ -51,7 +51,9 @@ class EngineCore:
         self._after(job)
 
     def step(self) -> None:
-        """One step. An error of the device ends the requests that were running, with the error as their text, and no others."""
+        """One step. An error of the device ends the requests that were running, with the error as their text, and no
+        others.
+        """
         plan = self.scheduler.schedule()
         self.counters["preemptions"] += len(plan.preempted)
         if not plan.chunks:
@@ -112,10 +114,13 @@ class EngineCore:
             token = int(output.tokens[i])
             logprob = None
             if sampling.top_logprobs is not None:
-                n = sampling.top_logprobs
-                top = zip(output.top_ids[i, :n].tolist(), output.top_logprobs[i, :n].tolist(), strict=True) if n else ()
+                assert output.logprobs is not None
+                top: dict[int, float] = {}
+                if n := sampling.top_logprobs:
+                    assert output.top_ids is not None and output.top_logprobs is not None
+                    top = dict(zip(output.top_ids[i, :n].tolist(), output.top_logprobs[i, :n].tolist(), strict=True))
                 shown = sampling.target if sampling.params is None else token
-                logprob = TokenLogprob(shown, float(output.logprobs[i]), dict(top))
+                logprob = TokenLogprob(shown, float(output.logprobs[i]), top)
             results.append((row.chunk, row.position, token, logprob, bool(output.finite[i])))
         return results
 
@@ -134,7 +139,8 @@ class EngineCore:
             self.release_adapter(job.adapter.digest)
 
     def _recover(self, error: Exception) -> None:
-        """The pool was donated to a step that failed: its contents are lost, so what ran ends and what waits goes on."""
+        """The pool was donated to a step that failed: its contents are lost, so what ran ends and what waits goes on.
+        """
         lines = str(error).strip().splitlines()
         text = f"the step failed: {lines[0] if lines else type(error).__name__}"
         lost = {id(g.job): g.job for g in (self._generations[s.seq_id] for s in self.scheduler.running)}
@@ -147,7 +153,8 @@ class EngineCore:
         """What each page id holds: an adapter's digest, "kv", or None if it is free."""
         kinds: list[str | None] = [None] * self.pool.num_pages
         for owner in self.pool.owners():
-            kind, name = owner  # as made by sequence_owner and adapter_owner
+            assert isinstance(owner, tuple)  # made by sequence_owner or adapter_owner
+            kind, name = owner
             for page in self.pool.pages(owner):
                 kinds[page] = name if kind == "adapter" else "kv"
         return kinds
@@ -156,7 +163,8 @@ class EngineCore:
         """Pages by use: kv, adapter (in use), idle_adapter, free."""
         counts = dict(kv=0, adapter=0, idle_adapter=0, free=self.pool.free)
         for owner in self.pool.owners():
-            kind = owner[0] if owner[0] == "adapter" else "kv"
+            assert isinstance(owner, tuple)
+            kind = "adapter" if owner[0] == "adapter" else "kv"
             if self.pool.is_idle(owner):
                 kind = "idle_adapter"
             counts[kind] += len(self.pool.pages(owner))

@@ -10,16 +10,18 @@ import time
 from typing import Any
 
 import jax
+from jax import numpy as jnp
 
 from slora_jax.adapters import Adapter, read_adapter
 from slora_jax.buckets import Buckets
 from slora_jax.core import EngineCore
 from slora_jax.engine_config import EngineConfig
 from slora_jax.engine_loop import EngineLoop
-from slora_jax.errors import AdapterError, CapacityError, RequestError, SloraError
+from slora_jax.errors import AdapterError, CapacityError, RequestError
 from slora_jax.jobs import Generation, Job, Sink
 from slora_jax.loading import LoadedModel, load_config, load_model
 from slora_jax.memory import check_weights_fit, choose_num_pages
+from slora_jax.model_config import ModelConfig
 from slora_jax.page_pool import PagePool
 from slora_jax.progress import progress_bar
 from slora_jax.registry import AdapterRegistry
@@ -35,8 +37,8 @@ _HOST_TO_DEVICE_BYTES_PER_SECOND = 40e9  # measured from pinned memory on an H20
 class Engine:
     """Serves requests on one base model, each with its own adapter or none.
 
-    Make one with from_pretrained. Methods may be called from any thread; a thread of the engine's own runs the model. Use it
-    as a context manager, or call close.
+    Make one with from_pretrained. Methods may be called from any thread; a thread of the engine's own runs the model.
+    Use it as a context manager, or call close.
     """
 
     def __init__(self, model: LoadedModel, config: EngineConfig, adapters: Mapping[str, Adapter] | None = None):
@@ -55,7 +57,7 @@ class Engine:
         runner = Runner(
             model.config,
             model.params,
-            dtype=settings.dtype,
+            dtype=jnp.dtype(settings.dtype),
             num_pages=num_pages,
             buckets=buckets,
             max_model_len=self.max_model_len,
@@ -81,9 +83,11 @@ class Engine:
     ) -> "Engine":
         """Loads a base model and adapters.
 
-        model: a Hugging Face directory or id, a GGUF file, a directory written by ``slora-jax convert``, or "random:llama-2-7b".
-        adapters: name -> PEFT directory, Hugging Face id, or pytree of arrays (see read_adapter).
-        Raises ModelError, AdapterError or CapacityError naming what is wrong, before anything is placed on the device where possible.
+        model: a Hugging Face directory or id, a GGUF file, a directory written by ``slora-jax convert``, or
+        "random:llama-2-7b".
+        adapters: name -> PEFT directory, Hugging Face id, or arrays (see read_adapter).
+        Raises ModelError, AdapterError or CapacityError naming what is wrong, before anything is placed on the device
+        where possible.
         """
         settings = (config or EngineConfig()).resolved()
         architecture = load_config(model)
@@ -98,8 +102,9 @@ class Engine:
     ) -> list[RequestOutput]:
         """Runs requests, together with whatever else the engine serves, and returns their outputs in order.
 
-        Every request is checked before any is queued: RequestError or AdapterError names the first bad one. A failure later
-        on ends that request alone, with finish_reason "error". on_delta: called with each piece of every answer, on the engine's thread.
+        Every request is checked before any is queued: RequestError or AdapterError names the first bad one. A failure
+        later on ends that request alone, with finish_reason "error". on_delta: called with each piece of every answer,
+        on the engine's thread.
         """
         finished: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
 
@@ -159,7 +164,9 @@ class Engine:
         raise AssertionError("a stream always ends with an output")
 
     def abort(self, request_id: str) -> bool:
-        """Ends a request now, with finish_reason "abort"; its pages are free before the next step. False if it is not in flight."""
+        """Ends a request now, with finish_reason "abort"; its pages are free before the next step. False if it is not
+        in flight.
+        """
 
         def end() -> bool:
             jobs = [j for j in self._core.jobs() if j.output.request_id == request_id]
@@ -172,8 +179,10 @@ class Engine:
     def add_adapter(self, name: str, source: Any) -> str:
         """Registers an adapter and returns the digest of its contents.
 
-        source: PEFT directory, Hugging Face id, pytree of arrays, or Adapter. A name that is known is pointed at the new
-        contents at once: requests already queued or running keep the old, later ones get the new, and neither meets the other's pages.
+        source: PEFT directory, Hugging Face id, ``{"weights": pytree, "lora_alpha": 16}`` or an Adapter (see
+        read_adapter). A name that is known is pointed at the new
+        contents at once: requests already queued or running keep the old, later ones get the new, and neither meets the
+        other's pages.
         Raises AdapterError if the adapter is not acceptable; nothing is changed then.
         """
         adapter = _read(name, source, self.model.config)
@@ -354,10 +363,8 @@ class Engine:
             )
 
 
-def _read(name: str, source: Any, config) -> Adapter:
-    if isinstance(source, Adapter):
-        return source
+def _read(name: str, source: Any, config: ModelConfig) -> Adapter:
     try:
         return read_adapter(source, config)
-    except SloraError as error:
-        raise AdapterError(f"adapter {name!r}: {error}") from error
+    except AdapterError as error:
+        raise AdapterError(f"adapter {name!r}: {error}") from None

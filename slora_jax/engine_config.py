@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -32,8 +32,8 @@ class EngineConfig:
     implementation: kernels, "auto", "mosaic" or "xla".
     loop: "unroll" or "scan" over the layers, see Llama; None: unroll on a GPU, scan on a CPU.
     warm_up: compile every step shape at start instead of when it is first needed.
-    compile_cache_dir: where compiled steps are kept between runs; "" keeps none. It holds executable code: use a directory
-        that only you can write to.
+    compile_cache_dir: where compiled steps are kept between runs; "" keeps none. It holds executable code: use a
+        directory that only you can write to.
     progress: show progress bars.
     """
 
@@ -67,19 +67,31 @@ class EngineConfig:
         if self.max_lora_rank is not None and self.max_lora_rank > 512:
             raise SloraError(f"max_lora_rank must be at most 512, not {self.max_lora_rank}")
 
-    def resolved(self) -> "EngineConfig":
+    def resolved(self) -> "ResolvedConfig":
         """The same settings with every None that depends on the backend filled in."""
         gpu = jax.default_backend() == "gpu"
         max_seqs = self.max_seqs or (256 if gpu else 16)
         max_step_tokens = self.max_step_tokens or max(2048 if gpu else 256, max_seqs)
         if max_step_tokens < max_seqs:
             raise SloraError(
-                f"max_step_tokens {max_step_tokens} is less than max_seqs {max_seqs}: every running sequence needs a token a step"
+                f"max_step_tokens {max_step_tokens} is less than max_seqs {max_seqs}: "
+                "every running sequence needs a token a step"
             )
-        return dataclasses.replace(
-            self,
+        settings: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        settings |= dict(
             dtype=self.dtype or ("bfloat16" if gpu else "float32"),
             max_seqs=max_seqs,
             max_step_tokens=max_step_tokens,
             loop=self.loop or ("unroll" if gpu else "scan"),
         )
+        return ResolvedConfig(**settings)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(EngineConfig):
+    """An EngineConfig in which nothing that depends on the backend is left open. Made by EngineConfig.resolved."""
+
+    dtype: Literal["bfloat16", "float32"]
+    max_seqs: int
+    max_step_tokens: int
+    loop: Literal["unroll", "scan"]

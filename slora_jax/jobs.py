@@ -10,7 +10,7 @@ from slora_jax.sampling_params import SamplingParams
 from slora_jax.sequence import Sequence
 from slora_jax.text_stream import TextStream
 
-Sink = Callable[[Delta], None]
+Sink = Callable[[Delta], object]  # what it returns is ignored
 
 
 class Generation:
@@ -49,7 +49,7 @@ class Generation:
         done = self.completion
         self.seq.tokens.append(token)
         done.token_ids.append(token)
-        if done.logprobs is not None:
+        if done.logprobs is not None and logprob is not None:
             done.logprobs.append(logprob)
         timings = self.job.output.timings
         timings.first_token = timings.first_token or now

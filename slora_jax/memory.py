@@ -9,7 +9,7 @@ import numpy as np
 from slora_jax.batch import State
 from slora_jax.batch_builder import BatchBuilder
 from slora_jax.buckets import Buckets
-from slora_jax.engine_config import EngineConfig
+from slora_jax.engine_config import ResolvedConfig
 from slora_jax.errors import CapacityError
 from slora_jax.model_config import ModelConfig, param_specs
 from slora_jax.step import Params, make_forward
@@ -47,7 +47,7 @@ def check_weights_fit(config: ModelConfig, dtype: str, name: str) -> None:
 
 
 def choose_num_pages(
-    config: ModelConfig, params: Params, settings: EngineConfig, buckets: Buckets, max_model_len: int, max_rank: int
+    config: ModelConfig, params: Params, settings: ResolvedConfig, buckets: Buckets, max_model_len: int, max_rank: int
 ) -> int:
     """Pages that fit: as page_pool_bytes says, or all memory that the weights and the largest step leave free.
 
@@ -98,4 +98,6 @@ def _step_bytes(config, params, settings, buckets, max_model_len, max_rank, num_
     shape = (config.num_layers, num_pages, config.geometry.page_elements)
     state = State(pages=jax.ShapeDtypeStruct(shape, jnp.dtype(settings.dtype)))
     compiled = jax.jit(forward, donate_argnums=1).lower(params, state, batch).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    analysis = compiled.memory_analysis()
+    assert analysis is not None, "the backend does not tell how much memory a program needs"
+    return analysis.temp_size_in_bytes

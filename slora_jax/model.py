@@ -4,7 +4,7 @@ Parameters are few stacked arrays with the layer axis first (see param_specs); t
 tables as arguments and returns the new pool. Covers Llama 1/2/3.x, Mistral, Qwen2/2.5 and Qwen3.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from flax import linen as nn
 import jax
@@ -20,8 +20,8 @@ from slora_jax.model_config import ModelConfig, RopeScaling, param_specs
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Float[Array, "d"]:
     """Angular frequency of each rotary pair, float32[head_dim / 2].
 
-    ``llama3`` scaling follows Hugging Face's ``_compute_llama3_parameters``: long wavelengths are slowed by ``factor``, short
-    ones kept, those between interpolated.
+    ``llama3`` scaling follows Hugging Face's ``_compute_llama3_parameters``: long wavelengths are slowed by ``factor``,
+    short ones kept, those between interpolated.
     """
     freq = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling is None:
@@ -73,7 +73,8 @@ class Llama(nn.Module):
         }
 
     def __call__(self, pages: Float[Array, "L P E"], batch: Batch):
-        """Runs all layers. Returns the pool with the tokens' keys and values in it, and the final hidden state [T, H]."""
+        """Runs all layers. Returns the pool with the tokens' keys and values in it, and the final hidden state [T, H].
+        """
         cfg = self.config
         angles = batch.positions.astype(jnp.float32)[:, None] * rope_frequencies(
             cfg.head_dim, cfg.rope_theta, cfg.rope_scaling
@@ -112,7 +113,7 @@ class Llama(nn.Module):
         """Adds the adapters' deltas of a group of modules to the base projections of ``x``."""
         if not batch.use_adapters:
             return base
-        options = dict(
+        options: dict[str, Any] = dict(
             layer=layer,
             group=group,
             geometry=self.config.geometry,

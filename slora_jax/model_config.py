@@ -89,7 +89,8 @@ class ParamSpec:
 def param_specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
     """Every parameter of the model: a flat dict of few arrays, the layer axis first. Weights are stored [in, out].
 
-    Rotary dims are in Hugging Face order (first half, second half). Optional entries exist only where the model has them.
+    Rotary dims are in Hugging Face order (first half, second half). Optional entries exist only where the model has
+    them.
     """
     L, H, D, V, F = cfg.num_layers, cfg.hidden_size, cfg.head_dim, cfg.vocab_size, cfg.mlp_size
     qkv = (cfg.q_size, cfg.kv_size, cfg.kv_size)

@@ -1,7 +1,8 @@
 """The allocator of the unified page pool: page ids for sequences and adapters alike. Plain Python, no jax.
 
 Pages belong to owners. An owner in use (a running sequence, an adapter of a running sequence) is never touched. An idle
-owner (an adapter nobody uses just now) keeps its pages until somebody needs them, and one cost function chooses who goes.
+owner (an adapter nobody uses just now) keeps its pages until somebody needs them, and one cost function chooses who
+goes.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -26,9 +27,9 @@ class _Entry:
 class PagePool:
     """Hands out page ids 0 to num_pages - 1.
 
-    Eviction is GreedyDual-Size-Frequency (Cherkasova, HP Labs 1998): an idle owner's priority is the pool's clock when it was
-    last used, plus uses x reload cost / pages; the lowest goes first and the clock moves up to it, so that what is cheap to
-    reload, large or long unused leaves before what is costly, small or popular.
+    Eviction is GreedyDual-Size-Frequency (Cherkasova, HP Labs 1998): an idle owner's priority is the pool's clock when
+    it was last used, plus uses x reload cost / pages; the lowest goes first and the clock moves up to it, so that what
+    is cheap to reload, large or long unused leaves before what is costly, small or popular.
 
     on_evict: called with the owner after its pages were taken away.
     """

@@ -8,7 +8,8 @@ from slora_jax.sampling_params import SamplingParams
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One prompt: exactly one of `prompt` (text), `prompt_token_ids` or `messages` (chat, through the model's template).
+    """One prompt: exactly one of `prompt` (text), `prompt_token_ids` or `messages` (chat, through the model's
+    template).
 
     adapter: name of a registered adapter, or None for the base model.
     """
@@ -32,7 +33,9 @@ class TokenLogprob:
 
 @dataclasses.dataclass(slots=True)
 class Completion:
-    """One generated text. finish_reason: "stop", "length", "abort" or "error"; stop_reason: the stop string or token id that ended it."""
+    """One generated text. finish_reason: "stop", "length", "abort" or "error"; stop_reason: the stop string or token id
+    that ended it.
+    """
 
     index: int
     text: str = ""

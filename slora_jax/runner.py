@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 import contextlib
 import math
+from typing import Any, Literal
 
 import jax
 from jax import numpy as jnp
@@ -47,7 +48,7 @@ class Runner:
         max_model_len: int,
         max_rank: int,
         implementation: Implementation,
-        loop: str,
+        loop: Literal["unroll", "scan"],
     ):
         self.config = config
         self.params = params
@@ -56,7 +57,7 @@ class Runner:
         self.builder = BatchBuilder(config.geometry, buckets, num_pages, max_model_len)
         self.page_bytes = config.num_layers * config.geometry.page_elements * self.dtype.itemsize
         self._load_pages = max(1, _LOAD_BYTES // self.page_bytes)
-        self._options = dict(dtype=self.dtype, implementation=implementation, loop=loop)
+        self._options: dict[str, Any] = dict(dtype=self.dtype, implementation=implementation, loop=loop)
         self._write = jax.jit(_write_pages, donate_argnums=0)
         self._sample = jax.jit(sample)
         self.max_rank = 0
@@ -119,7 +120,9 @@ class Runner:
     def temp_bytes(self, batch: Batch) -> int:
         """Temporary device memory of the compiled step of this batch's shape, in bytes."""
         compiled = self._forward.lower(self.params, self.state, batch).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        analysis = compiled.memory_analysis()
+        assert analysis is not None, "the backend does not tell how much memory a program needs"
+        return analysis.temp_size_in_bytes
 
 
 def _write_pages(state: State, page_ids: jax.Array, image: jax.Array) -> State:

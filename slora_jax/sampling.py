@@ -18,7 +18,8 @@ def _ordered(x: Float[Array, "R V"]) -> UInt[Array, "R V"]:
 
 
 def _largest_threshold(holds, rows: int) -> UInt[Array, "R 1"]:
-    """The largest uint32 t per row with ``holds(t)``, found bit by bit; `holds` is true up to some t and false beyond."""
+    """The largest uint32 t per row with ``holds(t)``, found bit by bit; `holds` is true up to some t and false beyond.
+    """
 
     def bit(i, t):
         trial = t | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
@@ -50,7 +51,9 @@ def _filter(logits: Float[Array, "R V"], s: Sampling) -> Float[Array, "R V"]:
 
 
 def _penalise(logits: Float[Array, "R V"], s: Sampling) -> Float[Array, "R V"]:
-    """Repetition penalty over prompt and output (as Hugging Face defines it), presence and frequency over the output (as OpenAI does)."""
+    """Repetition penalty over prompt and output (as Hugging Face defines it), presence and frequency over the output
+    (as OpenAI does).
+    """
     rows = jnp.arange(logits.shape[0])[:, None]
     ids = jnp.where(s.history >= 0, s.history, logits.shape[1])
     seen = jnp.zeros(logits.shape, bool).at[rows, ids].set(True, mode="drop")
@@ -69,7 +72,9 @@ def _noise(s: Sampling, vocab: int) -> Float[Array, "R V"]:
 
 
 def sample(logits: Float[Array, "R V"], s: Sampling) -> Output:
-    """Next token of each row from float32 logits. Log-probabilities are those of the logits before any penalty or temperature."""
+    """Next token of each row from float32 logits. Log-probabilities are those of the logits before any penalty or
+    temperature.
+    """
     raw = logits
     if s.history.shape[1]:
         logits = _penalise(logits, s)

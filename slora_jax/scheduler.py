@@ -1,8 +1,8 @@
 """Decides what the next step computes. Pure host code, no jax: the same code runs against a simulator.
 
 Continuous batching with chunked prefill: every running sequence's next token first, then prompt chunks up to the step's
-token budget. Pages are taken as they are needed; when none can be had the sequence admitted last gives its own back and is
-recomputed later (S-LoRA reserves the worst case at admission instead and leaves memory idle).
+token budget. Pages are taken as they are needed; when none can be had the sequence admitted last gives its own back and
+is recomputed later (S-LoRA reserves the worst case at admission instead and leaves memory idle).
 """
 
 from collections import deque
@@ -129,7 +129,9 @@ class Scheduler:
         return ceil_div(seq.num_computed + length, PAGE_TOKENS) - held
 
     def _grow(self, seq: Sequence, length: int, preempted: list[Sequence]) -> bool:
-        """Gets the pages for the next `length` tokens, preempting from the end of the line. False if `seq` itself had to go."""
+        """Gets the pages for the next `length` tokens, preempting from the end of the line. False if `seq` itself had
+        to go.
+        """
         missing = self._missing_pages(seq, length)
         while missing > 0:
             try:
@@ -151,10 +153,11 @@ class Scheduler:
         adapter = seq.adapter
         resident = adapter is not None and self.pool.holds(adapter_owner(adapter.digest))
         available = self.pool.available
-        if adapter is not None and not resident:
-            need += adapter.num_pages
-        elif resident and self.pool.is_idle(adapter_owner(adapter.digest)):
-            available -= adapter.num_pages  # its own idle pages cannot be evicted for it
+        if adapter is not None:
+            if not resident:
+                need += adapter.num_pages
+            elif self.pool.is_idle(adapter_owner(adapter.digest)):
+                available -= adapter.num_pages  # its own idle pages cannot be evicted for it
         if need + len(self.running) > available:
             return False
         if adapter is not None:

@@ -1,4 +1,4 @@
-"""Named model shapes for random weights: published models, the two synthetic ones of the S-LoRA paper, tiny ones for tests."""
+"""Named model shapes for random weights: published models, S-LoRA's two synthetic ones, tiny ones for tests."""
 
 import dataclasses
 
@@ -50,9 +50,7 @@ SHAPES: dict[str, ModelConfig] = {
         _LLAMA_2_7B, hidden_size=5120, mlp_size=13824, num_layers=40, num_heads=40, num_kv_heads=40
     ),
     "llama-3.1-8b": _LLAMA_31_8B,
-    "llama-3.1-70b": dataclasses.replace(
-        _LLAMA_31_8B, hidden_size=8192, mlp_size=28672, num_layers=80, num_heads=64
-    ),
+    "llama-3.1-70b": dataclasses.replace(_LLAMA_31_8B, hidden_size=8192, mlp_size=28672, num_layers=80, num_heads=64),
     # The "30B" and "70B" of S-LoRA's experiments (mprophet/model_config.py): not the official models, no GQA.
     "llama-30b-m": dataclasses.replace(
         _LLAMA_7B, hidden_size=7168, mlp_size=19456, num_layers=48, num_heads=56, num_kv_heads=56

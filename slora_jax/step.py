@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from jax import numpy as jnp
@@ -31,11 +31,12 @@ def make_forward(
     Arguments as in make_batch_step.
     """
     model = Llama(config, dtype=jnp.dtype(dtype), max_rank=max_rank, implementation=implementation, loop=loop)
+    apply: Callable[..., Any] = model.apply
 
     def forward(params: Params, state: State, batch: Batch) -> tuple[State, jax.Array]:
         variables = {"params": params}
-        pages, hidden = model.apply(variables, state.pages, batch)
-        return State(pages=pages), model.apply(variables, hidden[batch.logit_rows], method="logits")
+        pages, hidden = apply(variables, state.pages, batch)
+        return State(pages=pages), apply(variables, hidden[batch.logit_rows], method="logits")
 
     return forward
 

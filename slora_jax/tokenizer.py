@@ -1,9 +1,12 @@
-"""Text to token ids and back: prompts, chat templates, and streaming text that never splits a character."""
+"""Text to token ids and back: prompts, chat templates, and streaming text that never splits a character.
 
-import os
-import shutil
+Prompts, messages and ids come from users and are checked here, so those arguments are typed Any.
+"""
+
 from collections.abc import Iterable, Mapping, Sequence
+import os
 from pathlib import Path
+import shutil
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
@@ -79,8 +82,8 @@ class Tokenizer:
             shutil.rmtree(path)
             raise ModelError(f"{self.name}: the tokenizer cannot be saved as tokenizer.json")
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt, with the model's start token where it has one. Raises RequestError if it is no text."""
+    def encode(self, text: Any, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt, with the model's start token where it has one. RequestError if it is no text."""
         if not isinstance(text, str):
             raise RequestError(f"a prompt must be a string, not {type(text).__name__}")
         try:
@@ -88,7 +91,7 @@ class Tokenizer:
         except (TypeError, ValueError) as error:  # a lone surrogate is the one string that is no text
             raise RequestError(f"the prompt is not valid Unicode text: {_one_line(error)}") from None
 
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+    def decode(self, ids: Iterable[Any], skip_special: bool = True) -> str:
         """Text of token ids. Raises RequestError for an id outside the vocabulary."""
         known = [token for token in map(self.check_id, ids) if token < self.vocab_size]
         return self._backend.decode(known, skip_special_tokens=skip_special)
@@ -97,11 +100,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._fast.chat_template)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+    def render(self, messages: Any, add_generation_prompt: bool = True) -> str:
         """The prompt text that the model's chat template makes of ``messages``.
 
-        messages: mappings with the strings ``role`` and ``content``. Raises RequestError where there is no template,
-        where messages are malformed, or where the template refuses them.
+        messages: a list of mappings with the strings ``role`` and ``content``. Raises RequestError where there is no
+        template, where messages are malformed, or where the template refuses them.
         """
         if not self.has_chat_template:
             raise RequestError(f"{self.name} has no chat template; send a plain prompt instead of messages")
@@ -113,15 +116,15 @@ class Tokenizer:
         except Exception as error:  # noqa: BLE001 - templates raise their own errors through jinja2
             raise RequestError(f"the chat template refuses these messages: {_one_line(error)}") from None
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+    def chat(self, messages: Any, add_generation_prompt: bool = True) -> list[int]:
         """Token ids of ``render(...)``. The template writes the special tokens itself, so none are added."""
         return self.encode(self.render(messages, add_generation_prompt), add_special_tokens=False)
 
-    def stream(self, skip_special: bool = True) -> "TextStream":
+    def stream(self, skip_special: bool = True) -> "TokenDecoder":
         """A new incremental decoder for one answer."""
-        return TextStream(self, skip_special)
+        return TokenDecoder(self, skip_special)
 
-    def check_id(self, token: int) -> int:
+    def check_id(self, token: Any) -> int:
         """``token`` as an int; RequestError where the model has no such id."""
         try:
             value = int(token)
@@ -132,7 +135,7 @@ class Tokenizer:
         return value
 
 
-class TextStream:
+class TokenDecoder:
     """Turns the ids of one answer into text as they come. The pieces together are ``decode`` of all ids."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool):
@@ -143,7 +146,7 @@ class TextStream:
         self._told: list[str] = []
         self._open = 0
 
-    def push(self, token_id: int) -> str:
+    def push(self, token_id: Any) -> str:
         """Text that ``token_id`` finishes; "" while it ends inside a UTF-8 character or has no text.
 
         Raises RequestError for an id outside the vocabulary.
@@ -201,7 +204,9 @@ def _check_messages(messages: Any) -> None:
         raise RequestError("messages must be a non-empty list of {'role': ..., 'content': ...}")
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise RequestError(f"messages[{index}] must be a mapping with role and content, not {type(message).__name__}")
+            raise RequestError(
+                f"messages[{index}] must be a mapping with role and content, not {type(message).__name__}"
+            )
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 raise RequestError(f"messages[{index}] needs the string {key!r}")

@@ -54,7 +54,9 @@ def run(q, pages, tables, q_start, lens, layer, **options):
 @given(
     seed=st.integers(0, 2**32 - 1),
     seqs=st.lists(
-        st.tuples(st.sampled_from([1, 2, 15, 16, 17, 100, 129, 200]), st.integers(1, MAX_QUERIES)), min_size=1, max_size=4
+        st.tuples(st.sampled_from([1, 2, 15, 16, 17, 100, 129, 200]), st.integers(1, MAX_QUERIES)),
+        min_size=1,
+        max_size=4,
     ),
     variant=st.sampled_from([((1, 1), None, None), ((2, 4), None, None), ((4, 1), 20, 30.0)]),
 )

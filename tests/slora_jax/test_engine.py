@@ -1,0 +1,354 @@
+"""The engine on tiny random models: against a float64 forward pass, in tiny pools, with adapters that come and go."""
+
+import asyncio
+import threading
+import time
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+import jax
+import numpy as np
+from oracles import llama_logits
+import pytest
+
+from slora_jax import (
+    Adapter,
+    AdapterError,
+    CapacityError,
+    Engine,
+    EngineConfig,
+    Request,
+    RequestError,
+    SamplingParams,
+    SloraError,
+)
+from slora_jax.adapters import random_adapter
+from slora_jax.loading import load_model
+from slora_jax.memory import page_bytes
+
+PROMPT = [5, 9, 200, 31, 7, 7, 90]
+
+
+def config(name="tiny-gqa", pages=200, **kw):
+    model = load_model(f"random:{name}", dtype="float32")
+    options = dict(dtype="float32", max_seqs=8, max_step_tokens=64, compile_cache_dir="", max_lora_rank=32)
+    options |= dict(page_pool_bytes=pages * page_bytes(model.config, "float32")) | kw
+    return model, EngineConfig(**options)
+
+
+def adapters_for(model, n=4):
+    rng = np.random.default_rng(0)
+    tables = [rng.choice([0, 1, 8, 12, 32], (model.config.num_layers, 7)) for _ in range(n)]
+    return {f"a{i}": random_adapter(model.config, t, seed=i, scale=0.5) for i, t in enumerate(tables)}
+
+
+@pytest.fixture(scope="module")
+def engine():
+    model, settings = config()
+    with Engine(model, settings, adapters_for(model)) as engine:
+        yield engine
+
+
+def greedy(n=8, **kw):
+    return SamplingParams(max_tokens=n, ignore_eos=True, **kw)
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gqa", "tiny-qwen2", "tiny-qwen3", "tiny-tied"])
+def test_log_probabilities_equal_float64_for_base_and_adapters(name):
+    model, settings = config(name)
+    adapters = adapters_for(model, 2)
+    prompt = [t % model.config.vocab_size for t in PROMPT]
+    with Engine(model, settings, adapters) as engine:
+        params = greedy(3, logprobs=20, prompt_logprobs=0)
+        outputs = engine.generate([Request(None, a, params, prompt) for a in (None, "a0", "a1")])
+    for output, adapter in zip(outputs, (None, *adapters.values()), strict=True):
+        tokens = [*prompt, *output.token_ids]
+        logits = llama_logits(model.config, model.params, tokens[:-1], adapter)
+        ref = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        for i, entry in enumerate(output.prompt_logprobs):
+            assert (entry is None) == (i == 0)
+            if entry:
+                assert entry.token_id == prompt[i] and entry.logprob == pytest.approx(ref[i - 1, prompt[i]], abs=1e-4)
+        for i, entry in enumerate(output.completions[0].logprobs):
+            row = ref[len(prompt) - 1 + i]
+            assert output.token_ids[i] == row.argmax()
+            assert entry.top[entry.token_id] == entry.logprob
+            for token, logprob in entry.top.items():
+                assert logprob == pytest.approx(row[token], abs=1e-4)
+
+
+def test_one_mixed_batch_gives_the_tokens_of_one_at_a_time(engine):
+    rng = np.random.default_rng(3)
+    requests = [
+        Request(None, name, greedy(), rng.integers(0, 256, n).tolist())
+        for name, n in zip([None, "a0", "a1", "a2", "a3", None, "a0", "a2"], [3, 40, 1, 17, 16, 65, 9, 30], strict=True)
+    ]
+    together = engine.generate(requests)
+    alone = [engine.generate([r])[0] for r in requests]
+    assert [o.token_ids for o in together] == [o.token_ids for o in alone]
+    assert [o.finish_reason for o in together] == ["length"] * len(requests)
+    engine.check_integrity()
+
+
+def test_a_base_request_in_a_mixed_batch_gets_exactly_the_base_model(engine):
+    params = greedy(6, logprobs=20)
+    base = Request(None, None, params, PROMPT)
+    alone = engine.generate([base, base])[0]
+    mixed = engine.generate([base, Request(None, "a1", params, PROMPT)])[0]
+    assert alone.completions[0].logprobs == mixed.completions[0].logprobs
+
+
+@settings(max_examples=12, deadline=None)
+@example([(1, 60, None), (1, 60, "a0"), (1, 60, None), (1, 60, "a0"), (1, 60, None), (1, 60, "a0")])
+@given(
+    requests=st.lists(
+        st.tuples(st.integers(1, 60), st.integers(1, 24), st.sampled_from([None, "a0", "a1", "a2", "a3"])),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_a_tiny_pool_preempts_and_gives_the_same_tokens(requests, engine, tiny_pool_engine):
+    batch = [
+        Request(None, name, greedy(m), [(i * 31 + t * 7) % 256 for t in range(n)])
+        for i, (n, m, name) in enumerate(requests)
+    ]
+    large, small = engine.generate(batch), tiny_pool_engine.generate(batch)
+    assert [o.token_ids for o in small] == [o.token_ids for o in large]
+    tiny_pool_engine.check_integrity()
+    assert tiny_pool_engine.stats()["pages"]["kv"] == 0
+
+
+@pytest.fixture(scope="module")
+def tiny_pool_engine(engine):
+    largest = max(a["pages"] for a in engine.list_adapters())
+    model, settings = config(pages=largest + 7)
+    with Engine(model, settings, adapters_for(model)) as small:
+        yield small
+        assert small.stats()["preemptions"] > 0
+
+
+def test_sampled_answers_repeat_with_their_seed_whatever_else_runs(engine):
+    params = SamplingParams(max_tokens=10, temperature=1.0, top_p=0.9, seed=42, ignore_eos=True, n=2)
+    request = Request(None, "a0", params, PROMPT)
+    alone = engine.generate([request])[0]
+    among = engine.generate([Request(None, "a1", greedy(), PROMPT), request, Request(None, None, greedy(), PROMPT)])[1]
+    assert [c.token_ids for c in alone.completions] == [c.token_ids for c in among.completions]
+    assert alone.completions[0].token_ids != alone.completions[1].token_ids
+
+
+def test_stop_token_ids_and_eos():
+    model, settings = config()
+    with Engine(model, settings) as engine:
+        tokens = engine.generate([Request(None, None, greedy(), PROMPT)])[0].token_ids
+        stop = engine.generate([Request(None, None, greedy(stop_token_ids=(tokens[2],)), PROMPT)])[0]
+    assert stop.token_ids == tokens[: tokens.index(tokens[2]) + 1]
+    assert (stop.finish_reason, stop.completions[0].stop_reason) == ("stop", tokens[2])
+
+
+def test_streaming_gives_the_pieces_of_the_whole(engine):
+    request = Request(None, "a2", greedy(), PROMPT)
+    deltas = list(engine.stream(request))
+    assert [t for d in deltas for t in d.token_ids] == engine.generate([request])[0].token_ids
+    assert [d.finish_reason for d in deltas] == [None] * 7 + ["length"]
+    assert deltas[-1].output.timings.ttft <= deltas[-1].output.timings.latency
+
+
+def test_closing_a_stream_early_frees_its_pages(engine):
+    stream = engine.stream(Request(None, "a2", greedy(400), PROMPT))
+    next(stream)
+    stream.close()
+    stats = engine.stats()
+    assert stats["running"] == 0 and stats["pages"]["kv"] == 0
+
+
+def test_asyncio(engine):
+    async def main():
+        requests = [Request(None, name, greedy(), PROMPT) for name in (None, "a0", "a1")]
+        together = await asyncio.gather(*(engine.agenerate(r) for r in requests))
+        task = asyncio.create_task(engine.agenerate(Request(None, None, greedy(400), PROMPT)))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return [o.token_ids for o in together], [o.token_ids for o in engine.generate(requests)]
+
+    together, again = asyncio.run(main())
+    assert together == again
+    assert engine.stats()["running"] == 0
+
+
+def test_abort_ends_a_request_and_only_that(engine):
+    results = {}
+
+    def work(name):
+        results[name] = engine.generate([Request(None, None, greedy(300), PROMPT, request_id=name)])[0]
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in ("one", "two")]
+    for thread in threads:
+        thread.start()
+    while engine.stats()["running"] < 2:
+        time.sleep(0.001)
+    assert engine.abort("one") and not engine.abort("nobody")
+    for thread in threads:
+        thread.join()
+    assert results["one"].finish_reason == "abort" and len(results["one"].token_ids) < 300
+    assert results["two"].finish_reason == "length" and len(results["two"].token_ids) == 300
+
+
+def test_the_same_contents_under_two_names_share_pages():
+    model, settings = config()
+    a = adapters_for(model)["a0"]
+    copy = random_adapter(model.config, a.ranks, seed=0, scale=0.5)
+    assert copy is not a and copy.digest == a.digest
+    with Engine(model, settings, {"first": a, "second": copy}) as engine:
+        engine.generate([Request(None, name, greedy(), PROMPT) for name in ("first", "second")])
+        stats = engine.stats()
+        assert stats["adapter_loads"] == 1
+        assert stats["pages"]["idle_adapter"] == a.num_pages(model.config.geometry)
+        engine.remove_adapter("first")
+        assert engine.stats()["pages"]["idle_adapter"] == a.num_pages(model.config.geometry)
+        engine.remove_adapter("second")
+        assert engine.stats()["pages"] == dict(kv=0, adapter=0, idle_adapter=0, free=200)
+
+
+def test_new_contents_under_an_old_name_never_meet_the_old():
+    model, settings = config()
+    adapters = adapters_for(model)
+    with Engine(model, settings, {"x": adapters["a0"], "y": adapters["a1"]}) as engine:
+        old, new = (engine.generate([Request(None, n, greedy(30), PROMPT)])[0].token_ids for n in "xy")
+        assert old != new
+        stream = engine.stream(Request(None, "x", greedy(30), PROMPT))
+        tokens = list(next(stream).token_ids)
+        digest = engine.add_adapter("x", adapters["a1"])
+        assert digest == adapters["a1"].digest
+        after = engine.generate([Request(None, "x", greedy(30), PROMPT)])[0]
+        tokens += [t for delta in stream for t in delta.token_ids]
+        assert tokens == old  # it began with the old contents and ends with them
+        assert after.token_ids == new and after.adapter_digest == digest
+        assert engine.stats()["pages"]["idle_adapter"] == adapters["a1"].num_pages(model.config.geometry)
+
+
+def test_remove_waits_for_running_requests():
+    model, settings = config()
+    with Engine(model, settings, adapters_for(model)) as engine:
+        stream = engine.stream(Request(None, "a0", greedy(100), PROMPT))
+        next(stream)
+        with pytest.raises(TimeoutError, match="requests still use adapter 'a0'"):
+            engine.remove_adapter("a0", timeout=0)
+        with pytest.raises(AdapterError, match="'a0' is unknown"):
+            engine.generate([Request(None, "a0", greedy(), PROMPT)])
+        assert sum(len(d.token_ids) for d in stream) == 99
+        deadline = time.monotonic() + 10
+        while engine.stats()["pages"]["idle_adapter"] and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert engine.stats()["pages"]["free"] == 200
+
+
+def test_adapters_as_arrays_straight_from_a_trainer(engine):
+    model = engine.model
+    cfg = model.config
+    key = jax.random.key(0)
+    arrays = {
+        "q": {
+            "a": jax.random.normal(key, (cfg.num_layers, 4, cfg.hidden_size)) * 0.1,
+            "b": jax.random.normal(key, (cfg.num_layers, cfg.q_size, 4)) * 0.1,
+        }
+    }
+    adapter = Adapter.from_arrays(arrays, cfg, lora_alpha=8)
+    engine.add_adapter("trained", adapter)
+    got = engine.generate([Request(None, "trained", greedy(2, logprobs=0), PROMPT)])[0]
+    logits = llama_logits(cfg, model.params, PROMPT, adapter)[-1]
+    assert got.token_ids[0] == logits.argmax()
+    engine.remove_adapter("trained")
+
+
+def test_an_adapter_of_a_higher_rank_than_all_before():
+    model, settings = config(max_lora_rank=None)
+    with Engine(model, settings, {"small": random_adapter(model.config, 4)}) as engine:
+        engine.generate([Request(None, "small", greedy(2), PROMPT)])
+        large = random_adapter(model.config, 40, seed=1)
+        engine.add_adapter("large", large)
+        got = engine.generate([Request(None, "large", greedy(1), PROMPT)])[0]
+        assert got.token_ids[0] == llama_logits(model.config, model.params, PROMPT, large)[-1].argmax()
+
+
+@pytest.mark.parametrize(
+    "request_, error, words",
+    [
+        (Request(None, None, greedy(), []), RequestError, "the prompt is empty"),
+        (Request(None, None, greedy(), [256]), RequestError, "token id 256 is outside the model's vocabulary of 256"),
+        (Request(None, None, greedy(), [-1]), RequestError, "token id -1"),
+        (Request("hello"), RequestError, "has no tokenizer; give prompt_token_ids"),
+        (Request(), RequestError, "exactly one of prompt, prompt_token_ids and messages"),
+        (Request("hello", prompt_token_ids=[1]), RequestError, "exactly one of"),
+        (Request(None, "nobody", greedy(), [1]), AdapterError, "adapter 'nobody' is unknown: known: a0, a1, a2, a3"),
+        (Request(None, None, greedy(), [1] * 512), RequestError, "the prompt has 512 tokens and the model takes 512"),
+        (Request(None, None, greedy(stop="x"), [1]), RequestError, "stop strings cannot be found"),
+        (Request(None, None, greedy(logit_bias={999: 1.0}), [1]), RequestError, "token id 999"),
+    ],
+)
+def test_a_bad_request_is_named_and_nothing_is_queued(engine, request_, error, words):
+    with pytest.raises(error, match=words) as caught:
+        engine.generate([Request(None, None, greedy(), PROMPT), request_])
+    assert "\n" not in str(caught.value)
+    assert engine.stats()["waiting"] == engine.stats()["running"] == 0
+    assert len(engine.generate([Request(None, None, greedy(2), PROMPT)])[0].token_ids) == 2
+
+
+def test_a_pool_too_small_is_named():
+    model, settings = config(pages=3)
+    with Engine(model, settings) as engine:
+        with pytest.raises(CapacityError, match=r"may need 4 pages .* the pool has 3; lower max_tokens"):
+            engine.generate([Request(None, None, greedy(20), [1] * 40)])
+        with pytest.raises(CapacityError, match="adapter 'big' needs .* pages and the pool has 3"):
+            engine.add_adapter("big", random_adapter(model.config, 64))
+        assert len(engine.generate([Request(None, None, greedy(3), [1] * 40)])[0].token_ids) == 3
+    with pytest.raises(CapacityError, match="less than one page of this model"):
+        Engine(model, EngineConfig(page_pool_bytes=100, compile_cache_dir="", dtype="float32"))
+
+
+def test_settings_are_checked():
+    with pytest.raises(SloraError, match="max_seqs must be at least 1, not 0"):
+        EngineConfig(max_seqs=0)
+    with pytest.raises(SloraError, match="dtype must be one of 'bfloat16', 'float32', not 'int8'"):
+        EngineConfig(dtype="int8")
+    with pytest.raises(SloraError, match="max_lora_rank must be at most 512"):
+        EngineConfig(max_lora_rank=1024)
+
+
+def test_an_adapter_that_overflows_fails_alone(engine):
+    huge = random_adapter(engine.model.config, 8, seed=1, scale=1e30)
+    engine.add_adapter("huge", huge)
+    bad, good = engine.generate([Request(None, name, greedy(3), PROMPT) for name in ("huge", None)])
+    assert bad.finish_reason == "error" and "not finite" in bad.completions[0].error
+    assert good.finish_reason == "length"
+    engine.remove_adapter("huge")
+
+
+def test_an_error_of_the_device_ends_what_ran_and_nothing_else(engine, monkeypatch, caplog):
+    runner = engine._core.runner
+    forward, calls = runner.forward, []
+
+    def failing(batch):
+        calls.append(batch)
+        if len(calls) == 3:
+            raise RuntimeError("the device is unwell")
+        return forward(batch)
+
+    monkeypatch.setattr(runner, "forward", failing)
+    failed = engine.generate([Request(None, "a0", greedy(), PROMPT)])[0]
+    assert failed.finish_reason == "error" and failed.completions[0].error == "the step failed: the device is unwell"
+    again = engine.generate([Request(None, "a0", greedy(), PROMPT)])[0]
+    assert again.finish_reason == "length"
+    engine.check_integrity()
+
+
+def test_a_closed_engine_says_so():
+    model, settings = config()
+    engine = Engine(model, settings)
+    stream = engine.stream(Request(None, None, greedy(200), PROMPT))
+    next(stream)
+    engine.close()
+    assert [d.finish_reason for d in stream][-1] == "abort"
+    with pytest.raises(SloraError, match="the engine is closed"):
+        engine.generate([Request(None, None, greedy(), PROMPT)])

@@ -1,0 +1,163 @@
+"""The scheduler against a stand-in for the model: every request finishes, in any pool it fits in, and pages stay consistent."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import pytest
+
+from slora_jax.page_pool import PagePool
+from slora_jax.scheduler import Scheduler, adapter_owner, sequence_owner
+from slora_jax.sequence import AdapterUse, Sequence
+
+
+class FakeModel:
+    """Remembers what was written to which page, and samples a token that depends on everything the sequence attends to."""
+
+    def __init__(self):
+        self.slots = {}  # (page, slot) -> token
+        self.adapters = {}  # page -> digest
+
+    def run(self, plan, pool):
+        for use in plan.loads:
+            for page in pool.pages(adapter_owner(use.digest)):
+                self.adapters[page] = use.digest
+        sampled = []
+        for chunk in plan.chunks:
+            seq = chunk.seq
+            pages = pool.pages(sequence_owner(seq))
+            for i in range(chunk.start, chunk.start + chunk.length):
+                self.slots[pages[i // 16], i % 16] = seq.tokens[i]
+                self.adapters.pop(pages[i // 16], None)
+            if seq.adapter:
+                held = [self.adapters.get(p) for p in pool.pages(adapter_owner(seq.adapter.digest))]
+                assert held == [seq.adapter.digest] * seq.adapter.num_pages, "the adapter's pages were overwritten"
+            if chunk.samples:
+                context = [self.slots[pages[i // 16], i % 16] for i in range(len(seq.tokens))]
+                sampled.append((seq, hash((tuple(context), seq.adapter and seq.adapter.digest)) % 1000))
+        return sampled
+
+
+def serve(requests, num_pages, max_seqs, max_step_tokens, aborts=()):
+    """Runs requests to their end. requests: (prompt length, max_tokens, adapter index or None, arrival step)."""
+    pool = PagePool(num_pages)
+    scheduler = Scheduler(pool, max_seqs=max_seqs, max_step_tokens=max_step_tokens)
+    model, done, seqs = FakeModel(), {}, {}
+    uses = [AdapterUse(f"adapter{i}", pages, 0.1) for i, pages in enumerate((1, 3, 5, 2))]
+    arrivals = sorted((arrival, i) for i, (_, _, _, arrival) in enumerate(requests))
+    step = 0
+    while arrivals or scheduler.has_work():
+        while arrivals and (arrivals[0][0] <= step or not scheduler.has_work()):
+            _, i = arrivals.pop(0)
+            prompt, answer, adapter, _ = requests[i]
+            seqs[i] = Sequence(
+                seq_id=i,
+                tokens=[(i * 7 + t) % 1000 for t in range(prompt)],
+                prompt_len=prompt,
+                max_tokens=answer,
+                adapter=None if adapter is None else uses[adapter],
+            )
+            scheduler.add(seqs[i])
+        for i in aborts:
+            if i in seqs and i not in done and step % 3 == 2:
+                scheduler.remove(seqs[i])
+                done[i] = None
+        if not scheduler.has_work():
+            continue
+        plan = scheduler.schedule()
+        pool.check_integrity()
+        assert plan.chunks, "nothing was scheduled although there is work"
+        assert plan.num_tokens <= max_step_tokens and len(plan.chunks) <= max_seqs
+        kinds = [(c.length > 1, c.seq.adapter.digest if c.seq.adapter else "") for c in plan.chunks]
+        assert kinds == sorted(kinds)
+        assert len({id(c.seq) for c in plan.chunks}) == len(plan.chunks)
+        sampled = model.run(plan, pool)
+        scheduler.complete(plan)
+        for seq, token in sampled:
+            seq.tokens.append(token)
+            if seq.output_len == seq.max_tokens:
+                scheduler.remove(seq)
+                done[seq.seq_id] = seq.tokens[seq.prompt_len :]
+        step += 1
+        assert step < 20000, "the requests do not finish"
+    assert all(pool.is_idle(owner) for owner in pool.owners())  # only idle adapters are left
+    assert pool.available == num_pages
+    return done
+
+
+requests = st.lists(
+    st.tuples(st.integers(1, 70), st.integers(1, 40), st.sampled_from([None, 0, 1, 2, 3]), st.integers(0, 30)),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(requests=requests, num_pages=st.integers(12, 20), max_seqs=st.integers(1, 6), extra=st.integers(0, 40))
+def test_a_tiny_pool_gives_the_tokens_of_a_large_one(requests, num_pages, max_seqs, extra):
+    large = serve(requests, 1000, 64, 4096)
+    small = serve(requests, num_pages, max_seqs, max_seqs + extra)
+    assert small == large
+
+
+@settings(max_examples=30, deadline=None)
+@given(requests=requests, aborts=st.sets(st.integers(0, 11)))
+def test_aborted_requests_leave_the_others_alone(requests, aborts):
+    large = serve(requests, 1000, 64, 4096)
+    small = serve(requests, 14, 4, 32, aborts)
+    for i, tokens in small.items():
+        assert tokens == large[i] or (tokens is None and i in aborts)
+
+
+def test_preempted_sequences_keep_their_place_and_their_tokens():
+    pool = PagePool(6)
+    scheduler = Scheduler(pool, max_seqs=4, max_step_tokens=64)
+    first, second = (Sequence(seq_id=i, tokens=list(range(31)), prompt_len=31, max_tokens=60) for i in range(2))
+    scheduler.add(first)
+    scheduler.add(second)
+    late = Sequence(seq_id=2, tokens=[1], prompt_len=1, max_tokens=1)
+    preempted = []
+    for step in range(60):
+        plan = scheduler.schedule()
+        preempted += plan.preempted
+        scheduler.complete(plan)
+        for chunk in plan.chunks:
+            if chunk.samples:
+                chunk.seq.tokens.append(7)
+        if step == 0:
+            scheduler.add(late)
+        if preempted:
+            break
+    assert preempted[0] is late or preempted[0] is second
+    assert first in scheduler.running
+    assert second.num_computed in (0, len(second.tokens) - 1)
+    pool.check_integrity()
+
+
+def test_a_request_that_cannot_fit_alone_is_refused():
+    scheduler = Scheduler(PagePool(4), max_seqs=2, max_step_tokens=16)
+    with pytest.raises(ValueError, match="6 pages needed, the pool has 4"):
+        scheduler.add(Sequence(seq_id=0, tokens=[1] * 60, prompt_len=60, max_tokens=37))
+    with pytest.raises(ValueError, match="max_step_tokens 4 must be at least max_seqs 8"):
+        Scheduler(PagePool(4), max_seqs=8, max_step_tokens=4)
+
+
+def test_idle_adapters_stay_until_the_space_is_needed():
+    pool = PagePool(8)
+    scheduler = Scheduler(pool, max_seqs=2, max_step_tokens=64)
+    loads = []
+
+    def run_one(use, prompt=10):
+        seq = Sequence(seq_id=object(), tokens=[1] * prompt, prompt_len=prompt, max_tokens=1, adapter=use)
+        scheduler.add(seq)
+        plan = scheduler.schedule()
+        loads.extend(u.digest for u in plan.loads)
+        scheduler.complete(plan)
+        scheduler.remove(seq)
+
+    a, b = AdapterUse("a", 3, 0.1), AdapterUse("b", 3, 0.1)
+    for use in (a, b, a, b, a):
+        run_one(use)
+    assert loads == ["a", "b"]
+    run_one(None, 100)  # 7 pages: both must go
+    assert not pool.holds(adapter_owner("b"))
+    run_one(b)
+    assert loads == ["a", "b", "b"]
