@@ -34,7 +34,9 @@ class BatchBuilder:
         self.num_pages = num_pages
         self.table_pages = -(-max_model_len // PAGE_TOKENS)
 
-    def build(self, chunks: Sequence[Chunk], pool: PagePool, adapters: Mapping[str, Adapter]) -> tuple[Batch, list[Row]]:
+    def build(
+        self, chunks: Sequence[Chunk], pool: PagePool, adapters: Mapping[str, Adapter]
+    ) -> tuple[Batch, list[Row]]:
         """Batch of numpy arrays for chunks in batch order, and what its rows of logits mean.
 
         adapters: by digest; every adapter of `chunks` must have its pages in the pool.

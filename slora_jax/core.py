@@ -109,6 +109,7 @@ class EngineCore:
             return []
         wanted = [self._generations[r.chunk.seq.seq_id].row_sampling(r.position) for r in rows]
         output = self.runner.sample(logits, build_sampling(wanted, len(batch.logit_rows)))
+        assert output.finite is not None  # sample always tells
         results = []
         for i, (row, sampling) in enumerate(zip(rows, wanted, strict=True)):
             token = int(output.tokens[i])
@@ -139,8 +140,7 @@ class EngineCore:
             self.release_adapter(job.adapter.digest)
 
     def _recover(self, error: Exception) -> None:
-        """The pool was donated to a step that failed: its contents are lost, so what ran ends and what waits goes on.
-        """
+        """The pool was donated to a step that failed: its contents are lost. What ran ends, what waits goes on."""
         lines = str(error).strip().splitlines()
         text = f"the step failed: {lines[0] if lines else type(error).__name__}"
         lost = {id(g.job): g.job for g in (self._generations[s.seq_id] for s in self.scheduler.running)}

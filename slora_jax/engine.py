@@ -28,7 +28,8 @@ from slora_jax.registry import AdapterRegistry
 from slora_jax.requests import Completion, Delta, Request, RequestOutput, Timings
 from slora_jax.runner import Runner
 from slora_jax.scheduler import Scheduler
-from slora_jax.sequence import AdapterUse, Sequence as Seq
+from slora_jax.sequence import AdapterUse
+from slora_jax.sequence import Sequence as Seq
 from slora_jax.text_stream import TextStream
 
 _HOST_TO_DEVICE_BYTES_PER_SECOND = 40e9  # measured from pinned memory on an H200; sets what evicting an adapter costs
@@ -316,7 +317,9 @@ class Engine:
         ids = self._prompt_ids(request)
         tokenizer = self.model.tokenizer
         if params.stop and tokenizer is None:
-            raise RequestError(f"{self.model.name} has no tokenizer, so stop strings cannot be found; use stop_token_ids")
+            raise RequestError(
+                f"{self.model.name} has no tokenizer, so stop strings cannot be found; use stop_token_ids"
+            )
         output = RequestOutput(
             request_id=request.request_id or f"req-{next(self._ids)}-{secrets.token_hex(4)}",
             prompt=request.prompt,
@@ -357,8 +360,10 @@ class Engine:
         pool = self._core.pool
         if seq.worst_case_pages > pool.num_pages:
             raise CapacityError(
-                f"the request may need {seq.worst_case_pages} pages (prompt {seq.prompt_len} tokens, answer up to {seq.max_tokens}"
-                f"{f', adapter {seq.adapter.num_pages} pages' if seq.adapter else ''}) and the pool has {pool.num_pages}; "
+                f"the request may need {seq.worst_case_pages} pages (prompt {seq.prompt_len} tokens, "
+                f"answer up to {seq.max_tokens}"
+                f"{f', adapter {seq.adapter.num_pages} pages' if seq.adapter else ''}) "
+                f"and the pool has {pool.num_pages}; "
                 "lower max_tokens or set page_pool_bytes higher"
             )
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 
 from pallas_kernels import Implementation
+from pallas_kernels.dispatch import hopper_available
 from slora_jax.errors import SloraError
 
 
@@ -30,7 +31,8 @@ class EngineConfig:
     max_lora_rank: largest rank that steps are compiled for; None follows the registered adapters, so that registering
         one of a higher rank than all before compiles the steps anew.
     implementation: kernels, "auto", "mosaic" or "xla".
-    loop: "unroll" or "scan" over the layers, see Llama; None: unroll on a GPU, scan on a CPU.
+    loop: "unroll" or "scan" over the layers, see Llama; None: unroll where the Hopper kernels run, else scan, because the
+        XLA kernels are long to compile.
     warm_up: compile every step shape at start instead of when it is first needed.
     compile_cache_dir: where compiled steps are kept between runs; "" keeps none. It holds executable code: use a
         directory that only you can write to.
@@ -82,7 +84,7 @@ class EngineConfig:
             dtype=self.dtype or ("bfloat16" if gpu else "float32"),
             max_seqs=max_seqs,
             max_step_tokens=max_step_tokens,
-            loop=self.loop or ("unroll" if gpu else "scan"),
+            loop=self.loop or ("unroll" if self.implementation != "xla" and hopper_available() else "scan"),
         )
         return ResolvedConfig(**settings)
 

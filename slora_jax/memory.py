@@ -41,7 +41,8 @@ def check_weights_fit(config: ModelConfig, dtype: str, name: str) -> None:
     need = weight_bytes(config, dtype)
     if memory and need > memory[0] - memory[1]:
         raise CapacityError(
-            f"{name} needs {need / 2**30:.1f} GiB of device memory in {dtype}, {(memory[0] - memory[1]) / 2**30:.1f} GiB are free; "
+            f"{name} needs {need / 2**30:.1f} GiB of device memory in {dtype}, "
+            f"{(memory[0] - memory[1]) / 2**30:.1f} GiB are free; "
             "use a smaller model, a larger GPU, or raise XLA_PYTHON_CLIENT_MEM_FRACTION"
         )
 
@@ -77,7 +78,8 @@ def choose_num_pages(
         guess = fits
     if guess < 1:
         raise CapacityError(
-            f"no memory is left for the page pool: {used / 2**30:.1f} of {limit / 2**30:.1f} GiB are used by the weights; "
+            f"no memory is left for the page pool: {used / 2**30:.1f} of {limit / 2**30:.1f} GiB are used by the "
+            "weights; "
             "use a smaller model or a larger GPU, or lower max_step_tokens"
         )
     return guess

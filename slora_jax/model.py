@@ -73,8 +73,7 @@ class Llama(nn.Module):
         }
 
     def __call__(self, pages: Float[Array, "L P E"], batch: Batch):
-        """Runs all layers. Returns the pool with the tokens' keys and values in it, and the final hidden state [T, H].
-        """
+        """Runs all layers. Returns the pool with the tokens' keys and values, and the final hidden state [T, H]."""
         cfg = self.config
         angles = batch.positions.astype(jnp.float32)[:, None] * rope_frequencies(
             cfg.head_dim, cfg.rope_theta, cfg.rope_scaling

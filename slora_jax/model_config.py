@@ -60,7 +60,8 @@ class ModelConfig:
     @property
     def out_sizes(self) -> tuple[int, ...]:
         """Output width of q, k, v, o, gate, up, down."""
-        return (self.q_size, self.kv_size, self.kv_size, self.hidden_size, self.mlp_size, self.mlp_size, self.hidden_size)
+        h, f = self.hidden_size, self.mlp_size
+        return (self.q_size, self.kv_size, self.kv_size, h, f, f, h)
 
     @property
     def geometry(self) -> Geometry:

@@ -77,9 +77,7 @@ class Runner:
         if rank <= self.max_rank:
             return False
         self.max_rank = max(8, 1 << (rank - 1).bit_length())
-        self._forward = jax.jit(
-            make_forward(self.config, max_rank=self.max_rank, **self._options), donate_argnums=1
-        )
+        self._forward = jax.jit(make_forward(self.config, max_rank=self.max_rank, **self._options), donate_argnums=1)
         return True
 
     def load_adapter(self, adapter: Adapter, page_ids: Sequence[int]) -> None:
@@ -127,4 +125,3 @@ class Runner:
 
 def _write_pages(state: State, page_ids: jax.Array, image: jax.Array) -> State:
     return State(pages=write_adapter(state.pages, page_ids, image))
-

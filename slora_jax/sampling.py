@@ -18,8 +18,7 @@ def _ordered(x: Float[Array, "R V"]) -> UInt[Array, "R V"]:
 
 
 def _largest_threshold(holds, rows: int) -> UInt[Array, "R 1"]:
-    """The largest uint32 t per row with ``holds(t)``, found bit by bit; `holds` is true up to some t and false beyond.
-    """
+    """The largest uint32 t per row with ``holds(t)``, found bit by bit; `holds` is true up to some t."""
 
     def bit(i, t):
         trial = t | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
@@ -42,9 +41,7 @@ def _filter(logits: Float[Array, "R V"], s: Sampling) -> Float[Array, "R V"]:
     # rounding keeps the sum a little under 1: with top_p = 1 nothing may go
     mass = jnp.where(s.top_p < 1, s.top_p, 0.0)[:, None] * jnp.sum(probs, axis=1, keepdims=True)
     bits = lax.bitcast_convert_type(probs, jnp.uint32)  # probabilities are positive: their bits are in order
-    least = _largest_threshold(
-        lambda t: jnp.sum(jnp.where(bits >= t, probs, 0), axis=1, keepdims=True) >= mass, rows
-    )
+    least = _largest_threshold(lambda t: jnp.sum(jnp.where(bits >= t, probs, 0), axis=1, keepdims=True) >= mass, rows)
     logits = jnp.where((bits >= least) | (s.top_p >= 1)[:, None], logits, -jnp.inf)
     floor = s.min_p[:, None] * jnp.max(probs, axis=1, keepdims=True)
     return jnp.where(probs >= floor, logits, -jnp.inf)

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.geometry import PAGE_TOKENS, Geometry, ceil_div
 
-_PAGES_PER_BLOCK = 8
+_PAGES_PER_BLOCK = 4
 _QUERY_BLOCK = 16
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pallas_kernels.geometry import MODULES, PAGE_TOKENS, Geometry, ceil_div
+from pallas_kernels.geometry import MODULES, PAGE_TOKENS, ceil_div
 from slora_jax.adapters import AdapterLimits, read_adapter
 from slora_jax.adapters.image import layer_tiles
 from slora_jax.adapters.peft_config import PeftLoraConfig, decode_config, parse_config
@@ -124,10 +124,11 @@ def _inspect_adapter(source: str, base: str | None) -> str:
     _line("scaling", ", ".join(f"{value:g}" for value in scaling[:8]) + (", …" if len(scaling) > 8 else ""))
     _line("digest", adapter.digest)
     pages, geometry = adapter.num_pages(config.geometry), config.geometry
+    filled = 100 * adapter.num_tiles(geometry) / (pages * geometry.tiles_per_page_id)
     _line(
         "pages",
         f"{pages} ({_size(pages * page_bytes(config, 'bfloat16'))} of the pool in bfloat16), the space of "
-        f"{pages * PAGE_TOKENS} tokens of KV cache; {_filled(adapter.num_tiles(geometry), pages, geometry):.0f} % filled",
+        f"{pages * PAGE_TOKENS} tokens of KV cache; {filled:.0f} % filled",
     )
     _line("host memory", _size(adapter.nbytes))
     return f"yes, for {base}"
@@ -139,10 +140,6 @@ def _print_settings(peft: PeftLoraConfig) -> None:
     kind = "rsLoRA" if peft.use_rslora else "LoRA"
     base = f", made for {peft.base_model}" if peft.base_model else ""
     _line("settings", f"{kind}, r {peft.r}, lora_alpha {peft.lora_alpha:g}, target_modules {shown}{base}")
-
-
-def _filled(tiles: int, pages: int, geometry: Geometry) -> float:
-    return 100 * tiles / (pages * geometry.tiles_per_page_id)
 
 
 def _size(number: float) -> str:

@@ -58,8 +58,8 @@ def _demo(commands) -> None:
         commands,
         "demo",
         "show base model and adapters answering in one batch",
-        "Answers a dozen prompts with the base model and every adapter of a directory, all in one batch, and shows what the\n"
-        "page pool held meanwhile. `make demo` runs it with a small model and six adapters.",
+        "Answers a dozen prompts with the base model and every adapter of a directory, all in one batch, and shows\n"
+        "what the page pool held meanwhile. `make demo` runs it with a small model and six adapters.",
     )
     parser.add_argument("--model", required=True, help=_MODEL)
     parser.add_argument(
@@ -84,9 +84,9 @@ def _generate(commands) -> None:
         "  slora-jax generate org/model --adapter pirate=./pirate --jsonl requests.jsonl > answers.jsonl\n"
         "\n"
         "A row of a JSONL file is an object with one of prompt (continued as it stands), messages (a chat: a list of\n"
-        "{role, content}) or prompt_token_ids, and, if wanted, adapter (a name; none is the base model), id (repeated in\n"
-        "the answer) and any sampling option under its name with underscores, for instance max_tokens. Every row is\n"
-        "answered by one line, in the same order; a row that cannot be served is answered by its error.",
+        "{role, content}) or prompt_token_ids, and, if wanted, adapter (a name; none is the base model), id (repeated\n"
+        "in the answer) and any sampling option under its name with underscores, for instance max_tokens. Every row\n"
+        "is answered by one line, in the same order; a row that cannot be served is answered by its error.",
     )
     parser.add_argument("model", metavar="MODEL", help=_MODEL)
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="prompts; without any, standard input is one")
@@ -143,8 +143,8 @@ def _inspect(commands) -> None:
         commands,
         "inspect",
         "show a model or adapter, the memory it takes, and whether it is supported",
-        "Shows sizes, ranks, pages and memory of a base model or a LoRA adapter, and whether it would be accepted or why\n"
-        "not, without running it. The exit status is 0 if it is accepted and 1 if it is refused.",
+        "Shows sizes, ranks, pages and memory of a base model or a LoRA adapter, and whether it would be accepted or\n"
+        "why not, without running it. The exit status is 0 if it is accepted and 1 if it is refused.",
         "examples:\n  slora-jax inspect org/model\n  slora-jax inspect ./pirate --base org/model",
     )
     parser.add_argument("source", metavar="MODEL|ADAPTER", help=f"{_MODEL}; or a PEFT adapter's directory or id")

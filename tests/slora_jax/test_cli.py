@@ -202,8 +202,8 @@ def test_inspect_an_adapter(capsys):
 def test_inspect_what_is_refused(capsys, tmp_path):
     assert run(capsys, "inspect", tmp_path)[:2] == (
         1,
-        f"accepted      no: {tmp_path} holds no model: looked for config.json (Hugging Face), *.gguf and slora_model.json "
-        "(slora-jax convert)\n",
+        f"accepted      no: {tmp_path} holds no model: looked for config.json (Hugging Face), *.gguf and "
+        "slora_model.json (slora-jax convert)\n",
     )
     fields = json.loads((PEFT / "llama" / "list" / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**fields, "use_dora": True}))

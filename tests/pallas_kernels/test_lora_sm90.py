@@ -1,0 +1,264 @@
+"""The Hopper LoRA kernels against float64: interpreted, lowered to CUDA, and (marked gpu) on the machine."""
+
+import dataclasses
+import functools
+
+import jax
+from jax import numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import numpy as np
+from oracles import image_pages, place_adapter, relative_error
+import pytest
+
+from pallas_kernels.geometry import GROUPS, Geometry
+from pallas_kernels.lora.arg_specs import SPECS
+from pallas_kernels.lora.config import LoraConfig, chunk_tiles, default_config
+from pallas_kernels.lora.kernel_sm90 import expand_sm90, shrink_sm90, unsupported
+from pallas_kernels.lora.plan import make_plan, max_token_blocks
+from pallas_kernels.lora.table import AdapterTable
+
+RANKS = (1, 4, 8, 12, 16, 24, 32, 64, 128, 256)
+LENGTHS = (1, 0, 3, 9, 2, 8, 1, 17, 1, 1, 5, 40, 1)
+ADAPTERS = (0, 1, -1, 2, 3, 4, 5, 6, 7, 8, 9, 0, -1)
+
+
+def geometry(hidden, kv, mlp, heads=4, kv_heads=2, dim=64):
+    return Geometry(
+        num_layers=2,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=dim,
+        in_sizes=(hidden,) * 6 + (mlp,),
+        out_sizes=(hidden, kv, kv, hidden, mlp, mlp, hidden),
+    )
+
+
+TINY = geometry(256, 128, 512, kv_heads=4)
+ODD = geometry(192, 64, 320, heads=3, kv_heads=1)  # widths of an odd number of tiles: chunks of one tile
+MEDIUM = geometry(1024, 512, 2816, heads=8, kv_heads=4, dim=128)
+
+
+class Batch:
+    """Adapters of the given ranks (one list of seven each) in random pages of a pool full of NaN, and random tokens."""
+
+    def __init__(self, g, ranks, lengths, adapters, group, layer=1, padding=2, seed=0):
+        rng = np.random.default_rng(seed)
+        self.geometry, self.group, self.layer = g, group, layer
+        self.lengths, self.adapters = lengths, adapters
+        factors = []
+        for row in ranks:
+            make = lambda *shape: np.asarray(jnp.asarray(rng.standard_normal(shape), jnp.bfloat16), np.float64)  # noqa: E731
+            factors.append(
+                {
+                    (i, m): (make(r, g.in_sizes[m]) / 16, make(g.out_sizes[m], r))
+                    for i in range(g.num_layers)
+                    for m, r in enumerate(row)
+                    if r
+                }
+            )
+        need = [image_pages(f, g) for f in factors]
+        num_pages = sum(need) + 3
+        ids = rng.permutation(num_pages).astype(np.int32)
+        pages = np.full((g.num_layers, num_pages, g.page_elements), np.nan, np.float32)
+        start = np.cumsum([0, *need])
+        rows = [place_adapter(pages, ids[start[i] :], f, g) for i, f in enumerate(factors)]
+        self.scaling = rng.uniform(0.5, 2, (len(ranks), g.num_layers, 7)).astype(np.float32)
+        self.table = AdapterTable(
+            pages=jnp.asarray(ids),
+            page_start=jnp.asarray(start[:-1], jnp.int32),
+            tile_start=jnp.asarray(np.stack([r[0] for r in rows])),
+            granules=jnp.asarray(np.stack([r[1] for r in rows])),
+            scaling=jnp.asarray(self.scaling),
+        )
+        self.factors, self.pages = factors, jnp.asarray(pages, jnp.bfloat16)
+        self.seg_start = np.cumsum([0, *lengths]).astype(np.int32)
+        tokens = int(self.seg_start[-1]) + padding
+        width = sum(g.out_sizes[m] for m in GROUPS[group])
+        self.x = jnp.asarray(rng.standard_normal((tokens, g.in_sizes[GROUPS[group][0]])), jnp.bfloat16)
+        self.out = jnp.asarray(rng.standard_normal((tokens, width)), jnp.bfloat16)
+
+    def run(self, config, interpret=None):
+        options = dict(
+            layer=self.layer,
+            group=self.group,
+            geometry=self.geometry,
+            max_rank=int(self.table.granules.max()) * 8,
+            config=config,
+            interpret=interpret,
+        )
+        where = (self.pages, self.table, jnp.asarray(self.seg_start), jnp.asarray(self.adapters, dtype=jnp.int32))
+        y = shrink_sm90(self.x, *where, **options)
+        return np.asarray(expand_sm90(self.out, y, *where, **options))
+
+    def expected(self):
+        out, x = np.asarray(self.out, np.float64), np.asarray(self.x, np.float64)
+        for s, a in enumerate(self.adapters):
+            rows, column = slice(self.seg_start[s], self.seg_start[s + 1]), 0
+            for m in GROUPS[self.group]:
+                width = self.geometry.out_sizes[m]
+                if a >= 0 and (self.layer, m) in self.factors[a]:
+                    fa, fb = self.factors[a][self.layer, m]
+                    scale = np.float64(self.scaling[a, self.layer, m])
+                    fa = np.asarray(jnp.asarray(fa, jnp.bfloat16), np.float64)
+                    out[rows, column : column + width] += scale * (x[rows] @ fa.T @ fb.T)
+                column += width
+        return out
+
+    def check(self, result):
+        assert relative_error(result, self.expected()) < 5e-3
+        base = np.ones(len(result), bool)
+        for s, a in enumerate(self.adapters):
+            if a >= 0:
+                base[self.seg_start[s] : self.seg_start[s + 1]] = False
+        np.testing.assert_array_equal(result[base], np.asarray(self.out)[base])
+
+
+SMALL = LoraConfig(num_splits=2, range_tiles=4, shrink_stages=2, expand_stages=2, out_slots=2, num_ctas=2)
+
+
+@pytest.mark.parametrize(
+    "g, ranks, lengths, adapters, group, config",
+    [
+        (TINY, [[8] * 7, [16, 4, 0, 8, 40, 80, 8]], (1, 3, 2), (0, -1, 1), "gu", SMALL),
+        (TINY, [[8] * 7, [16, 4, 0, 8, 40, 80, 8]], (1, 3, 2), (0, -1, 1), "qkv", SMALL),
+        (
+            ODD,
+            [[8] * 7, [16, 4, 0, 24, 40, 80, 8]],
+            (1, 3, 19, 0),
+            (0, -1, 1, 0),
+            "o",
+            dataclasses.replace(SMALL, block_tokens=16, shrink_packed=1),
+        ),
+    ],
+    ids=["gu", "qkv", "odd-widths-long-blocks"],
+)
+def test_interpreted(g, ranks, lengths, adapters, group, config):
+    batch = Batch(g, ranks, lengths, adapters, group)
+    batch.check(batch.run(config, interpret=plgpu.InterpretGPUParams()))
+
+
+def test_plan_lists_every_token_block_once():
+    batch = Batch(TINY, [[8] * 7, [0] * 7, [200, 16, 0, 8, 8, 8, 8]], (9, 4, 1, 0, 17), (0, 1, -1, 0, 2), "qkv")
+    plan = make_plan(
+        batch.table,
+        jnp.asarray(batch.seg_start),
+        jnp.asarray(batch.adapters, dtype=jnp.int32),
+        num_tokens=len(batch.x),
+        group="qkv",
+        geometry=TINY,
+        max_rank=200,
+        block_tokens=8,
+    )
+    # 9 tokens with 3 granules, then 17 tokens with 25 + 2
+    assert plan.counts.tolist() == [[2 + 3 * 4, 5]] * 2
+    assert plan.expand[1, :5, :2].tolist() == [[0, 8], [8, 1], [14, 8], [22, 8], [30, 1]]
+    assert plan.shrink[1, :14, 2].tolist() == [3, 3] + [8, 8, 8, 3] * 3
+    assert plan.expand[1, :5, 2].tolist() == [0, 64, 128, 384, 640]
+    assert plan.expand[1, 2, 4:].reshape(3, 3)[:, 1:].tolist() == [[25, 0], [2, 200], [0, 216]]
+
+
+def test_token_blocks_are_bounded():
+    assert max_token_blocks(64, 64, 8) == 64
+    assert max_token_blocks(2048, 1, 64) == 32
+    assert max_token_blocks(0, 4, 8) == 1
+
+
+def _abstract(shape, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+NAMED = [
+    ("7b_decode_64_distinct_r16_qkvo", "qkv"),
+    ("7b_decode_64_mixed_qkvo", "o"),
+    ("7b_prefill_2048_8_segments_r64", "gu"),
+    ("8b_decode_256_distinct_r16_all", "down"),
+    ("8b_prefill_2048_64_segments_r16", "qkv"),
+]
+
+
+@pytest.mark.parametrize("name, group", NAMED)
+def test_named_shapes_lower_to_cuda(name, group):
+    spec = SPECS[name]
+    g, modules = spec.geometry, GROUPS[group]
+    adapters, segments = len(spec.ranks), len(spec.segments)
+    table = AdapterTable(
+        pages=_abstract((1000,)),
+        page_start=_abstract((adapters,)),
+        tile_start=_abstract((adapters, g.num_layers)),
+        granules=_abstract((adapters, g.num_layers, 7)),
+        scaling=_abstract((adapters, g.num_layers, 7), jnp.float32),
+    )
+
+    def run(x, out, *where):
+        options = dict(layer=3, group=group, geometry=g, max_rank=spec.max_rank)
+        return expand_sm90(out, shrink_sm90(x, *where, **options), *where, **options)
+
+    lowered = (
+        jax.jit(run)
+        .trace(
+            _abstract((spec.num_tokens, g.in_sizes[modules[0]]), jnp.bfloat16),
+            _abstract((spec.num_tokens, sum(g.out_sizes[m] for m in modules)), jnp.bfloat16),
+            _abstract((g.num_layers, 1000, g.page_elements), jnp.bfloat16),
+            table,
+            _abstract((segments + 1,)),
+            _abstract((segments,)),
+        )
+        .lower(lowering_platforms=("cuda",))
+        .as_text()
+    )
+    assert lowered.count("@mosaic_gpu_v2") == 2
+    assert "output_operand_aliases" in lowered
+
+
+def test_unsupported_names_the_reason():
+    g = MEDIUM
+    x, pages = jnp.zeros((8, 1024), jnp.bfloat16), jnp.zeros((2, 1, g.page_elements), jnp.bfloat16)
+    reason = functools.partial(unsupported, group="qkv", geometry=g, max_rank=16)
+    assert reason(x, pages) is None
+    assert "float32" in reason(x, pages.astype(jnp.float32))
+    assert "float32" in reason(x.astype(jnp.float32), pages)
+    assert "1000" in unsupported(x, pages, group="qkv", geometry=geometry(1000, 512, 2816), max_rank=16)
+    assert "1024" in unsupported(x, pages, group="qkv", geometry=g, max_rank=1024)
+
+
+def test_chunks_never_straddle_pages():
+    for name in ("7b_decode_64_distinct_r16_qkvo", "8b_decode_64_distinct_r16_qkvo"):
+        assert chunk_tiles(SPECS[name].geometry, 4) == 4
+    assert chunk_tiles(TINY, 4) == 2
+    assert chunk_tiles(ODD, 4) == 1
+
+
+def _mixed(group, **options):
+    ranks = [[RANKS[(a + m) % len(RANKS)] for m in range(7)] for a in range(len(RANKS))]
+    return Batch(MEDIUM, ranks, LENGTHS, ADAPTERS, group, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", GROUPS)
+def test_on_gpu(group):
+    batch = _mixed(group)
+    short, long = (batch.run(default_config(MEDIUM, n)) for n in (8, 4096))
+    batch.check(short)
+    # block sizes only move work around: they leave no trace in the bits
+    np.testing.assert_array_equal(short.view(np.uint16), long.view(np.uint16))
+    np.testing.assert_array_equal(short.view(np.uint16), batch.run(default_config(MEDIUM, 8)).view(np.uint16))
+
+
+@pytest.mark.gpu
+def test_batch_invariance_on_gpu():
+    """A token's result is the same bits alone and in a batch, wherever its adapter lies."""
+    batch = _mixed("qkv")
+    together = batch.run(default_config(MEDIUM, 8))
+    for s, a in enumerate(ADAPTERS):
+        if a < 0 or LENGTHS[s] == 0:
+            continue
+        rows = slice(batch.seg_start[s], batch.seg_start[s + 1])
+        alone = _mixed("qkv")
+        order = np.random.default_rng(s).permutation(alone.pages.shape[1])
+        alone.pages = alone.pages[:, np.argsort(order)]
+        alone.table = dataclasses.replace(alone.table, pages=jnp.asarray(order[alone.table.pages], jnp.int32))
+        alone.x, alone.out = batch.x[rows], batch.out[rows]
+        alone.seg_start, alone.adapters = np.array([0, LENGTHS[s]], np.int32), (a,)
+        np.testing.assert_array_equal(
+            alone.run(default_config(MEDIUM, 8)).view(np.uint16), together[rows].view(np.uint16)
+        )
