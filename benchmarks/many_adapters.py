@@ -2,7 +2,8 @@
 
     python -m benchmarks.many_adapters --shape llama-2-7b --adapters 200 --requests 256
 
-Reports throughput, the page pool, and the temporary memory of the compiled steps, which shows that the pool is never copied.
+Reports throughput, the page pool, and the temporary memory of the compiled steps, which shows that the pool is never
+copied.
 """
 
 import argparse
@@ -51,10 +52,11 @@ def main() -> None:
         dtype=args.dtype or "bfloat16",
         max_seqs=args.max_seqs,
         max_step_tokens=2048,
+        seq_buckets=(args.max_seqs,),
+        token_buckets=(2048,),
         max_model_len=2048,
         implementation=args.implementation,
         progress=True,
-        compile_cache_dir="",
     )
     rng = np.random.default_rng(42)
     prompt_lens = rng.integers(*map(int, args.prompt.split(",")), args.requests)
@@ -79,11 +81,10 @@ def main() -> None:
         seconds = time.perf_counter() - start
         engine.check_integrity()
         stats = engine.stats()
-        builder, runner = engine._core.runner.builder, engine._core.runner
-        buckets = builder.buckets
+        runner, n = engine._core.runner, args.max_seqs
         steps = {
-            f"decode {args.max_seqs}": builder.padding(args.max_seqs, args.max_seqs, decode_only=True, use_adapters=True),
-            "prompt 2048": builder.padding(buckets.max_seqs, 2048, decode_only=False, use_adapters=True),
+            f"decode {n}": runner.builder.padding(n, n, decode_only=True, use_adapters=True),
+            "prompt 2048": runner.builder.padding(n, 2048, decode_only=False, use_adapters=True),
         }
         temp = {name: runner.temp_bytes(batch) for name, batch in steps.items()}
     answered = sum(len(o.token_ids) for o in outputs)

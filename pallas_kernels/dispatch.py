@@ -1,5 +1,6 @@
 """Choice between an op's implementations: the XLA reference, which runs anywhere, and the Hopper kernel."""
 
+from collections.abc import Callable
 import functools
 import logging
 from typing import Literal
@@ -27,21 +28,20 @@ def _log_once(op: str, reason: str) -> None:
     logger.warning("%s: using the XLA implementation, because %s", op, reason)
 
 
-def use_mosaic(op: str, implementation: Implementation, unsupported: str | None) -> bool:
+def use_mosaic(op: str, implementation: Implementation, unsupported: Callable[[], str | None]) -> bool:
     """True if the Hopper kernel of `op` should run.
 
-    unsupported: why the kernel cannot take this input, or None if it can.
+    unsupported: says why the kernel cannot take this input, or None if it can; called only where the kernel may run.
     Raises UnsupportedInput if implementation is "mosaic" and there is such a reason.
     """
     if implementation not in ("auto", "mosaic", "xla"):
         raise ValueError(f"implementation must be 'auto', 'mosaic' or 'xla', not {implementation!r}")
-    if implementation == "mosaic":
-        if unsupported:
-            raise UnsupportedInput(f"{op} has no Hopper kernel for this input: {unsupported}")
+    if implementation == "xla" or (implementation == "auto" and not hopper_available()):
+        return False
+    reason = unsupported()
+    if reason is None:
         return True
-    if implementation == "xla" or not hopper_available():
-        return False
-    if unsupported:
-        _log_once(op, unsupported)
-        return False
-    return True
+    if implementation == "mosaic":
+        raise UnsupportedInput(f"{op} has no Hopper kernel for this input: {reason}")
+    _log_once(op, reason)
+    return False

@@ -53,7 +53,8 @@ class Engine:
         for name, adapter in (adapters or {}).items():
             self._registry.add(name, adapter)
         rank = settings.max_lora_rank or max((a.max_rank for _, a in self._registry.items()), default=8)
-        buckets = Buckets.default(settings.max_seqs, settings.max_step_tokens)
+        default = Buckets.default(settings.max_seqs, settings.max_step_tokens)
+        buckets = Buckets(seqs=settings.seq_buckets or default.seqs, tokens=settings.token_buckets or default.tokens)
         num_pages = choose_num_pages(model.config, model.params, settings, buckets, self.max_model_len, rank)
         runner = Runner(
             model.config,

@@ -26,13 +26,16 @@ class EngineConfig:
     max_model_len: longest prompt plus answer, in tokens; None takes the model's own limit.
     max_seqs: sequences that run at the same time at most; None: 256 on a GPU, 16 on a CPU.
     max_step_tokens: tokens in one step at most (decode tokens and prompt chunks); None: 2048 on a GPU, 256 on a CPU.
+    seq_buckets, token_buckets: sizes to which decode steps pad their sequences, and steps with prompt chunks their
+        tokens, in increasing order up to max_seqs and max_step_tokens; None takes powers of two. Every size is a
+        program to compile.
     page_pool_bytes: memory for KV cache and adapters; None takes what the GPU has free after the weights and the
         compiled steps' own need, or 1 GiB on a CPU.
     max_lora_rank: largest rank that steps are compiled for; None follows the registered adapters, so that registering
         one of a higher rank than all before compiles the steps anew.
     implementation: kernels, "auto", "mosaic" or "xla".
-    loop: "unroll" or "scan" over the layers, see Llama; None: unroll where the Hopper kernels run, else scan, because the
-        XLA kernels are long to compile.
+    loop: "unroll" or "scan" over the layers, see Llama; None: unroll where the Hopper kernels run, else scan, because
+        the XLA kernels take long to compile.
     warm_up: compile every step shape at start instead of when it is first needed.
     compile_cache_dir: where compiled steps are kept between runs; "" keeps none. It holds executable code: use a
         directory that only you can write to.
@@ -44,6 +47,8 @@ class EngineConfig:
     max_model_len: int | None = None
     max_seqs: int | None = None
     max_step_tokens: int | None = None
+    seq_buckets: tuple[int, ...] | None = None
+    token_buckets: tuple[int, ...] | None = None
     page_pool_bytes: int | None = None
     max_lora_rank: int | None = None
     implementation: Implementation = "auto"
@@ -79,6 +84,10 @@ class EngineConfig:
                 f"max_step_tokens {max_step_tokens} is less than max_seqs {max_seqs}: "
                 "every running sequence needs a token a step"
             )
+        for name, last in (("seq_buckets", max_seqs), ("token_buckets", max_step_tokens)):
+            sizes = getattr(self, name)
+            if sizes is not None and (list(sizes) != sorted(set(sizes)) or sizes[0] < 1 or sizes[-1] != last):
+                raise SloraError(f"{name} must increase from at least 1 to {last}, not {sizes}")
         settings: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         settings |= dict(
             dtype=self.dtype or ("bfloat16" if gpu else "float32"),

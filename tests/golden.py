@@ -1,7 +1,8 @@
-"""What PEFT answered: tests/data/golden.json, made by PEFT 0.21.2 in float32 with SmolLM2's GGUF weights rounded to bfloat16.
+"""What PEFT answered: tests/data/golden.json, made by PEFT 0.21.2 in float32 with SmolLM2's GGUF weights rounded to
+bfloat16.
 
-A row has a prompt, 32 greedy tokens (past the end token), the gap between the two best logits at each, and the eight best logits
-of the first.
+A row has a prompt, 32 greedy tokens (past the end token), the gap between the two best logits at each, and the eight
+best logits of the first.
 """
 
 import json

@@ -1,4 +1,6 @@
-"""Plain numpy float64 versions of what the packages compute, written from the definitions, for tests to compare with."""
+"""Plain numpy float64 versions of what the packages compute, written from the definitions, for tests to compare
+with.
+"""
 
 import numpy as np
 

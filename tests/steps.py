@@ -25,7 +25,9 @@ def prompt_logits(
     last_only: bool = False,
     **options,
 ) -> list[np.ndarray]:
-    """Float32 logits [n, V] of each prompt under its adapter (or [1, V] of its last position), all in one mixed batch."""
+    """Float32 logits [n, V] of each prompt under its adapter (or [1, V] of its last position), all in one mixed
+    batch.
+    """
     adapters = {a.digest: a for _, a in prompts if a is not None}
     need = sum(len(p) // 16 + 1 for p, _ in prompts) + sum(a.num_pages(config.geometry) for a in adapters.values())
     pool = PagePool(need + len(prompts))
@@ -35,7 +37,12 @@ def prompt_logits(
         use = AdapterUse(adapter.digest, adapter.num_pages(config.geometry)) if adapter else None
         scheduler.add(
             Sequence(
-                seq_id=i, tokens=list(prompt), prompt_len=len(prompt), max_tokens=1, adapter=use, prompt_logprobs=not last_only
+                seq_id=i,
+                tokens=list(prompt),
+                prompt_len=len(prompt),
+                max_tokens=1,
+                adapter=use,
+                prompt_logprobs=not last_only,
             )
         )
     plan = scheduler.schedule()

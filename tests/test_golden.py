@@ -1,6 +1,7 @@
 """The whole path on a real model: SmolLM2-135M-Instruct and six adapters trained with PEFT, against PEFT's own answers.
 
-The smallest gap between the reference's two best logits is 0.005, so a correct float32 implementation gives the very same tokens.
+The smallest gap between the reference's two best logits is 0.005, so a correct float32 implementation gives the very
+same tokens.
 """
 
 from golden import ADAPTERS, GOLDEN, ROWS, make_engine, requests

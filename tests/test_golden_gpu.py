@@ -8,9 +8,12 @@ from slora_jax import Request, SamplingParams
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(scope="module")
-def engine(smollm2_gguf):
-    with make_engine(smollm2_gguf, "bfloat16", max_seqs=256, max_step_tokens=2048, page_pool_bytes=4 << 30) as engine:
+@pytest.fixture(scope="module", params=["auto", "xla"])
+def engine(smollm2_gguf, request):
+    """Two programs to compile, for the kernels that this GPU gets and for plain XLA."""
+    settings = dict(max_seqs=256, max_step_tokens=2048, seq_buckets=(256,), token_buckets=(2048,))
+    settings |= dict(page_pool_bytes=4 << 30, loop="scan", implementation=request.param)
+    with make_engine(smollm2_gguf, "bfloat16", **settings) as engine:
         yield engine
 
 

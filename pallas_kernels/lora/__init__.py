@@ -1,14 +1,18 @@
 """Gathered LoRA matmuls over the page pool: ``out += scaling * (x A) B`` for a batch of tokens with many adapters.
 
 Tokens are ordered in segments of one adapter. Weights are gathered from pages at their true rank (the MBGMV and MBGMM
-kernels of S-LoRA, arXiv 2311.03285, section 5.3). ``lora_shrink`` and ``lora_expand`` are a pair: what one returns, the other takes.
+kernels of S-LoRA, arXiv 2311.03285, section 5.3). ``lora_shrink`` and ``lora_expand`` are a pair: what one returns,
+the other takes.
 """
 
+from typing import Any
+
+import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, use_mosaic
 from pallas_kernels.geometry import Geometry
-from pallas_kernels.lora import reference
+from pallas_kernels.lora import kernel_sm90, reference
 from pallas_kernels.lora.table import AdapterTable, empty_table
 
 __all__ = ["AdapterTable", "empty_table", "lora_expand", "lora_shrink"]
@@ -26,24 +30,30 @@ def lora_shrink(
     geometry: Geometry,
     max_rank: int,
     implementation: Implementation = "auto",
-) -> Float[Array, "T R"]:
+) -> jax.Array:
     """``x A^T`` of every token with its own adapter, for all modules of a group that share the input ``x``.
 
     seg_start: token offsets of the segments, non-decreasing; tokens past the last one are padding.
     seg_adapter: row of `table` for each segment, -1 for base-model tokens.
-    layer: index of the layer. group: "qkv", "o", "gu" or "down". max_rank: bound on the rank of one module (it sizes the result only).
-    Returns float32 ``[T, modules * max_rank rounded up to 8]``: a token's ranks of the group's modules one after another, already multiplied by
-    their scaling, in the leading columns; the other columns are unspecified and never read.
+    layer: index of the layer. group: "qkv", "o", "gu" or "down".
+    max_rank: bound on the rank of one module; it only sizes the result.
+    Returns a float32 intermediate that `lora_expand` takes, called with the same arguments; its layout is the
+    implementation's own.
     """
-    use_mosaic("lora_shrink", implementation, "it is not written yet")
-    return reference.shrink(
-        x, pages, table, seg_start, seg_adapter, layer=layer, group=group, geometry=geometry, max_rank=max_rank
-    )
+    args = (x, pages, table, seg_start, seg_adapter)
+    options: dict[str, Any] = dict(layer=layer, group=group, geometry=geometry, max_rank=max_rank)
+    if use_mosaic(
+        "lora_shrink",
+        implementation,
+        lambda: kernel_sm90.unsupported(x, pages, group=group, geometry=geometry, max_rank=max_rank),
+    ):
+        return kernel_sm90.shrink_sm90(*args, **options)
+    return reference.shrink(*args, **options)
 
 
 def lora_expand(
     out: Float[Array, "T c"],
-    y: Float[Array, "T R"],
+    y: jax.Array,
     pages: Float[Array, "L P E"],
     table: AdapterTable,
     seg_start: Int[Array, "S1"],
@@ -55,9 +65,16 @@ def lora_expand(
     max_rank: int,
     implementation: Implementation = "auto",
 ) -> Float[Array, "T c"]:
-    """Adds every token's delta ``y B^T`` to the base projections `out` (the group's modules side by side, q|k|v or gate|up).
+    """Adds every token's delta ``y B^T`` to the base projections `out`, side by side as q|k|v or gate|up.
 
     Accumulates in float32 and rounds once to `out`'s dtype. Tokens without an adapter come back bit for bit.
     """
-    use_mosaic("lora_expand", implementation, "it is not written yet")
-    return reference.expand(out, y, pages, table, seg_start, seg_adapter, layer=layer, group=group, geometry=geometry)
+    args = (out, y, pages, table, seg_start, seg_adapter)
+    options: dict[str, Any] = dict(layer=layer, group=group, geometry=geometry)
+    if use_mosaic(
+        "lora_expand",
+        implementation,
+        lambda: kernel_sm90.unsupported(out, pages, group=group, geometry=geometry, max_rank=max_rank),
+    ):
+        return kernel_sm90.expand_sm90(*args, **options, max_rank=max_rank)
+    return reference.expand(*args, **options)

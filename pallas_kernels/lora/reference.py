@@ -1,4 +1,5 @@
-"""Gathered LoRA matmuls in plain XLA: the implementation on CPUs and older GPUs, and what the kernels are tested against.
+"""Gathered LoRA matmuls in plain XLA: the implementation on CPUs and older GPUs, and what the kernels are tested
+against.
 
 Work is cut into items of one rank granule and a block of tokens of one segment, and a loop with a dynamic trip count
 walks over as many items as the batch really has: true ranks, nothing padded to the largest rank or segment.
@@ -60,7 +61,9 @@ def shrink(
     geometry: Geometry,
     max_rank: int,
 ) -> Float[Array, "T R"]:
-    """See lora_shrink."""
+    """See lora_shrink. Returns [T, modules x max_rank in granules]: a token's ranks of the group's modules one after
+    another, times their scaling, in the leading columns; the others are zero.
+    """
     modules = GROUPS[group]
     in_tiles = geometry.in_tiles(modules[0])
     columns = len(modules) * ceil_div(max_rank, TILE_RANKS)

@@ -15,8 +15,9 @@ from pallas_kernels.geometry import GROUPS, MODULES, Geometry
 class AdapterTable:
     """Adapters that a step may use. Their number, ranks, targets and places are data: changing them recompiles nothing.
 
-    An adapter's weights are one run of tiles over all layers (its image). Tile ``g`` lies in unit ``u = g // page_tiles``,
-    which is layer slice ``u % L`` of page id ``pages[page_start + u // L]``, at tile slot ``g % page_tiles``.
+    An adapter's weights are one run of tiles over all layers (its image). Tile ``g`` lies in unit ``u = g //
+    page_tiles``, which is layer slice ``u % L`` of page id ``pages[page_start + u // L]``, at tile slot ``g %
+    page_tiles``.
     """
 
     pages: Any  # compute dtype [PT]: page ids of all adapters, one after another

@@ -20,7 +20,8 @@ def write_kv(
 ) -> Float[Array, "L P E"]:
     """Puts token ``t``'s key and value into slot ``slots[t]`` (0 to 15) of page ``page_ids[t]``.
 
-    A page id of P or more marks a padding token, which is dropped. In place when `pages` is donated or already a temporary.
+    A page id of P or more marks a padding token, which is dropped. In place when `pages` is donated or already a
+    temporary.
     """
     view = pages.reshape(*pages.shape[:2], 2, geometry.num_kv_heads, PAGE_TOKENS, geometry.head_dim)
     kv = jnp.stack([k, v], axis=1).astype(pages.dtype)

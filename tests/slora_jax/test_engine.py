@@ -32,6 +32,7 @@ PROMPT = [5, 9, 200, 31, 7, 7, 90]
 def config(name="tiny-gqa", pages=200, **kw):
     model = load_model(f"random:{name}", dtype="float32")
     options = dict(dtype="float32", max_seqs=8, max_step_tokens=64, compile_cache_dir="", max_lora_rank=32)
+    options |= dict(seq_buckets=(8,), token_buckets=(64,))  # two programs to compile
     options |= dict(page_pool_bytes=pages * page_bytes(model.config, "float32")) | kw
     return model, EngineConfig(**options)
 
@@ -312,6 +313,10 @@ def test_settings_are_checked():
         EngineConfig(max_seqs=0)
     with pytest.raises(SloraError, match="dtype must be one of 'bfloat16', 'float32', not 'int8'"):
         EngineConfig(dtype="int8")
+    with pytest.raises(SloraError, match=r"seq_buckets must increase from at least 1 to 8, not \(4, 2, 8\)"):
+        EngineConfig(max_seqs=8, seq_buckets=(4, 2, 8)).resolved()
+    with pytest.raises(SloraError, match=r"token_buckets must increase from at least 1 to 64, not \(16,\)"):
+        EngineConfig(max_seqs=8, max_step_tokens=64, token_buckets=(16,)).resolved()
     with pytest.raises(SloraError, match="max_lora_rank must be at most 512"):
         EngineConfig(max_lora_rank=1024)
 

@@ -60,6 +60,8 @@ def test_logits_equal_pefts_in_one_mixed_batch(base):
         np.testing.assert_allclose(logits, want, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed:UserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_logits_equal_those_of_the_peft_that_is_installed(tmp_path):
     """The same against a live PEFT, where torch and PEFT can be imported (this project does not install them)."""
     pytest.importorskip("torch")
@@ -72,6 +74,6 @@ def test_logits_equal_those_of_the_peft_that_is_installed(tmp_path):
     def logits_of(base, adapter, prompt):
         model = load_model(str(base), dtype="float32")
         read = read_adapter(adapter, model.config) if adapter else None
-        return prompt_logits(model.config, model.params, [(np.asarray(prompt).tolist(), read)])[0]
+        return prompt_logits(model.config, model.params, [(np.asarray(prompt).tolist(), read)], loop="scan")[0]
 
     make_fixtures.compare_live(logits_of, tmp_path)

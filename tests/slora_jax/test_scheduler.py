@@ -1,4 +1,6 @@
-"""The scheduler against a stand-in for the model: every request finishes, in any pool it fits in, and pages stay consistent."""
+"""The scheduler against a stand-in for the model: every request finishes, in any pool it fits in, and pages stay
+consistent.
+"""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +12,9 @@ from slora_jax.sequence import AdapterUse, Sequence
 
 
 class FakeModel:
-    """Remembers what was written to which page, and samples a token that depends on everything the sequence attends to."""
+    """Remembers what was written to which page, and samples a token that depends on everything the sequence attends
+    to.
+    """
 
     def __init__(self):
         self.slots = {}  # (page, slot) -> token
