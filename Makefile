@@ -16,7 +16,8 @@ BIN := $(VENV)/bin
 GGUF := examples/models/SmolLM2-135M-Instruct.Q4_1.gguf
 ADAPTERS ?= examples/adapters
 EXTRAS ?=
-PYTEST ?= -n 2 --dist loadfile
+# A file's tests share engines, so they stay in one process; conftest.py puts the slowest file first.
+PYTEST ?= -n 2 --dist loadfile --no-loadscope-reorder
 comma := ,
 # A stamp says what is installed; other EXTRAS have another stamp.
 RUN_STAMP := $(VENV)/.installed-run$(if $(EXTRAS),-$(subst $(comma),-,$(EXTRAS)))

@@ -65,7 +65,10 @@ def choose_num_pages(
         return budget // size
     limit, used = memory
     logits = 4 * buckets.max_seqs * config.vocab_size * 4  # float32, and the sampler's temporaries
-    free = int(limit * (1 - _MARGIN)) - used - logits
+    # XLA times its matrix products on buffers of its own when it compiles a step, also one that is compiled later: as
+    # large as the largest argument, which is a stacked weight
+    tuning = max(x.size for x in params.values()) * jnp.dtype(settings.dtype).itemsize
+    free = int(limit * (1 - _MARGIN)) - used - logits - tuning
     # the need of a step hardly depends on the number of pages, but the compiled program does: guess, compile, correct
     guess = (free - (1 << 30)) // size
     for _ in range(2):

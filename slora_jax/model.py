@@ -137,7 +137,16 @@ class Llama(nn.Module):
             q = _rms_norm(q, w["q_norm"][i], cfg.norm_eps)
             k = _rms_norm(k, w["k_norm"][i], cfg.norm_eps)
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        pages = write_kv(pages, k, v, batch.page_ids, batch.slots, layer=i, geometry=cfg.geometry)
+        pages = write_kv(
+            pages,
+            k,
+            v,
+            batch.page_ids,
+            batch.slots,
+            layer=i,
+            geometry=cfg.geometry,
+            implementation=self.implementation,
+        )
         out = paged_attention(
             q,
             pages,

@@ -17,6 +17,7 @@ from slora_jax.buckets import Buckets
 from slora_jax.errors import CapacityError
 from slora_jax.model_config import ModelConfig
 from slora_jax.sampling import sample
+from slora_jax.sampling_batch import build_sampling
 from slora_jax.step import Params, make_forward
 
 Progress = Callable[[int, int, str], None]
@@ -111,7 +112,8 @@ class Runner:
             batch = self.builder.padding(seqs, tokens, decode_only=decode_only, use_adapters=adapters)
             remedy = "set max_step_tokens, max_seqs or page_pool_bytes lower"
             with device_memory_errors(f"a {what}", remedy):
-                jax.block_until_ready(self.forward(batch))
+                logits = self.forward(batch)
+                self.sample(logits, build_sampling([], logits.shape[0]))
         if progress:
             progress(len(shapes), len(shapes), "done")
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 from jax import numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels import Implementation
 from slora_jax.batch import Batch, Output, State
@@ -21,7 +22,7 @@ Forward = Callable[[Params, State, Batch], tuple[State, jax.Array]]
 def make_forward(
     config: ModelConfig,
     *,
-    dtype: jnp.dtype = jnp.bfloat16,
+    dtype: DTypeLike = jnp.bfloat16,
     max_rank: int = 64,
     implementation: Implementation = "auto",
     loop: Literal["unroll", "scan"] = "unroll",

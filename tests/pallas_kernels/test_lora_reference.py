@@ -25,7 +25,9 @@ MAX_RANK = 64
 
 
 def make_adapters(rng, rank_tables, num_pages):
-    """Random adapters in a pool of random pages. rank_tables: one [L, 7] array of true ranks an adapter (0 = no target)."""
+    """Random adapters in a pool of random pages. rank_tables: one [L, 7] array of true ranks an adapter (0 = no
+    target).
+    """
     g = GEOMETRY
     pages = rng.standard_normal((g.num_layers, num_pages, g.page_elements))  # what is not an adapter's is noise
     ids = rng.permutation(num_pages).astype(np.int32)

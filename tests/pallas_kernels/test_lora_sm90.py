@@ -14,7 +14,7 @@ from pallas_kernels.geometry import GROUPS, Geometry
 from pallas_kernels.lora.arg_specs import SPECS
 from pallas_kernels.lora.config import LoraConfig, chunk_tiles, default_config
 from pallas_kernels.lora.kernel_sm90 import expand_sm90, shrink_sm90, unsupported
-from pallas_kernels.lora.plan import make_plan, max_token_blocks
+from pallas_kernels.lora.plan import NUM_TOKENS, TOKEN, group_fields, make_plan, max_token_blocks, module_field
 from pallas_kernels.lora.table import AdapterTable
 
 RANKS = (1, 4, 8, 12, 16, 24, 32, 64, 128, 256)
@@ -113,7 +113,9 @@ class Batch:
         np.testing.assert_array_equal(result[base], np.asarray(self.out)[base])
 
 
-SMALL = LoraConfig(num_splits=2, range_tiles=4, shrink_stages=2, expand_stages=2, out_slots=2, num_ctas=2)
+SMALL = LoraConfig(
+    num_splits=2, range_tiles=4, shrink_stages=2, expand_stages=2, out_slots=2, shrink_ctas=2, expand_ctas=2
+)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +129,7 @@ SMALL = LoraConfig(num_splits=2, range_tiles=4, shrink_stages=2, expand_stages=2
             (1, 3, 19, 0),
             (0, -1, 1, 0),
             "o",
-            dataclasses.replace(SMALL, block_tokens=16, shrink_packed=1),
+            dataclasses.replace(SMALL, block_tokens=16, expand_packed=2),
         ),
     ],
     ids=["gu", "qkv", "odd-widths-long-blocks"],
@@ -144,17 +146,17 @@ def test_plan_lists_every_token_block_once():
         jnp.asarray(batch.seg_start),
         jnp.asarray(batch.adapters, dtype=jnp.int32),
         num_tokens=len(batch.x),
-        group="qkv",
         geometry=TINY,
-        max_rank=200,
         block_tokens=8,
     )
-    # 9 tokens with 3 granules, then 17 tokens with 25 + 2
-    assert plan.counts.tolist() == [[2 + 3 * 4, 5]] * 2
-    assert plan.expand[1, :5, :2].tolist() == [[0, 8], [8, 1], [14, 8], [22, 8], [30, 1]]
-    assert plan.shrink[1, :14, 2].tolist() == [3, 3] + [8, 8, 8, 3] * 3
-    assert plan.expand[1, :5, 2].tolist() == [0, 64, 128, 384, 640]
-    assert plan.expand[1, 2, 4:].reshape(3, 3)[:, 1:].tolist() == [[25, 0], [2, 200], [0, 216]]
+    records = plan.records[1]
+    assert plan.counts[:, 0].tolist() == [6, 6]
+    assert plan.counts[1, 1:].tolist() == [4, 1, 1, 1]
+    assert records[:6, [TOKEN, NUM_TOKENS]].tolist() == [[0, 8], [8, 1], [9, 4], [14, 8], [22, 8], [30, 1]]
+    assert records[:6, group_fields("qkv")[1]].tolist() == [3, 3, 0, 27, 27, 27]
+    v = module_field(2)
+    assert records[3, module_field(0) + 1 : v + 3].tolist()[:2] == [25, 0]
+    assert records[3, v + 1 : v + 3].tolist() == [0, 216]
 
 
 def test_token_blocks_are_bounded():

@@ -100,7 +100,7 @@ def test_a_base_request_in_a_mixed_batch_gets_exactly_the_base_model(engine):
 
 
 @settings(max_examples=12, deadline=None)
-@example([(1, 60, None), (1, 60, "a0"), (1, 60, None), (1, 60, "a0"), (1, 60, None), (1, 60, "a0")])
+@example(requests=[(1, 60, None), (1, 60, "a0"), (1, 60, None), (1, 60, "a0"), (1, 60, None), (1, 60, "a0")])
 @given(
     requests=st.lists(
         st.tuples(st.integers(1, 60), st.integers(1, 24), st.sampled_from([None, "a0", "a1", "a2", "a3"])),

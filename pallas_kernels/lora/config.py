@@ -1,0 +1,70 @@
+"""Tuning of the Hopper LoRA kernels: a frozen config with a heuristic default.
+
+Fields marked *fixed* decide the order of float32 additions. They may depend on the geometry, never on the batch: a
+token's result must not change with its neighbours. All others only move work around.
+"""
+
+import dataclasses
+
+from pallas_kernels.geometry import TILE_COLS, Geometry
+
+_NUM_SMS = 132
+_SHORT = 256
+"""Steps up to this many tokens use blocks of eight."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Sizes of the shrink and expand kernels.
+
+    block_tokens: tokens of one segment that share a tensor-core instruction (its N).
+    num_splits: *fixed*. Parts that the input width is cut into; each is summed on its own and the parts are added in
+    order.
+    chunk_tiles: most tiles (1 KB each) that one bulk copy moves.
+    range_tiles: output tiles (64 columns each) that one work item of expand covers.
+    shrink_stages, expand_stages: depth of the shared-memory ring, in stages of eight granule chunks.
+    shrink_packed: most chunks of columns that share a stage of shrink, where a rank block has few granules.
+    expand_packed: most chunks of outputs that share a stage of expand, where a module has few granules.
+    out_slots: blocks of base output in flight in expand.
+    shrink_ctas, expand_ctas: size of the persistent grids: multiples of the multiprocessors.
+    """
+
+    block_tokens: int = 8
+    num_splits: int = 8
+    chunk_tiles: int = 4
+    range_tiles: int = 32
+    shrink_stages: int = 2
+    expand_stages: int = 6
+    shrink_packed: int = 2
+    expand_packed: int = 4
+    out_slots: int = 2
+    shrink_ctas: int = 2 * _NUM_SMS
+    expand_ctas: int = _NUM_SMS
+
+    def __post_init__(self):
+        if self.block_tokens not in (8, 16, 32, 64):
+            raise ValueError(f"block_tokens must be 8, 16, 32 or 64, not {self.block_tokens}")
+        if self.shrink_packed not in (1, 2):
+            raise ValueError(f"shrink_packed must be 1 or 2, not {self.shrink_packed}")
+        if self.expand_packed not in (2, 4):
+            raise ValueError(f"expand_packed must be 2 or 4, not {self.expand_packed}")
+
+
+def chunk_tiles(geometry: Geometry, limit: int) -> int:
+    """Tiles moved by one copy: the largest power of two up to `limit` that divides every width in tiles and a page.
+
+    Sections then start at multiples of it, so that a chunk never straddles two pages.
+    """
+    chunk = limit
+    widths = [w // TILE_COLS for w in (*geometry.in_sizes, *geometry.out_sizes)]
+    while any(w % chunk for w in (*widths, geometry.page_tiles)):
+        chunk //= 2
+    return chunk
+
+
+def default_config(geometry: Geometry, num_tokens: int) -> LoraConfig:
+    """The heuristic default for a step of `num_tokens` tokens."""
+    del geometry
+    if num_tokens <= _SHORT:
+        return LoraConfig()
+    return LoraConfig(block_tokens=64, shrink_packed=1, shrink_stages=3, expand_stages=2, shrink_ctas=_NUM_SMS)

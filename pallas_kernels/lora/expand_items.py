@@ -1,0 +1,124 @@
+"""Work items of the expand kernel: which weight chunks and outputs belong to one, as int32 scalars inside the
+kernel.
+"""
+
+import dataclasses
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+
+from pallas_kernels.geometry import GROUPS, Geometry
+from pallas_kernels.geometry import ceil_div as static_ceil_div
+from pallas_kernels.lora.config import LoraConfig
+from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, ceil_div
+from pallas_kernels.lora.plan import BLOCK_GRANULES, NUM_TOKENS, PAGE_START, TOKEN, module_field
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpandItem:
+    """block: token block. module: its number. length: chunks of outputs, 0 if the adapter does not target the
+    module.
+
+    height: granules that a chunk of outputs takes in a stage (2, 4 or 8). packed: chunks of outputs in a stage.
+    rank_tiles: stages that a chunk of outputs needs, more than 1 only where packed is 1. width: output tiles of the
+    module.
+    """
+
+    block: object
+    module: object
+    token: object
+    num_tokens: object
+    page_start: object
+    first_tile: object
+    granules: object
+    y_row: object
+    width: object
+    length: object
+    height: object
+    packed: object
+    rank_tiles: object
+    num_stages: object
+    out_tile: object
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpandItems:
+    """The items of a launch, numbered token block by token block; program `cta` takes every expand_ctas-th."""
+
+    geometry: Geometry
+    group: str
+    config: LoraConfig
+    chunk: int
+    counts: object
+    records: object
+    rank_blocks: int
+    layer: object
+
+    def _ranges(self):
+        """(module, first range, output tiles, first tile of `out`) of each module, and the number of
+        ranges.
+        """
+        ranges, first, tile = [], 0, 0
+        for m in GROUPS[self.group]:
+            width = self.geometry.out_tiles(m)
+            ranges.append((m, first, width, tile))
+            first += static_ceil_div(width, self.config.range_tiles)
+            tile += width
+        return ranges, first
+
+    def local(self, cta):
+        """Items of program `cta`."""
+        _, num_ranges = self._ranges()
+        return jnp.maximum(ceil_div(self.counts[self.layer, 0] * num_ranges - cta, self.config.expand_ctas), 0)
+
+    def describe(self, cta, n) -> ExpandItem:
+        """Item n of program `cta`."""
+        modules, num_ranges = self._ranges()
+        index = cta + n * self.config.expand_ctas
+        block, part = lax.div(index, jnp.int32(num_ranges)), lax.rem(index, jnp.int32(num_ranges))
+        block = jnp.minimum(block, self.records.shape[1] - 1)  # a program without items describes one all the same
+        chosen = [jnp.int32(v) for v in modules[0]]
+        for values in modules[1:]:
+            chosen = [jnp.where(part >= values[1], v, old) for v, old in zip(values, chosen, strict=True)]
+        module, first_range, width, out_tile = chosen
+        read = lambda field: self.records[self.layer, block, field]  # noqa: E731
+        field = module_field(module)
+        granules = read(field + 1)
+        range_chunks = self.config.range_tiles // self.chunk
+        chunk0 = (part - first_range) * range_chunks
+        length = jnp.minimum(range_chunks, lax.div(width, jnp.int32(self.chunk)) - chunk0)
+        length = jnp.where(granules > 0, length, 0)
+        # granules that a chunk of outputs takes in a stage
+        height = jnp.where(granules > 4, 8, jnp.where(granules > 2, 4, 2))
+        height = jnp.maximum(height, STAGE_CHUNKS // self.config.expand_packed)
+        packed = lax.div(jnp.int32(STAGE_CHUNKS), height)
+        rank_tiles = jnp.maximum(ceil_div(granules, STAGE_CHUNKS), 1)
+        return ExpandItem(
+            block=block,
+            module=module,
+            token=read(TOKEN),
+            num_tokens=read(NUM_TOKENS),
+            page_start=read(PAGE_START),
+            first_tile=read(field) + chunk0 * self.chunk,
+            granules=granules,
+            y_row=block * (self.rank_blocks * BLOCK_GRANULES * 8) + read(field + 2),
+            width=width,
+            length=length,
+            height=height,
+            packed=packed,
+            rank_tiles=rank_tiles,
+            num_stages=ceil_div(length, packed) * rank_tiles,
+            out_tile=out_tile + chunk0 * self.chunk,
+        )
+
+    def chunk_tile(self, item: ExpandItem, s: int, rank_tile, first):
+        """Tile of the image where the chunk in place s of a stage begins. first: the stage's first chunk of outputs.
+
+        Places without a chunk of their own repeat the last granule or the last outputs.
+        """
+        sub = lax.div(jnp.int32(s), item.height)
+        granule = jnp.minimum(rank_tile * STAGE_CHUNKS + s - sub * item.height, item.granules - 1)
+        out_chunk = jnp.minimum(first + sub, item.length - 1)
+        return item.first_tile + granule * item.width + out_chunk * self.chunk

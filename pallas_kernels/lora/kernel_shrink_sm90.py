@@ -1,0 +1,179 @@
+"""Hopper kernel of lora_shrink: ``y = x A^T`` on gathered weight tiles, with Mosaic GPU.
+
+A persistent grid, two programs an SM. A producer warpgroup walks the work items of its program and fills a ring in
+shared memory, by bulk copies, with granule chunks and the matching columns of x; a consumer warpgroup multiplies. The
+stacked ranks are the M = 64 rows of wgmma and the tokens its N columns, so that a few tokens fill the instruction as
+well as many do. Where a rank block has few granules, a stage holds more than one chunk of columns, so that as many
+bytes are in flight.
+
+Each split of the input width is summed on its own, always in the same order; lora_expand adds the splits in order.
+"""
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.geometry import GROUPS, TILE_RANKS, Geometry
+from pallas_kernels.geometry import ceil_div as static_ceil_div
+from pallas_kernels.lora.config import LoraConfig
+from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, STAGE_ROWS, ChunkSource, ceil_div, drain, for_items
+from pallas_kernels.lora.plan import PAGE_START, TOKEN, Plan, group_fields
+
+
+def split_chunks(geometry: Geometry, group: str, config: LoraConfig, chunk: int) -> tuple[int, int, int]:
+    """(chunks of columns in all, in a split, number of splits) of a group's input width."""
+    total = geometry.in_tiles(GROUPS[group][0]) // chunk
+    per_split = static_ceil_div(total, config.num_splits)
+    return total, per_split, static_ceil_div(total, per_split)
+
+
+def shrink(
+    x, pages, page_ids, plan: Plan, layer, *, group, geometry: Geometry, config: LoraConfig, chunk, y_rows, interpret
+):
+    """Partial sums float32 ``[splits, y_rows, block_tokens]``: 64 rows of stacked ranks for each rank block of the
+    plan.
+
+    layer: int32[1]. Rows past a block's true ranks and columns past its tokens are unspecified.
+    """
+    tokens = config.block_tokens
+    stages, ctas = config.shrink_stages, config.shrink_ctas
+    total, per_split, splits = split_chunks(geometry, group, config, chunk)
+    in_tiles = geometry.in_tiles(GROUPS[group][0])
+    source = ChunkSource(geometry=geometry, num_pages=pages.shape[1], chunk=chunk, whole=not interpret)
+    packed_limit = min(config.shrink_packed, per_split)
+
+    rank_blocks = y_rows // (STAGE_ROWS * plan.records.shape[1])
+
+    def lora_shrink(x_ref, pool, page_ids, counts, records, layer_ref, y_ref, ring, x_ring, full, empty):
+        operand, chunks = source.views(ring)
+        x_smem, x_target = source.views(x_ring)
+        cta = lax.axis_index("cta")
+        wg = lax.axis_index("wg")
+        layer = layer_ref[0]
+        num_blocks = counts[layer, 0]
+        items = num_blocks * counts[layer, 1 + list(GROUPS).index(group)] * splits
+        local_items = jnp.maximum(ceil_div(items - cta, ctas), 0)
+
+        def describe(n):
+            """Work item n of this program: split, token block, rank block and fields of the block's record.
+
+            Rank blocks are the slowest to change: where an adapter has fewer than the largest, its items are empty.
+            """
+            item = cta + n * ctas
+            rest = lax.div(item, jnp.int32(splits))
+            rank_block = lax.div(rest, jnp.maximum(num_blocks, 1))
+            # A program without items describes one all the same.
+            block = jnp.minimum(rest - rank_block * num_blocks, records.shape[1] - 1)
+            read = [records[layer, block, i] for i in (TOKEN, PAGE_START, *group_fields(group))]
+            return lax.rem(item, jnp.int32(splits)), block, rank_block, *read
+
+        def sizes(split, rank_block, total_granules):
+            """Granules, chunks of columns that share a stage, and chunks of columns in all (0 if there is no
+            granule).
+            """
+            granules = jnp.clip(total_granules - rank_block * STAGE_CHUNKS, 0, STAGE_CHUNKS)
+            packed = jnp.where(granules > 4, 1, packed_limit)
+            length = jnp.minimum(per_split, total - split * per_split)
+            return jnp.maximum(granules, 1), packed, jnp.where(granules > 0, length, 0)
+
+        @pl.when(wg == 1)
+        def producer():
+            def item_body(item, issued):
+                split, _, rank_block, token, page_start, first_tile, total_granules = item
+                granules, packed, length = sizes(split, rank_block, total_granules)
+                first_tile = first_tile + rank_block * (STAGE_CHUNKS * in_tiles) + split * (per_split * chunk)
+                num_stages = ceil_div(length, packed)
+
+                def stage_body(st, _):
+                    slot = lax.rem(issued + st, jnp.int32(stages))
+                    indices, wanted = [], []
+                    for s in range(STAGE_CHUNKS):
+                        sub = lax.div(jnp.int32(s), granules)
+                        column_chunk = st * packed + sub
+                        valid = (sub < packed) & (column_chunk < length)
+                        tile = first_tile + (s - sub * granules) * in_tiles + column_chunk * chunk
+                        tile = jnp.where(valid, tile, first_tile)
+                        indices.append(source.locate(tile, page_start, page_ids))
+                        wanted.append(valid)
+
+                    @pl.when(issued + st >= stages)
+                    def _():
+                        plgpu.barrier_wait(empty.at[slot])
+
+                    here = jnp.minimum(packed, length - st * packed)
+                    source.expect(full.at[slot], here * granules, here * (tokens // TILE_RANKS))
+                    for s in range(STAGE_CHUNKS):
+                        source.copy(pool, indices[s], chunks, slot * STAGE_CHUNKS + s, full.at[slot], wanted[s])
+                    for i in range(packed_limit):
+                        tile = (split * per_split + st * packed + i) * chunk
+                        wanted_x = (i < packed) & (st * packed + i < length)
+                        source.copy_tokens(x_ref, token, tile, x_target.at[slot, i], tokens, full.at[slot], wanted_x)
+                    return ()
+
+                lax.fori_loop(0, num_stages, stage_body, ())
+                return issued + num_stages
+
+            drain(empty, for_items(local_items, describe, item_body, jnp.int32(0)), stages)
+
+        @pl.when(wg == 0)
+        def consumer():
+            def item_body(item, seen):
+                split, block, rank_block, *_, total_granules = item
+                granules, packed, length = sizes(split, rank_block, total_granules)
+
+                def accumulate(acc):
+                    def chunk_body(c, _):
+                        sub = lax.rem(c, packed)
+                        slot = lax.rem(seen + lax.div(c, packed), jnp.int32(stages))
+
+                        @pl.when(sub == 0)
+                        def _():
+                            plgpu.barrier_wait(full.at[slot])
+
+                        row = pl.multiple_of(slot * STAGE_ROWS + sub * granules * TILE_RANKS, TILE_RANKS)
+                        plgpu.wgmma(acc, operand.at[pl.ds(row, STAGE_ROWS)], x_smem.at[slot, sub].T)
+                        plgpu.wgmma_wait(0)
+
+                        @pl.when((sub == packed - 1) | (c == length - 1))
+                        def _():
+                            plgpu.barrier_arrive(empty.at[slot])
+
+                        return ()
+
+                    lax.fori_loop(0, length, chunk_body, ())
+                    return acc[...]
+
+                @pl.when(length > 0)
+                def _():
+                    part = pl.run_scoped(accumulate, plgpu.ACC((STAGE_ROWS, tokens), jnp.float32))
+                    y_ref[split, pl.ds((block * rank_blocks + rank_block) * STAGE_ROWS, STAGE_ROWS)] = part
+
+                return seen + ceil_div(length, packed)
+
+            for_items(local_items, describe, item_body, jnp.int32(0))
+
+    kernel = plgpu.kernel(
+        lora_shrink,
+        out_type=jax.ShapeDtypeStruct((splits, y_rows + STAGE_ROWS, tokens), jnp.float32),
+        grid=(ctas,),
+        grid_names=("cta",),
+        num_threads=2,
+        thread_name="wg",
+        scratch_types=dict(
+            # A window of 64 rows that begins inside the last stage runs past it: those rows of the product are never
+            # used.
+            ring=source.ring(stages * STAGE_ROWS + (STAGE_ROWS // 2 if packed_limit > 1 else 0), x.dtype),
+            x_ring=source.tokens((stages, packed_limit), tokens, x.dtype),
+            full=plgpu.Barrier(
+                num_arrivals=source.arrivals(STAGE_CHUNKS, packed_limit * tokens // TILE_RANKS), num_barriers=stages
+            ),
+            empty=plgpu.Barrier(num_barriers=stages),
+        ),
+        # Nothing but bulk copies writes shared memory, so no thread waits for another's stores.
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        interpret=interpret,
+    )
+    with jax.named_scope("lora_shrink"):
+        return kernel(source.view_of_tokens(x), source.view_of_pool(pages), page_ids, plan.counts, plan.records, layer)

@@ -1,0 +1,121 @@
+"""LoRA shrink and expand on Hopper GPUs: what the dispatcher calls.
+
+The two are a pair. Between them stands ``y``, float32 ``[splits, rows, block_tokens]``: for every rank block of the
+plan 64 rows of stacked ranks, for every split of the input width its partial sum. Only expand reads it.
+"""
+
+import jax
+from jax import numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.geometry import GROUPS, TILE_COLS, Geometry
+from pallas_kernels.lora.config import LoraConfig, chunk_tiles, default_config
+from pallas_kernels.lora.kernel_expand_sm90 import expand
+from pallas_kernels.lora.kernel_shrink_sm90 import shrink
+from pallas_kernels.lora.plan import BLOCK_GRANULES, make_plan, max_rank_blocks
+from pallas_kernels.lora.table import AdapterTable
+
+_ROWS = BLOCK_GRANULES * 8
+
+# One trace and one lowering for all layers of a step.
+_STATIC = ("group", "geometry", "config", "chunk", "interpret")
+_shrink = jax.jit(shrink, static_argnames=(*_STATIC, "y_rows"))
+_expand = jax.jit(expand, static_argnames=(*_STATIC, "max_rank"))
+
+
+def unsupported(tokens: jax.Array, pages: jax.Array, *, group: str, geometry: Geometry, max_rank: int) -> str | None:
+    """Why the kernels cannot take this input, or None if they can. tokens: `x` of shrink or `out` of expand."""
+    if pages.dtype != jnp.bfloat16:
+        return f"pages are {pages.dtype}, not bfloat16"
+    if tokens.dtype != jnp.bfloat16:
+        return f"activations are {tokens.dtype}, not bfloat16"
+    for size in (*geometry.in_sizes, *geometry.out_sizes):
+        if size % TILE_COLS:
+            return f"a width of {size} is not a multiple of {TILE_COLS}"
+    if max_rank > 512:
+        return f"max_rank is {max_rank}, more than 512"
+    if pages.size // (TILE_COLS * 8) >= 2**31:
+        return f"the pool holds {pages.size // (TILE_COLS * 8)} tiles, more than an int32 counts"
+    if group not in GROUPS:
+        return f"there is no group {group!r}"
+    return None
+
+
+def _setup(tokens, table, seg_start, seg_adapter, layer, geometry, config):
+    config = config or default_config(geometry, tokens.shape[0])
+    plan = make_plan(
+        table,
+        seg_start,
+        seg_adapter,
+        num_tokens=tokens.shape[0],
+        geometry=geometry,
+        block_tokens=config.block_tokens,
+    )
+    return plan, jnp.asarray(layer, jnp.int32).reshape(1), config
+
+
+def shrink_sm90(
+    x: Float[Array, "T c"],
+    pages: Float[Array, "L P E"],
+    table: AdapterTable,
+    seg_start: Int[Array, "S1"],
+    seg_adapter: Int[Array, "S"],
+    *,
+    layer: int | Int[Array, ""],
+    group: str,
+    geometry: Geometry,
+    max_rank: int,
+    config: LoraConfig | None = None,
+    interpret=None,
+) -> Float[Array, "splits rows n"]:
+    """Partial sums of ``x A^T`` for `expand_sm90`, which must be called with the same arguments."""
+    plan, layer, config = _setup(x, table, seg_start, seg_adapter, layer, geometry, config)
+    blocks = plan.records.shape[1] * max_rank_blocks(group, max_rank)
+    return _shrink(
+        x,
+        pages,
+        table.pages,
+        plan,
+        layer,
+        group=group,
+        geometry=geometry,
+        config=config,
+        chunk=chunk_tiles(geometry, config.chunk_tiles),
+        y_rows=blocks * _ROWS,
+        interpret=interpret,
+    )
+
+
+def expand_sm90(
+    out: Float[Array, "T c"],
+    y: Float[Array, "splits rows n"],
+    pages: Float[Array, "L P E"],
+    table: AdapterTable,
+    seg_start: Int[Array, "S1"],
+    seg_adapter: Int[Array, "S"],
+    *,
+    layer: int | Int[Array, ""],
+    group: str,
+    geometry: Geometry,
+    max_rank: int,
+    config: LoraConfig | None = None,
+    interpret=None,
+) -> Float[Array, "T c"]:
+    """`out` with every token's ``scaling * y B^T`` added: float32 sums, one rounding. Tokens without an adapter are
+    not touched.
+    """
+    plan, layer, config = _setup(out, table, seg_start, seg_adapter, layer, geometry, config)
+    return _expand(
+        out,
+        y,
+        pages,
+        table.pages,
+        plan,
+        layer,
+        group=group,
+        geometry=geometry,
+        config=config,
+        chunk=chunk_tiles(geometry, config.chunk_tiles),
+        max_rank=max_rank,
+        interpret=interpret,
+    )

@@ -1,0 +1,184 @@
+"""What the two Hopper LoRA kernels share: the weight ring in shared memory and copies of granule chunks into it.
+
+A *chunk* is a run of `chunk` tiles of one granule, contiguous in a page: the unit of a bulk copy. A *stage* holds
+eight chunks. Seen as ``[8 chunks, chunk tiles, 8, 64]`` it is what the copies write; seen as ``[64, chunk * 64]``,
+tiled (8, 64) with the 128-byte swizzle, it is an operand of wgmma. Both views describe the same bytes: a tile is one
+core matrix.
+"""
+
+import dataclasses
+
+from jax import lax
+from jax import numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.geometry import TILE_COLS, TILE_RANKS, Geometry
+from pallas_kernels.lora.bulk_copy import expect, start_copy
+
+STAGE_CHUNKS = 8
+STAGE_ROWS = STAGE_CHUNKS * TILE_RANKS
+SHARED_BYTES = 224 * 1024
+OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+SWIZZLED = (plgpu.SwizzleTransform(128),)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChunkSource:
+    """Where chunks of adapter images lie in the pool.
+
+    whole: copy a chunk with one bulk copy through the ring's second view. Otherwise (interpret mode, which cannot alias
+    two views) tile by tile.
+    """
+
+    geometry: Geometry
+    num_pages: int
+    chunk: int
+    whole: bool
+
+    def ring(self, rows: int, dtype):
+        """Scratch type of a ring with `rows` rows of chunks."""
+        return self.operand((rows,), self.chunk * TILE_COLS, (rows // TILE_RANKS,), dtype)
+
+    def tokens(self, leading: tuple[int, ...], num_tokens: int, dtype):
+        """Scratch type of blocks [num_tokens, chunk * 64] of activations."""
+        return self.operand((*leading, num_tokens), self.chunk * TILE_COLS, (*leading, num_tokens // TILE_RANKS), dtype)
+
+    def operand(self, rows: tuple[int, ...], columns: int, chunks: tuple[int, ...], dtype):
+        operand = plgpu.SMEM((*rows, columns), dtype, transforms=OPERAND)
+        if not self.whole:
+            return operand
+        return plgpu.RefUnion(
+            operand, plgpu.SMEM((*chunks, self.chunk, TILE_RANKS, TILE_COLS), dtype, transforms=SWIZZLED)
+        )
+
+    def views(self, ring):
+        """The operand view and the view for copies."""
+        return ring if self.whole else (ring, ring)
+
+    def arrivals(self, chunks: int, token_groups: int = 0) -> int:
+        """Arrivals of a barrier that waits for `chunks` chunks and `token_groups` blocks of eight tokens."""
+        return 1 if self.whole else (chunks + token_groups) * self.chunk
+
+    def expect(self, barrier, chunks, token_groups=0):
+        """Announces copies to a barrier (in interpret mode every copy announces itself)."""
+        if self.whole:
+            expect(barrier, (chunks + token_groups) * (self.chunk * TILE_RANKS * TILE_COLS * 2))
+
+    def view_of_pool(self, pages):
+        """The pool as an array of chunks (or of tiles): a free reshape."""
+        shape = (self.chunk, TILE_RANKS, TILE_COLS) if self.whole else (TILE_RANKS, TILE_COLS)
+        return pages.reshape(-1, *shape)
+
+    def locate(self, tile, page_start, page_ids):
+        """Index in the view of the pool of the chunk that begins at `tile` of an adapter's image."""
+        g = self.geometry
+        unit = lax.div(tile, jnp.int32(g.page_tiles))
+        page = page_ids[page_start + lax.div(unit, jnp.int32(g.num_layers))]
+        row = lax.rem(unit, jnp.int32(g.num_layers)) * self.num_pages + page
+        step = self.chunk if self.whole else 1
+        return row * (g.page_tiles // step) + lax.div(lax.rem(tile, jnp.int32(g.page_tiles)), jnp.int32(step))
+
+    def copy(self, pool, index, ring_view, chunk_row, barrier, predicate):
+        """Starts copying the chunk at `index` of the pool to row `chunk_row` (in chunks) of the ring."""
+        if self.whole:
+            start_copy(pool.at[index], ring_view.at[chunk_row], barrier, predicate)
+            return
+        for j in range(self.chunk):
+            rows = pl.ds(pl.multiple_of(chunk_row * TILE_RANKS, TILE_RANKS), TILE_RANKS)
+            self._copy_if(predicate, pool.at[index + j], ring_view.at[rows, pl.ds(j * TILE_COLS, TILE_COLS)], barrier)
+
+    def view_of_tokens(self, x):
+        """Activations [T, c] as ``[T, c / 64, 64]``: a free reshape."""
+        return x.reshape(x.shape[0], -1, TILE_COLS)
+
+    def copy_tokens(self, x, token, tile, block, num_tokens: int, barrier, predicate):
+        """Starts copying `num_tokens` tokens from `token` (at any offset), one chunk of columns from tile `tile`, to a
+        block.
+
+        One copy for every eight tokens, which are one core matrix a tile.
+        """
+        for group in range(num_tokens // TILE_RANKS):
+            source = x.at[pl.ds(token + group * TILE_RANKS, TILE_RANKS)]
+            if self.whole:
+                source, target = source.at[:, pl.ds(tile, self.chunk)], block.at[group].transpose((1, 0, 2))
+                start_copy(source, target, barrier, predicate)
+                continue
+            rows = pl.ds(group * TILE_RANKS, TILE_RANKS)
+            for j in range(self.chunk):
+                target = block.at[rows, pl.ds(j * TILE_COLS, TILE_COLS)]
+                self._copy_if(predicate, source.at[:, tile + j], target, barrier)
+
+    def store_tokens(self, block, num_tokens, x, token, tile, first, tiles: int):
+        """Starts copying the first `num_tokens` rows of a block to x, eight at a time and the rest one by one.
+
+        Of the chunk of columns at tile `tile`, the `tiles` tiles from `first` on.
+        """
+        groups = lax.div(num_tokens, jnp.int32(TILE_RANKS))
+
+        def store_group(group, _):
+            target = x.at[pl.ds(token + group * TILE_RANKS, TILE_RANKS)]
+            if self.whole:
+                target = target.at[:, pl.ds(tile + first, tiles)]
+                part = block.at[group, pl.ds(first, tiles)]
+                plgpu.copy_smem_to_gmem(part.transpose((1, 0, 2)), target, commit_group=False)
+            else:
+                rows = pl.ds(pl.multiple_of(group * TILE_RANKS, TILE_RANKS), TILE_RANKS)
+                for j in range(tiles):
+                    plgpu.copy_smem_to_gmem(block.at[rows, tile_columns(first + j)], target.at[:, tile + first + j])
+            return ()
+
+        def store_row(row, _):
+            group, within = lax.div(row, jnp.int32(TILE_RANKS)), lax.rem(row, jnp.int32(TILE_RANKS))
+            for j in range(tiles):
+                if self.whole:
+                    source = block.at[group, first + j, pl.ds(within, 1)]
+                else:
+                    source = block.at[pl.ds(row, 1), tile_columns(first + j)]
+                target = x.at[pl.ds(token + row, 1), tile + first + j]
+                plgpu.copy_smem_to_gmem(source, target, commit_group=not self.whole)
+            return ()
+
+        lax.fori_loop(0, groups, store_group, ())
+        lax.fori_loop(groups * TILE_RANKS, num_tokens, store_row, ())
+        if self.whole:
+            plgpu.commit_smem_to_gmem_group()
+
+    def _copy_if(self, predicate, source, target, barrier):
+        """A copy as interpret mode takes it: without the predicate, which it does not know."""
+        pl.when(predicate)(lambda: plgpu.copy_gmem_to_smem(source, target, barrier))
+        pl.when(~predicate)(lambda: plgpu.barrier_arrive(barrier))
+
+
+def tile_columns(tile):
+    return pl.ds(pl.multiple_of(tile * TILE_COLS, TILE_COLS), TILE_COLS)
+
+
+def ceil_div(a, b):
+    """Of non-negative int32 scalars in a kernel."""
+    return lax.div(a + b - 1, jnp.int32(b) if isinstance(b, int) else b)
+
+
+def drain(barriers, uses, slots: int):
+    """Waits until the last `uses` rounds of a ring of `slots` barriers have completed, as far as they are still
+    unobserved.
+    """
+
+    def wait(i, _):
+        plgpu.barrier_wait(barriers.at[lax.rem(i, jnp.int32(slots))])
+        return ()
+
+    lax.fori_loop(jnp.maximum(uses - slots, 0), uses, wait, ())
+
+
+def for_items(count, describe, body, init):
+    """Folds ``body(describe(n), carry) -> carry`` over n < count, with the next item's description on its way
+    meanwhile.
+    """
+
+    def step(n, state):
+        item, carry = state
+        following = describe(jnp.minimum(n + 1, count - 1))
+        return following, body(item, carry)
+
+    return lax.fori_loop(0, count, step, (describe(jnp.int32(0)), init))[1]

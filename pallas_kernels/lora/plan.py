@@ -1,0 +1,120 @@
+"""Work lists of the Hopper LoRA kernels, made on the device from the adapter table and the segments.
+
+A *token block* is up to ``block_tokens`` tokens of one segment; base-model tokens are in none. The plan has one record
+for each layer and token block: where its tokens are, and for every group and module where the weights are and how many
+granules they have. It does not depend on the layer or group at hand, so XLA makes it once a step, in a few small
+kernels, however many launches read it.
+"""
+
+import dataclasses
+
+import jax
+from jax import numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+
+from pallas_kernels.geometry import GROUPS, MODULES, Geometry, ceil_div
+from pallas_kernels.lora.table import AdapterTable, section_starts
+
+BLOCK_GRANULES = 8
+"""Granules of a rank block: 64 stacked ranks, the height of a wgmma instruction."""
+
+# Fields of a record.
+TOKEN, NUM_TOKENS, PAGE_START = range(3)
+_GROUP_FIELDS = 3
+_MODULE_FIELDS = _GROUP_FIELDS + 2 * len(GROUPS)
+RECORD = _MODULE_FIELDS + 3 * len(MODULES)
+
+
+def group_fields(group: str) -> tuple[int, int]:
+    """Where a record has the first tile of a group's A section and the group's granules."""
+    first = _GROUP_FIELDS + 2 * list(GROUPS).index(group)
+    return first, first + 1
+
+
+def module_field(module):
+    """Where a record has three fields of a module: first tile of B, granules, first stacked rank."""
+    return _MODULE_FIELDS + 3 * module
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """counts: number of token blocks, then for each group the most rank blocks that any of them has.
+
+    Records past the last token block are unspecified.
+    """
+
+    counts: Int[Array, "L 5"]
+    records: Int[Array, "L NT R"]
+    scaling: Float[Array, "L NT 7"]
+
+
+def max_token_blocks(num_tokens: int, num_segments: int, block_tokens: int) -> int:
+    """Most token blocks that any cut of `num_tokens` tokens in `num_segments` segments can give."""
+    used = min(num_segments, num_tokens)
+    return max(1, min(num_tokens, (num_tokens + used * (block_tokens - 1)) // block_tokens))
+
+
+def max_rank_blocks(group: str, max_rank: int) -> int:
+    """Most rank blocks that one token block can have."""
+    return ceil_div(len(GROUPS[group]) * ceil_div(max_rank, 8), BLOCK_GRANULES)
+
+
+def _record_terms(geometry: Geometry) -> tuple[Int[Array, "R 7"], Bool[Array, "R"]]:
+    """A record as a linear function of the seven modules' granules, and which fields count from a layer's tiles."""
+    unit = np.eye(len(MODULES), dtype=np.int32)
+    linear, is_tile = np.zeros((RECORD, len(MODULES)), np.int32), np.zeros(RECORD, bool)
+    with jax.ensure_compile_time_eval():
+        a_start, b_start = (np.asarray(starts) for starts in section_starts(jnp.asarray(unit), geometry))
+    for group, start in zip(GROUPS, a_start, strict=True):
+        tile, total = group_fields(group)
+        linear[tile], is_tile[tile] = start, True
+        linear[total] = unit[list(GROUPS[group])].sum(axis=0)
+        for i, m in enumerate(GROUPS[group]):
+            field = module_field(m)
+            linear[field], is_tile[field] = b_start[m], True
+            linear[field + 1] = unit[m]
+            linear[field + 2] = 8 * unit[list(GROUPS[group][:i])].sum(axis=0)
+    return jnp.asarray(linear), jnp.asarray(is_tile)
+
+
+def make_plan(
+    table: AdapterTable,
+    seg_start: Int[Array, "S1"],
+    seg_adapter: Int[Array, "S"],
+    *,
+    num_tokens: int,
+    geometry: Geometry,
+    block_tokens: int,
+) -> Plan:
+    """The plan of a step of `num_tokens` tokens."""
+    num_segments = seg_adapter.shape[0]
+    limit = max_token_blocks(num_tokens, num_segments, block_tokens)
+    lengths = seg_start[1:] - seg_start[:-1]
+    blocks = jnp.where(seg_adapter >= 0, -(-lengths // block_tokens), 0)
+    # Sums over masks: one small kernel each, where a scan and a binary search would be several.
+    order = jnp.arange(num_segments)
+    ends = jnp.sum(jnp.where(order[None, :] <= order[:, None], blocks[None, :], 0), axis=1, dtype=jnp.int32)
+    index = jnp.arange(limit, dtype=jnp.int32)
+    seg = jnp.sum(ends[None, :] <= index[:, None], axis=1, dtype=jnp.int32)
+    seg = jnp.minimum(seg, num_segments - 1)
+    adapter = jnp.maximum(seg_adapter[seg], 0)
+    before = (index - (ends - blocks)[seg]) * block_tokens
+    granules = table.granules[adapter].swapaxes(0, 1)[:, :, None]  # [L, NT, 1, 7]
+    linear, is_tile = _record_terms(geometry)
+    own = jnp.stack(
+        [seg_start[seg] + before, jnp.clip(lengths[seg] - before, 0, block_tokens), table.page_start[adapter]]
+    )
+    records = jnp.sum(granules * linear, axis=3, dtype=jnp.int32)
+    records += jnp.where(is_tile, table.tile_start[adapter].T[:, :, None], 0)
+    records += jnp.pad(own.T, ((0, 0), (0, RECORD - _GROUP_FIELDS)))
+    groups = linear[jnp.array([group_fields(g)[1] for g in GROUPS])]
+    rank_blocks = -(-jnp.sum(granules * groups, axis=3, dtype=jnp.int32) // BLOCK_GRANULES)
+    used = (index < ends[-1])[:, None]
+    counts = jnp.max(jnp.where(used, jnp.pad(rank_blocks, ((0, 0), (0, 0), (1, 0))), 0), axis=1)
+    return Plan(
+        counts=counts + jnp.where(jnp.arange(counts.shape[1]) == 0, ends[-1], 0),
+        records=records,
+        scaling=table.scaling[adapter].swapaxes(0, 1),
+    )
