@@ -60,7 +60,7 @@ class Llama(nn.Module):
     """
 
     config: ModelConfig
-    dtype: jnp.dtype = jnp.bfloat16
+    dtype: jnp.dtype = jnp.dtype("bfloat16")
     max_rank: int = 64
     implementation: Implementation = "auto"
     loop: Literal["unroll", "scan"] = "unroll"

@@ -62,7 +62,7 @@ def test_help_and_version_import_no_jax():
         (["generate", "random:tiny-gqa", "hi", "--max-seqs", "0"], "max_seqs must be at least 1"),
         (["demo", "--model", "random:tiny-gqa", "--adapters", "/no/dir"], "/no/dir is no directory"),
         (["demo", "--model", "random:tiny-gqa", "--adapters", "."], "holds no adapter"),
-        (["convert", "random:none", "/tmp/never-written"], "no model shape is called 'none'"),
+        (["convert", "random:none", "never-written"], "no model shape is called 'none'"),
         (["convert", "random:tiny-gqa", "."], "add --overwrite"),
     ],
 )
