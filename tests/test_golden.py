@@ -49,6 +49,7 @@ def test_logits_of_the_first_token(engine):
         np.testing.assert_allclose(got[0, ids.astype(int)], want, atol=2e-3)
 
 
+@pytest.mark.timeout(1500)  # some 1,800 steps
 def test_one_at_a_time_gives_the_same(mixed, engine):
     alone = [engine.generate([r])[0] for r in requests()]
     assert [o.token_ids for o in alone] == [o.token_ids for o in mixed]
