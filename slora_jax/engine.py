@@ -23,6 +23,7 @@ from slora_jax.loading import LoadedModel, load_config, load_model
 from slora_jax.memory import check_weights_fit, choose_num_pages
 from slora_jax.model_config import ModelConfig
 from slora_jax.page_pool import PagePool
+from slora_jax.policies import Quotas, make_policy
 from slora_jax.progress import progress_bar
 from slora_jax.registry import AdapterRegistry
 from slora_jax.requests import Completion, Delta, Request, RequestOutput, Timings
@@ -68,7 +69,13 @@ class Engine:
             loop=settings.loop,
         )
         pool = PagePool(num_pages)
-        scheduler = Scheduler(pool, max_seqs=settings.max_seqs, max_step_tokens=settings.max_step_tokens)
+        scheduler = Scheduler(
+            pool,
+            max_seqs=settings.max_seqs,
+            max_step_tokens=settings.max_step_tokens,
+            policy=make_policy(settings.policy, settings.policy_options),
+            quotas=Quotas(settings.adapter_quota, settings.adapter_quotas),
+        )
         for name, adapter in self._registry.items():
             self._check_adapter_fits(name, adapter, num_pages)
         if settings.warm_up:
@@ -349,6 +356,10 @@ class Engine:
                 max_tokens=min(params.max_tokens, self.max_model_len - len(ids)),
                 adapter=use,
                 prompt_logprobs=index == 0 and params.prompt_logprobs is not None,
+                adapter_name=request.adapter,
+                tenant=request.tenant,
+                priority=request.priority,
+                arrival=output.timings.arrival,
             )
             self._check_fits(seq)
             completion = Completion(index, logprobs=[] if params.logprobs is not None else None)
@@ -367,6 +378,10 @@ class Engine:
                 f"and the pool has {pool.num_pages}; "
                 "lower max_tokens or set page_pool_bytes higher"
             )
+        try:
+            self._core.scheduler.check(seq)
+        except ValueError as error:
+            raise CapacityError(f"{error}; lower max_tokens or raise the quota's max_pages") from None
 
 
 def _read(name: str, source: Any, config: ModelConfig) -> Adapter:

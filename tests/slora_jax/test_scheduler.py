@@ -2,11 +2,14 @@
 consistent.
 """
 
+import inspect
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import pytest
 
 from slora_jax.page_pool import PagePool
+from slora_jax.policies import Cluster, EarlyAbort, Fair, Priority, Quota, Quotas
 from slora_jax.scheduler import Scheduler, adapter_owner, sequence_owner
 from slora_jax.sequence import AdapterUse, Sequence
 
@@ -40,10 +43,10 @@ class FakeModel:
         return sampled
 
 
-def serve(requests, num_pages, max_seqs, max_step_tokens, aborts=()):
+def serve(requests, num_pages, max_seqs, max_step_tokens, aborts=(), **options):
     """Runs requests to their end. requests: (prompt length, max_tokens, adapter index or None, arrival step)."""
     pool = PagePool(num_pages)
-    scheduler = Scheduler(pool, max_seqs=max_seqs, max_step_tokens=max_step_tokens)
+    scheduler = Scheduler(pool, max_seqs=max_seqs, max_step_tokens=max_step_tokens, clock=lambda: step * 1.0, **options)
     model, done, seqs = FakeModel(), {}, {}
     uses = [AdapterUse(f"adapter{i}", pages, 0.1) for i, pages in enumerate((1, 3, 5, 2))]
     arrivals = sorted((arrival, i) for i, (_, _, _, arrival) in enumerate(requests))
@@ -58,6 +61,9 @@ def serve(requests, num_pages, max_seqs, max_step_tokens, aborts=()):
                 prompt_len=prompt,
                 max_tokens=answer,
                 adapter=None if adapter is None else uses[adapter],
+                adapter_name=None if adapter is None else str(adapter),
+                tenant=str(i % 3),
+                priority=i % 4,
             )
             scheduler.add(seqs[i])
         for i in aborts:
@@ -68,7 +74,9 @@ def serve(requests, num_pages, max_seqs, max_step_tokens, aborts=()):
             continue
         plan = scheduler.schedule()
         pool.check_integrity()
-        assert plan.chunks, "nothing was scheduled although there is work"
+        for drop in plan.dropped:
+            done[drop.seq.seq_id] = None
+        assert plan.chunks or not scheduler.has_work(), "nothing was scheduled although there is work"
         assert plan.num_tokens <= max_step_tokens and len(plan.chunks) <= max_seqs
         kinds = [(c.length > 1, c.seq.adapter.digest if c.seq.adapter else "") for c in plan.chunks]
         assert kinds == sorted(kinds)
@@ -100,6 +108,23 @@ def test_a_tiny_pool_gives_the_tokens_of_a_large_one(requests, num_pages, max_se
     large = serve(requests, 1000, 64, 4096)
     small = serve(requests, num_pages, max_seqs, max_seqs + extra)
     assert small == large
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    requests=requests,
+    policy=st.sampled_from(
+        [Cluster(1, 5.0), EarlyAbort(9.0), EarlyAbort(4.0, 1.0), Fair(), Fair("adapter"), Priority(9)]
+    ),
+    quota=st.sampled_from([None, Quota(max_running=1), Quota(max_pages=12)]),
+    max_overtakes=st.integers(1, 3),
+)
+def test_no_policy_changes_a_token(requests, policy, quota, max_overtakes):
+    large = serve(requests, 1000, 64, 4096)
+    policy = type(policy)(**{k: v for k, v in vars(policy).items() if k in inspect.signature(type(policy)).parameters})
+    small = serve(requests, 14, 4, 32, policy=policy, quotas=Quotas(quota), max_overtakes=max_overtakes)
+    for i, tokens in small.items():
+        assert tokens == large[i] or (tokens is None and isinstance(policy, EarlyAbort))
 
 
 @settings(max_examples=30, deadline=None)
@@ -134,6 +159,69 @@ def test_preempted_sequences_keep_their_place_and_their_tokens():
     assert first in scheduler.running
     assert second.num_computed in (0, len(second.tokens) - 1)
     pool.check_integrity()
+
+
+def test_one_that_does_not_fit_is_overtaken_but_only_so_often():
+    pool = PagePool(10)
+    now = [0.0]
+    scheduler = Scheduler(pool, max_seqs=3, max_step_tokens=512, max_overtakes=5, clock=lambda: now[0])
+    made = iter(range(10**6))
+
+    def add(prompt, answer):
+        seq = Sequence(seq_id=next(made), tokens=[1] * prompt, prompt_len=prompt, max_tokens=answer)
+        scheduler.add(seq)
+        return seq
+
+    add(16, 20).tokens.append(1)
+    large = add(16 * 9, 2)  # fits only alone
+    overtook = 0
+    for _ in range(200):
+        while len(scheduler.waiting) < 8:  # small ones never end, one more in each step
+            add(16, 3)
+        plan = scheduler.schedule()
+        scheduler.complete(plan)
+        now[0] += 1
+        for chunk in plan.chunks:
+            overtook += chunk.seq.seq_id > 1 and large in scheduler.waiting and chunk.start == 0
+            if chunk.samples:
+                chunk.seq.tokens.append(1)
+                if chunk.seq.output_len >= chunk.seq.max_tokens:
+                    scheduler.remove(chunk.seq)
+        if large in scheduler.running:
+            break
+    assert large in scheduler.running and large.overtaken == overtook == 5
+
+
+def test_a_long_queue_behind_one_adapter_does_not_hide_the_others():
+    quotas = Quotas(None, {"noisy": Quota(max_running=1)})
+    scheduler = Scheduler(PagePool(64), max_seqs=4, max_step_tokens=64, quotas=quotas)
+    names = ["noisy"] * 300 + ["quiet"]
+    for i, name in enumerate(names):
+        use = AdapterUse(name, 1)
+        scheduler.add(Sequence(seq_id=i, tokens=[1], prompt_len=1, max_tokens=5, adapter=use, adapter_name=name))
+    plan = scheduler.schedule()
+    assert [c.seq.adapter_name for c in plan.chunks] == ["noisy", "quiet"]
+    with pytest.raises(ValueError, match="9 pages needed, the quota of its adapter is 4"):
+        Scheduler(PagePool(64), max_seqs=4, max_step_tokens=64, quotas=Quotas(Quota(max_pages=4))).add(
+            Sequence(seq_id=0, tokens=[1] * 120, prompt_len=120, max_tokens=5, adapter=use, adapter_name="quiet")
+        )
+
+
+def test_tokens_per_second_are_kept_on_average():
+    now = [0.0]
+    quotas = Quotas(Quota(tokens_per_second=10.0))
+    scheduler = Scheduler(PagePool(64), max_seqs=4, max_step_tokens=20, quotas=quotas, clock=lambda: now[0])
+    for i in range(30):
+        scheduler.add(Sequence(seq_id=i, tokens=[1] * 20, prompt_len=20, max_tokens=1, adapter_name="a"))
+    starts = []
+    while scheduler.has_work():
+        plan = scheduler.schedule()
+        scheduler.complete(plan)
+        for chunk in plan.chunks:
+            starts.append(now[0])
+            scheduler.remove(chunk.seq)
+        now[0] += 0.25
+    assert 20 * 30 / (starts[-1] - starts[0]) == pytest.approx(10, rel=0.1)
 
 
 def test_a_request_that_cannot_fit_alone_is_refused():
