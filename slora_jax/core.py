@@ -104,11 +104,8 @@ class EngineCore:
 
     def release_adapter(self, digest: str) -> None:
         """Frees the pages of contents that are neither registered nor used any more."""
-        owner = adapter_owner(digest)
-        if self._keeps_adapter(digest) or not self.pool.holds(owner) or not self.pool.is_idle(owner):
-            return
-        if not any(j.adapter and j.adapter.digest == digest for j in self.jobs()):
-            self.pool.release(owner)
+        if not self._keeps_adapter(digest) and not any(j.adapter and j.adapter.digest == digest for j in self.jobs()):
+            self.scheduler.forget_adapter(digest)
 
     def _run(self, plan: StepPlan) -> list[tuple[Chunk, int, int, TokenLogprob | None, bool]]:
         now = time.monotonic()
@@ -173,19 +170,22 @@ class EngineCore:
         """What each page id holds: an adapter's digest, "kv", or None if it is free."""
         kinds: list[str | None] = [None] * self.pool.num_pages
         for owner in self.pool.owners():
-            assert isinstance(owner, tuple)  # made by sequence_owner or adapter_owner
+            assert isinstance(owner, tuple)  # made by sequence_owner, prefix_owner or adapter_owner
             kind, name = owner
             for page in self.pool.pages(owner):
                 kinds[page] = name if kind == "adapter" else "kv"
         return kinds
 
-    def used_pages(self) -> dict[str, int]:
-        """Pages by use: kv, adapter (in use), idle_adapter, free."""
-        counts = dict(kv=0, adapter=0, idle_adapter=0, free=self.pool.free)
-        for owner in self.pool.owners():
-            assert isinstance(owner, tuple)
-            kind = "adapter" if owner[0] == "adapter" else "kv"
-            if self.pool.is_idle(owner):
-                kind = "idle_adapter"
-            counts[kind] += len(self.pool.pages(owner))
-        return counts
+    def prefix_stats(self) -> dict[str, float]:
+        """Prompt tokens of started requests, how many of them were found in the prefix cache, and their share; and how
+        many tokens preempted requests found there when they were resumed.
+        """
+        cache = self.scheduler.prefixes
+        if cache is None:
+            return dict(prompt_tokens=0, hit_tokens=0, hit_rate=0.0, resumed_tokens=0)
+        return dict(
+            prompt_tokens=cache.prompt_tokens,
+            hit_tokens=cache.hit_tokens,
+            hit_rate=cache.hit_tokens / max(cache.prompt_tokens, 1),
+            resumed_tokens=cache.resumed_tokens,
+        )

@@ -38,6 +38,8 @@ class EngineConfig:
     policy: who goes first and who is given up: "fcfs", "cluster", "early-abort", "fair" or "priority"; see
         slora_jax/policies. policy_options: arguments of the policy's class, for instance {"ttft": 6.0}.
     adapter_quota: what each adapter may take; None is no limit. adapter_quotas: the same for single adapters, by name.
+    prefix_caching: keep the keys and values of full pages after their request, in pages that nobody needs just now, for
+        requests that begin with the same tokens under the same adapter.
     implementation: kernels, "auto", "mosaic" or "xla".
     loop: "unroll" or "scan" over the layers, see Llama; None: unroll where the Hopper kernels run, else scan, because
         the XLA kernels take long to compile.
@@ -60,6 +62,7 @@ class EngineConfig:
     policy_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     adapter_quota: Quota | None = None
     adapter_quotas: Mapping[str, Quota] = dataclasses.field(default_factory=dict)
+    prefix_caching: bool = True
     implementation: Implementation = "auto"
     loop: Literal["unroll", "scan"] | None = None
     warm_up: bool = False

@@ -8,7 +8,7 @@ A policy says in which order waiting sequences are tried. One that does not fit 
 so often: then nobody is admitted before it.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator
 import dataclasses
 import time
@@ -16,6 +16,7 @@ import time
 from pallas_kernels.geometry import PAGE_TOKENS, ceil_div
 from slora_jax.page_pool import OutOfPages, PagePool
 from slora_jax.policies import Drop, Fcfs, Policy, Quotas, View
+from slora_jax.prefix_cache import PrefixCache
 from slora_jax.sequence import AdapterUse, Chunk, Sequence
 
 _TRIES = 64  # sequences that may be found not to fit in one step, so that planning takes bounded time
@@ -47,7 +48,8 @@ class Scheduler:
     """Shares one page pool and the tokens of each step among sequences.
 
     max_seqs: sequences in a step at most. max_step_tokens: tokens in a step at most. max_overtakes: how often a
-    sequence that does not fit may be overtaken. clock: returns seconds.
+    sequence that does not fit may be overtaken. prefix_page_cost: seconds to compute a page of keys and values again,
+    which says how long one that nobody uses is kept for later sequences; None: none is kept. clock: returns seconds.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Scheduler:
         policy: Policy | None = None,
         quotas: Quotas | None = None,
         max_overtakes: int = 64,
+        prefix_page_cost: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         if max_step_tokens < max_seqs:
@@ -70,6 +73,9 @@ class Scheduler:
         self.policy = policy or Fcfs()
         self.quotas = quotas or Quotas()
         self.clock = clock
+        self.prefixes = None if prefix_page_cost is None else PrefixCache(pool, prefix_page_cost)
+        if self.prefixes is not None:
+            pool.on_evict = self.prefixes.evicted
         self.running: dict[Sequence, None] = {}  # in order of admission
         self._queue: dict[Sequence, None] = {}  # never ran, in order of arrival
         self._overdue: dict[Sequence, None] = {}  # those of _queue that may not be overtaken any more
@@ -146,6 +152,8 @@ class Scheduler:
         for chunk in plan.chunks:
             chunk.seq.num_computed = chunk.start + chunk.length
             self.quotas.charge(chunk.seq, chunk.length, now)
+            if self.prefixes is not None and chunk.seq in self.running:
+                self.prefixes.publish(chunk.seq, sequence_owner(chunk.seq))
         self.policy.completed(plan.chunks, seconds)
 
     def reset(self) -> None:
@@ -153,6 +161,28 @@ class Scheduler:
         assert not self.running
         for owner in list(self.pool.owners()):
             self.pool.release(owner)
+        if self.prefixes is not None:
+            self.prefixes.clear()
+
+    def forget_adapter(self, digest: str) -> None:
+        """Frees what is kept of an adapter that no sequence uses: its weights, and keys and values under it."""
+        owner = adapter_owner(digest)
+        if self.pool.holds(owner) and self.pool.is_idle(owner):
+            self.pool.release(owner)
+        if self.prefixes is not None:
+            self.prefixes.forget(digest)
+
+    def used_pages(self) -> dict[str, int]:
+        """Pages by use: kv and adapter (in use), idle_kv and idle_adapter (kept until the space is needed), free."""
+        kinds: dict[int, str] = {}
+        for owner in self.pool.owners():
+            assert isinstance(owner, tuple)  # made by sequence_owner, prefix_owner or adapter_owner
+            kind = "adapter" if owner[0] == "adapter" else "kv"
+            if self.pool.is_idle(owner):
+                kind = f"idle_{kind}"
+            kinds.update(dict.fromkeys(self.pool.pages(owner), kind))  # who shares a page agrees whether it is idle
+        counts = Counter(kinds.values())
+        return {k: counts[k] for k in ("kv", "idle_kv", "adapter", "idle_adapter")} | dict(free=self.pool.free)
 
     def _view(self, now: float) -> View:
         return View(now, list(self._queue), self.running, self.max_step_tokens)
@@ -232,10 +262,13 @@ class Scheduler:
 
     def _admit(self, seq: Sequence, loads: list[AdapterUse]) -> bool:
         """Starts a waiting sequence if its adapter and its tokens fit beside a spare page for each running sequence."""
-        need = self._missing_pages(seq, len(seq.tokens))
+        hits = self.prefixes.match(seq) if self.prefixes is not None else []
+        need = ceil_div(len(seq.tokens), PAGE_TOKENS) - len(hits)
+        available = self.pool.available
+        if self.prefixes is not None:
+            available -= self.prefixes.count_idle(hits)
         adapter = seq.adapter
         resident = adapter is not None and self.pool.holds(adapter_owner(adapter.digest))
-        available = self.pool.available
         if adapter is not None:
             if not resident:
                 need += adapter.num_pages
@@ -243,6 +276,8 @@ class Scheduler:
                 available -= adapter.num_pages  # its own idle pages cannot be evicted for it
         if need + len(self.running) > available:
             return False
+        if self.prefixes is not None:  # before anything is evicted to make room
+            self.prefixes.take(seq, sequence_owner(seq), hits)
         if adapter is not None:
             owner = adapter_owner(adapter.digest)
             if not resident:
@@ -251,7 +286,7 @@ class Scheduler:
             elif self.pool.is_idle(owner):
                 self.pool.revive(owner)
             self._adapter_users[adapter.digest] = self._adapter_users.get(adapter.digest, 0) + 1
-        self.pool.allocate(sequence_owner(seq), self._missing_pages(seq, len(seq.tokens)))
+        self.pool.allocate(sequence_owner(seq), self._missing_pages(seq, seq.num_pending))
         if seq in self._queue:
             del self._queue[seq]
             self._overdue.pop(seq, None)
@@ -264,6 +299,8 @@ class Scheduler:
 
     def _give_back(self, seq: Sequence) -> None:
         self.quotas.stopped(seq)
+        if self.prefixes is not None:
+            self.prefixes.leave(seq)
         self.pool.release(sequence_owner(seq))
         if seq.adapter is not None:
             digest = seq.adapter.digest

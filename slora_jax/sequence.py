@@ -38,6 +38,7 @@ class Sequence:
     priority: int = 0
     arrival: float | None = None
     overtaken: int = 0
+    page_keys: list[bytes] = dataclasses.field(default_factory=list, repr=False)  # see slora_jax/prefix_cache.py
 
     def __post_init__(self):
         assert 0 < self.prompt_len <= len(self.tokens)

@@ -210,7 +210,7 @@ def test_the_same_contents_under_two_names_share_pages():
         engine.remove_adapter("first")
         assert engine.stats()["pages"]["idle_adapter"] == a.num_pages(model.config.geometry)
         engine.remove_adapter("second")
-        assert engine.stats()["pages"] == dict(kv=0, adapter=0, idle_adapter=0, free=200)
+        assert engine.stats()["pages"] == dict(kv=0, idle_kv=0, adapter=0, idle_adapter=0, free=200)
 
 
 def test_new_contents_under_an_old_name_never_meet_the_old():
@@ -396,3 +396,34 @@ def test_quotas_hold_requests_back_and_refuse_what_can_never_fit(engine):
     with Engine(model, settings, adapters_for(model)) as limited:
         with pytest.raises(CapacityError, match="the quota of its adapter is 1; lower max_tokens or raise"):
             limited.generate([Request(None, "a0", greedy(), PROMPT)])
+
+
+def test_prefix_caching_changes_no_answer():
+    shared = [(7 * t) % 256 for t in range(70)]
+    requests = [
+        Request(None, name, greedy(6, logprobs=5), shared[:n] + [i])
+        for i, (n, name) in enumerate(
+            [(70, None), (70, "a0"), (40, None), (64, "a1"), (70, "a0"), (48, None), (3, None)]
+        )
+    ]
+    answers = {}
+    for caching in (False, True):
+        model, settings = config(prefix_caching=caching)
+        with Engine(model, settings, adapters_for(model)) as engine:
+            engine.generate(requests[:4])
+            answers[caching] = engine.generate(requests)
+            stats = engine.stats()
+            engine.check_integrity()
+            if caching:
+                assert stats["prefix_cache"]["hit_tokens"] >= 4 * 64 and 0 < stats["prefix_cache"]["hit_rate"] < 1
+                assert stats["pages"]["idle_kv"] > 0 and stats["pages"]["kv"] == 0
+                engine.remove_adapter("a0")
+                engine.check_integrity()
+                assert engine.stats()["pages"]["idle_kv"] < stats["pages"]["idle_kv"]
+            else:
+                assert stats["prefix_cache"]["hit_tokens"] == stats["pages"]["idle_kv"] == 0
+    for plain, cached in zip(answers[False], answers[True], strict=True):
+        assert plain.token_ids == cached.token_ids
+        for a, b in zip(plain.completions[0].logprobs, cached.completions[0].logprobs, strict=True):
+            assert a.top.keys() == b.top.keys()
+            assert [*a.top.values()] == pytest.approx([*b.top.values()], abs=1e-5)

@@ -43,8 +43,11 @@ class FakeModel:
         return sampled
 
 
-def serve(requests, num_pages, max_seqs, max_step_tokens, aborts=(), **options):
-    """Runs requests to their end. requests: (prompt length, max_tokens, adapter index or None, arrival step)."""
+def serve(requests, num_pages, max_seqs, max_step_tokens, aborts=(), texts=1000, stats=None, **options):
+    """Runs requests to their end. requests: (prompt length, max_tokens, adapter index or None, arrival step).
+
+    texts: how many different prompts there are, each the beginning of one text. stats: takes the prefix cache's.
+    """
     pool = PagePool(num_pages)
     scheduler = Scheduler(pool, max_seqs=max_seqs, max_step_tokens=max_step_tokens, clock=lambda: step * 1.0, **options)
     model, done, seqs = FakeModel(), {}, {}
@@ -57,7 +60,7 @@ def serve(requests, num_pages, max_seqs, max_step_tokens, aborts=(), **options):
             prompt, answer, adapter, _ = requests[i]
             seqs[i] = Sequence(
                 seq_id=i,
-                tokens=[(i * 7 + t) % 1000 for t in range(prompt)],
+                tokens=[(i % texts * 7 + t) % 1000 for t in range(prompt)],
                 prompt_len=prompt,
                 max_tokens=answer,
                 adapter=None if adapter is None else uses[adapter],
@@ -90,8 +93,17 @@ def serve(requests, num_pages, max_seqs, max_step_tokens, aborts=(), **options):
                 done[seq.seq_id] = seq.tokens[seq.prompt_len :]
         step += 1
         assert step < 20000, "the requests do not finish"
-    assert all(pool.is_idle(owner) for owner in pool.owners())  # only idle adapters are left
+    assert all(pool.is_idle(owner) for owner in pool.owners())  # only idle adapters and prefixes are left
     assert pool.available == num_pages
+    pages = scheduler.used_pages()
+    assert pages["kv"] == pages["adapter"] == 0 and sum(pages.values()) == num_pages
+    if scheduler.prefixes is not None:
+        assert len(scheduler.prefixes) == pages["idle_kv"]
+        for use in uses:
+            scheduler.forget_adapter(use.digest)
+        pool.check_integrity()
+        if stats is not None:
+            stats.append(scheduler.prefixes)
     return done
 
 
@@ -108,6 +120,67 @@ def test_a_tiny_pool_gives_the_tokens_of_a_large_one(requests, num_pages, max_se
     large = serve(requests, 1000, 64, 4096)
     small = serve(requests, num_pages, max_seqs, max_seqs + extra)
     assert small == large
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    requests=requests,
+    num_pages=st.integers(12, 40),
+    max_seqs=st.integers(1, 6),
+    extra=st.integers(0, 40),
+    texts=st.integers(1, 3),
+    page_cost=st.sampled_from([0.0, 0.01, 1.0]),
+    aborts=st.sets(st.integers(0, 11), max_size=2),
+)
+def test_prefix_caching_changes_no_token(requests, num_pages, max_seqs, extra, texts, page_cost, aborts):
+    large = serve(requests, 1000, 64, 4096, texts=texts)
+    for pages, seqs, step in ((num_pages, max_seqs, max_seqs + extra), (1000, 64, 4096)):
+        small = serve(requests, pages, seqs, step, aborts, texts, prefix_page_cost=page_cost)
+        for i, tokens in small.items():
+            assert tokens == large[i] or (tokens is None and i in aborts)
+
+
+def test_equal_beginnings_are_computed_once_for_each_adapter():
+    stats = []
+    serve(
+        [(70, 20, a, 40 * i) for i, a in enumerate((None, None, 0, None, 0))],
+        200,
+        4,
+        64,
+        texts=1,
+        stats=stats,
+        prefix_page_cost=0.1,
+    )
+    assert (stats[0].prompt_tokens, stats[0].hit_tokens) == (350, 3 * 64)
+    serve([(64, 20, None, 0), (64, 20, None, 40)], 200, 4, 64, texts=1, stats=stats, prefix_page_cost=0.1)
+    assert stats[1].hit_tokens == 48  # the last token must be computed, and pages are shared whole
+    serve([(33, 60, None, 0)] * 2, 10, 4, 64, stats=stats, prefix_page_cost=0.1)
+    assert stats[2].hit_tokens == 0 and stats[2].resumed_tokens > 0  # preempted, and most of it was still there
+
+
+def test_prompts_whose_log_probabilities_are_wanted_are_computed_whole():
+    scheduler = Scheduler(PagePool(20), max_seqs=2, max_step_tokens=64, prefix_page_cost=0.1)
+    for wanted in (False, True):
+        seq = Sequence(seq_id=wanted, tokens=[1] * 40, prompt_len=40, max_tokens=1, prompt_logprobs=wanted)
+        scheduler.add(seq)
+        plan = scheduler.schedule()
+        assert [c.length for c in plan.chunks] == [40]
+        scheduler.complete(plan)
+        scheduler.remove(seq)
+
+
+def test_a_step_that_failed_leaves_no_prefix_behind():
+    scheduler = Scheduler(PagePool(20), max_seqs=2, max_step_tokens=64, prefix_page_cost=0.1)
+    for i in range(2):
+        seq = Sequence(seq_id=i, tokens=[1] * 40, prompt_len=40, max_tokens=1)
+        scheduler.add(seq)
+        plan = scheduler.schedule()
+        assert [c.length for c in plan.chunks] == [40]
+        scheduler.complete(plan)
+        scheduler.remove(seq)
+        scheduler.reset()
+        scheduler.pool.check_integrity()
+        assert scheduler.pool.free == 20
 
 
 @settings(max_examples=60, deadline=None)
