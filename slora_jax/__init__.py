@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from slora_jax.engine_config import EngineConfig
     from slora_jax.errors import AdapterError, CapacityError, ModelError, RequestError, SloraError
     from slora_jax.model_config import ModelConfig, RopeScaling, param_specs
+    from slora_jax.policies import Quota
     from slora_jax.requests import Completion, Delta, Request, RequestOutput, Timings, TokenLogprob
     from slora_jax.sampling_params import SamplingParams
     from slora_jax.step import make_batch_step, make_forward
@@ -32,6 +33,7 @@ __all__ = [
     "ModelConfig",
     "ModelError",
     "Output",
+    "Quota",
     "Request",
     "RequestError",
     "RequestOutput",
@@ -55,6 +57,7 @@ _MODULES = {
     "engine_config": ("EngineConfig",),
     "errors": ("AdapterError", "CapacityError", "ModelError", "RequestError", "SloraError"),
     "model_config": ("ModelConfig", "RopeScaling", "param_specs"),
+    "policies": ("Quota",),
     "requests": ("Completion", "Delta", "Request", "RequestOutput", "Timings", "TokenLogprob"),
     "sampling_params": ("SamplingParams",),
     "step": ("make_batch_step", "make_forward"),

@@ -7,6 +7,7 @@ from typing import Any
 
 from slora_jax.jobs import Generation, Job
 from slora_jax.page_pool import PagePool
+from slora_jax.policies import Drop
 from slora_jax.requests import TokenLogprob
 from slora_jax.runner import Runner
 from slora_jax.sampling_batch import build_sampling
@@ -29,7 +30,13 @@ class EngineCore:
         self._keeps_adapter = keeps_adapter
         self._generations: dict[Any, Generation] = {}  # by sequence id
         self.counters = dict(
-            steps=0, prompt_tokens=0, generated_tokens=0, preemptions=0, adapter_loads=0, finished_requests=0
+            steps=0,
+            prompt_tokens=0,
+            generated_tokens=0,
+            preemptions=0,
+            dropped=0,
+            adapter_loads=0,
+            finished_requests=0,
         )
 
     def has_work(self) -> bool:
@@ -50,21 +57,25 @@ class EngineCore:
             generation.finish(reason, error=error)
         self._after(job)
 
-    def step(self) -> None:
-        """One step. An error of the device ends the requests that were running, with the error as their text, and no
-        others.
+    def step(self) -> bool:
+        """One step. False if there was nothing to compute.
+
+        An error of the device ends the requests that were running, with the error as their text, and no others.
         """
         plan = self.scheduler.schedule()
         self.counters["preemptions"] += len(plan.preempted)
+        for drop in plan.dropped:
+            self._give_up(drop)
         if not plan.chunks:
-            return
+            return False
+        began = time.monotonic()
         try:
             results = self._run(plan)
         except Exception as error:  # the loop must outlive whatever the device raises
             logger.exception("a step failed; its requests end with an error")
             self._recover(error)
-            return
-        self.scheduler.complete(plan)
+            return True
+        self.scheduler.complete(plan, time.monotonic() - began)
         self.counters["steps"] += 1
         for chunk, position, token, logprob, finite in results:
             generation = self._generations[chunk.seq.seq_id]
@@ -81,14 +92,20 @@ class EngineCore:
                     self._drop(generation)
             if generation.job.finished:
                 self._after(generation.job)
+        return True
+
+    def _give_up(self, drop: Drop) -> None:
+        """Ends a completion that the policy dropped from the queue."""
+        generation = self._generations.pop(drop.seq.seq_id)
+        generation.finish("abort", error=drop.reason)
+        self.counters["dropped"] += 1
+        if generation.job.finished:
+            self._after(generation.job)
 
     def release_adapter(self, digest: str) -> None:
         """Frees the pages of contents that are neither registered nor used any more."""
-        owner = adapter_owner(digest)
-        if self._keeps_adapter(digest) or not self.pool.holds(owner) or not self.pool.is_idle(owner):
-            return
-        if not any(j.adapter and j.adapter.digest == digest for j in self.jobs()):
-            self.pool.release(owner)
+        if not self._keeps_adapter(digest) and not any(j.adapter and j.adapter.digest == digest for j in self.jobs()):
+            self.scheduler.forget_adapter(digest)
 
     def _run(self, plan: StepPlan) -> list[tuple[Chunk, int, int, TokenLogprob | None, bool]]:
         now = time.monotonic()
@@ -153,19 +170,22 @@ class EngineCore:
         """What each page id holds: an adapter's digest, "kv", or None if it is free."""
         kinds: list[str | None] = [None] * self.pool.num_pages
         for owner in self.pool.owners():
-            assert isinstance(owner, tuple)  # made by sequence_owner or adapter_owner
+            assert isinstance(owner, tuple)  # made by sequence_owner, prefix_owner or adapter_owner
             kind, name = owner
             for page in self.pool.pages(owner):
                 kinds[page] = name if kind == "adapter" else "kv"
         return kinds
 
-    def used_pages(self) -> dict[str, int]:
-        """Pages by use: kv, adapter (in use), idle_adapter, free."""
-        counts = dict(kv=0, adapter=0, idle_adapter=0, free=self.pool.free)
-        for owner in self.pool.owners():
-            assert isinstance(owner, tuple)
-            kind = "adapter" if owner[0] == "adapter" else "kv"
-            if self.pool.is_idle(owner):
-                kind = "idle_adapter"
-            counts[kind] += len(self.pool.pages(owner))
-        return counts
+    def prefix_stats(self) -> dict[str, float]:
+        """Prompt tokens of started requests, how many of them were found in the prefix cache, and their share; and how
+        many tokens preempted requests found there when they were resumed.
+        """
+        cache = self.scheduler.prefixes
+        if cache is None:
+            return dict(prompt_tokens=0, hit_tokens=0, hit_rate=0.0, resumed_tokens=0)
+        return dict(
+            prompt_tokens=cache.prompt_tokens,
+            hit_tokens=cache.hit_tokens,
+            hit_rate=cache.hit_tokens / max(cache.prompt_tokens, 1),
+            resumed_tokens=cache.resumed_tokens,
+        )

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax import numpy as jnp
 
+from pallas_kernels.geometry import PAGE_TOKENS
 from slora_jax.adapters import Adapter, read_adapter
 from slora_jax.buckets import Buckets
 from slora_jax.core import EngineCore
@@ -20,9 +21,10 @@ from slora_jax.engine_loop import EngineLoop
 from slora_jax.errors import AdapterError, CapacityError, RequestError
 from slora_jax.jobs import Generation, Job, Sink
 from slora_jax.loading import LoadedModel, load_config, load_model
-from slora_jax.memory import check_weights_fit, choose_num_pages
+from slora_jax.memory import check_weights_fit, choose_num_pages, num_weights
 from slora_jax.model_config import ModelConfig
 from slora_jax.page_pool import PagePool
+from slora_jax.policies import Quotas, make_policy
 from slora_jax.progress import progress_bar
 from slora_jax.registry import AdapterRegistry
 from slora_jax.requests import Completion, Delta, Request, RequestOutput, Timings
@@ -33,6 +35,7 @@ from slora_jax.sequence import Sequence as Seq
 from slora_jax.text_stream import TextStream
 
 _HOST_TO_DEVICE_BYTES_PER_SECOND = 40e9  # measured from pinned memory on an H200; sets what evicting an adapter costs
+_PROMPT_OPERATIONS_PER_SECOND = 600e12  # the same for evicting a prefix; bfloat16 on an H200
 
 
 class Engine:
@@ -68,7 +71,14 @@ class Engine:
             loop=settings.loop,
         )
         pool = PagePool(num_pages)
-        scheduler = Scheduler(pool, max_seqs=settings.max_seqs, max_step_tokens=settings.max_step_tokens)
+        scheduler = Scheduler(
+            pool,
+            max_seqs=settings.max_seqs,
+            max_step_tokens=settings.max_step_tokens,
+            policy=make_policy(settings.policy, settings.policy_options),
+            quotas=Quotas(settings.adapter_quota, settings.adapter_quotas),
+            prefix_page_cost=_prefix_page_cost(model.config) if settings.prefix_caching else None,
+        )
         for name, adapter in self._registry.items():
             self._check_adapter_fits(name, adapter, num_pages)
         if settings.warm_up:
@@ -237,7 +247,7 @@ class Engine:
         ]
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the start, and the present: running, waiting, pages by use."""
+        """Counters since the start, and the present: running, waiting, pages by use, hits of the prefix cache."""
 
         def collect() -> dict[str, Any]:
             core = self._core
@@ -245,7 +255,8 @@ class Engine:
                 **core.counters,
                 running=len(core.scheduler.running),
                 waiting=len(core.scheduler.waiting),
-                pages=core.used_pages(),
+                pages=core.scheduler.used_pages(),
+                prefix_cache=core.prefix_stats(),
                 num_pages=core.pool.num_pages,
                 page_bytes=core.runner.page_bytes,
                 adapters=len(self._registry.items()),
@@ -349,6 +360,10 @@ class Engine:
                 max_tokens=min(params.max_tokens, self.max_model_len - len(ids)),
                 adapter=use,
                 prompt_logprobs=index == 0 and params.prompt_logprobs is not None,
+                adapter_name=request.adapter,
+                tenant=request.tenant,
+                priority=request.priority,
+                arrival=output.timings.arrival,
             )
             self._check_fits(seq)
             completion = Completion(index, logprobs=[] if params.logprobs is not None else None)
@@ -367,6 +382,15 @@ class Engine:
                 f"and the pool has {pool.num_pages}; "
                 "lower max_tokens or set page_pool_bytes higher"
             )
+        try:
+            self._core.scheduler.check(seq)
+        except ValueError as error:
+            raise CapacityError(f"{error}; lower max_tokens or raise the quota's max_pages") from None
+
+
+def _prefix_page_cost(config: ModelConfig) -> float:
+    """Seconds to compute the keys and values of a page again: two operations a weight and token."""
+    return 2 * num_weights(config) * PAGE_TOKENS / _PROMPT_OPERATIONS_PER_SECOND
 
 
 def _read(name: str, source: Any, config: ModelConfig) -> Adapter:

@@ -1,5 +1,6 @@
 """Settings of an engine."""
 
+from collections.abc import Mapping
 import dataclasses
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax
 from pallas_kernels import Implementation
 from pallas_kernels.dispatch import hopper_available
 from slora_jax.errors import SloraError
+from slora_jax.policies import Quota, make_policy
 
 
 def _default_cache_dir() -> str:
@@ -33,6 +35,11 @@ class EngineConfig:
         compiled steps' own need, or 1 GiB on a CPU.
     max_lora_rank: largest rank that steps are compiled for; None follows the registered adapters, so that registering
         one of a higher rank than all before compiles the steps anew.
+    policy: who goes first and who is given up: "fcfs", "cluster", "early-abort", "fair" or "priority"; see
+        slora_jax/policies. policy_options: arguments of the policy's class, for instance {"ttft": 6.0}.
+    adapter_quota: what each adapter may take; None is no limit. adapter_quotas: the same for single adapters, by name.
+    prefix_caching: keep the keys and values of full pages after their request, in pages that nobody needs just now, for
+        requests that begin with the same tokens under the same adapter.
     implementation: kernels, "auto", "mosaic" or "xla".
     loop: "unroll" or "scan" over the layers, see Llama; None: unroll where the Hopper kernels run, else scan, because
         the XLA kernels take long to compile.
@@ -51,6 +58,11 @@ class EngineConfig:
     token_buckets: tuple[int, ...] | None = None
     page_pool_bytes: int | None = None
     max_lora_rank: int | None = None
+    policy: str = "fcfs"
+    policy_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    adapter_quota: Quota | None = None
+    adapter_quotas: Mapping[str, Quota] = dataclasses.field(default_factory=dict)
+    prefix_caching: bool = True
     implementation: Implementation = "auto"
     loop: Literal["unroll", "scan"] | None = None
     warm_up: bool = False
@@ -73,6 +85,7 @@ class EngineConfig:
                 raise SloraError(f"{name} must be one of {choices}, not {getattr(self, name)!r}")
         if self.max_lora_rank is not None and self.max_lora_rank > 512:
             raise SloraError(f"max_lora_rank must be at most 512, not {self.max_lora_rank}")
+        make_policy(self.policy, self.policy_options)
 
     def resolved(self) -> "ResolvedConfig":
         """The same settings with every None that depends on the backend filled in."""

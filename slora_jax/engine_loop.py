@@ -9,6 +9,8 @@ from typing import Any
 from slora_jax.core import EngineCore
 from slora_jax.errors import SloraError
 
+_IDLE_SECONDS = 0.002  # between two looks at a queue from which nothing may start yet
+
 
 class EngineLoop:
     """Owns an EngineCore: nothing else may touch it while the loop lives."""
@@ -39,11 +41,15 @@ class EngineLoop:
             self._thread.join()
 
     def _run(self) -> None:
+        idle = False  # there is work, but quotas let nothing start just now
         while True:
             try:
-                item = self._calls.get(block=not self._core.has_work())
+                if self._core.has_work():
+                    item = self._calls.get(block=idle, timeout=_IDLE_SECONDS)
+                else:
+                    item = self._calls.get()
             except queue.Empty:
-                self._core.step()
+                idle = not self._core.step()
                 continue
             if item is None:
                 break

@@ -23,8 +23,12 @@ def page_bytes(config: ModelConfig, dtype: str) -> int:
     return config.num_layers * config.geometry.page_elements * jnp.dtype(dtype).itemsize
 
 
+def num_weights(config: ModelConfig) -> int:
+    return sum(math.prod(s.shape) for s in param_specs(config).values())
+
+
 def weight_bytes(config: ModelConfig, dtype: str) -> int:
-    return sum(math.prod(s.shape) for s in param_specs(config).values()) * jnp.dtype(dtype).itemsize
+    return num_weights(config) * jnp.dtype(dtype).itemsize
 
 
 def device_memory() -> tuple[int, int] | None:

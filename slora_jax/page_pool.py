@@ -7,6 +7,7 @@ goes.
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 import dataclasses
+import heapq
 
 Owner = Hashable
 
@@ -22,6 +23,7 @@ class _Entry:
     uses: int = 1
     idle: bool = False
     priority: float = 0.0
+    ticket: int = 0  # of its place among the idle owners
 
 
 class PagePool:
@@ -29,7 +31,8 @@ class PagePool:
 
     Eviction is GreedyDual-Size-Frequency (Cherkasova, HP Labs 1998): an idle owner's priority is the pool's clock when
     it was last used, plus uses x reload cost / pages; the lowest goes first and the clock moves up to it, so that what
-    is cheap to reload, large or long unused leaves before what is costly, small or popular.
+    is cheap to reload, large or long unused leaves before what is costly, small or popular. Of equals the one that has
+    been idle longest goes first.
 
     on_evict: called with the owner after its pages were taken away.
     """
@@ -38,13 +41,17 @@ class PagePool:
         if num_pages < 1:
             raise ValueError(f"num_pages must be at least 1, not {num_pages}")
         self.num_pages = num_pages
-        self._on_evict = on_evict
+        self.on_evict = on_evict
         self._free = list(range(num_pages - 1, -1, -1))
         self._refs = [0] * num_pages
         self._entries: dict[Owner, _Entry] = {}
         self._idle_refs: dict[int, int] = {}  # page -> how many idle owners hold it
         self._evictable = 0  # pages that only idle owners hold
         self._clock = 0.0
+        self._tickets = 0
+        self._num_idle = 0
+        # (priority, ticket, owner) of idle owners, and of some that are not idle any more or were retired again
+        self._heap: list[tuple[float, int, Owner]] = []
 
     @property
     def free(self) -> int:
@@ -89,7 +96,7 @@ class PagePool:
         entry.pages.extend(new)
         return new
 
-    def share(self, owner: Owner, pages: Sequence[int]) -> None:
+    def share(self, owner: Owner, pages: Sequence[int], reload_cost: float = 0.0) -> None:
         """Makes `owner` a further owner of pages that somebody holds already."""
         entry = self._entries.get(owner)
         if entry is not None and entry.idle:
@@ -97,7 +104,7 @@ class PagePool:
         for page in pages:
             if not self._refs[page]:
                 raise ValueError(f"page {page} is free and cannot be shared")
-        entry = self._entries.setdefault(owner, _Entry([]))
+        entry = self._entries.setdefault(owner, _Entry([], reload_cost))
         for page in pages:
             if self._idle_refs.get(page, 0) == self._refs[page]:
                 self._evictable -= 1
@@ -123,6 +130,13 @@ class PagePool:
             raise ValueError(f"{owner!r} is idle already")
         entry.idle = True
         entry.priority = self._clock + entry.uses * entry.reload_cost / max(len(entry.pages), 1)
+        self._tickets += 1
+        entry.ticket = self._tickets
+        self._num_idle += 1
+        heapq.heappush(self._heap, (entry.priority, entry.ticket, owner))
+        if len(self._heap) > 2 * self._num_idle + 64:
+            self._heap = [item for item in self._heap if self._is_current(item)]
+            heapq.heapify(self._heap)
         for page in entry.pages:
             self._idle_refs[page] = self._idle_refs.get(page, 0) + 1
             if self._idle_refs[page] == self._refs[page]:
@@ -139,6 +153,7 @@ class PagePool:
 
     def _forget_idle(self, entry: _Entry) -> None:
         entry.idle = False
+        self._num_idle -= 1
         for page in entry.pages:
             if self._idle_refs[page] == self._refs[page]:
                 self._evictable -= 1
@@ -146,12 +161,18 @@ class PagePool:
             if not self._idle_refs[page]:
                 del self._idle_refs[page]
 
+    def _is_current(self, item: tuple[float, int, Owner]) -> bool:
+        entry = self._entries.get(item[2])
+        return entry is not None and entry.idle and entry.ticket == item[1]
+
     def _evict_one(self) -> None:
-        owner, entry = min(((o, e) for o, e in self._entries.items() if e.idle), key=lambda item: item[1].priority)
-        self._clock = max(self._clock, entry.priority)
+        while not self._is_current(self._heap[0]):
+            heapq.heappop(self._heap)
+        priority, _, owner = heapq.heappop(self._heap)
+        self._clock = max(self._clock, priority)
         self.release(owner)
-        if self._on_evict:
-            self._on_evict(owner)
+        if self.on_evict:
+            self.on_evict(owner)
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless every page is free, or owned as often as its reference count says."""
@@ -167,3 +188,6 @@ class PagePool:
         assert self._idle_refs == {p: n for p, n in enumerate(idle) if n}, "idle counts are wrong"
         evictable = sum(1 for n, i in zip(counts, idle, strict=True) if n and n == i)
         assert self._evictable == evictable, "the count of evictable pages is wrong"
+        current = {item[2] for item in self._heap if self._is_current(item)}
+        assert current == {o for o, e in self._entries.items() if e.idle}, "the queue of idle owners is wrong"
+        assert self._num_idle == len(current), "the count of idle owners is wrong"

@@ -11,7 +11,8 @@ class Request:
     """One prompt: exactly one of `prompt` (text), `prompt_token_ids` or `messages` (chat, through the model's
     template).
 
-    adapter: name of a registered adapter, or None for the base model.
+    adapter: name of a registered adapter, or None for the base model. priority: larger goes first under the policy
+    "priority". tenant: whom the policy "fair" counts the request for.
     """
 
     prompt: str | None = None
@@ -20,6 +21,8 @@ class Request:
     prompt_token_ids: Sequence[int] | None = None
     messages: Sequence[Mapping[str, str]] | None = None
     request_id: str | None = None
+    priority: int = 0
+    tenant: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ class TokenLogprob:
 @dataclasses.dataclass(slots=True)
 class Completion:
     """One generated text. finish_reason: "stop", "length", "abort" or "error"; stop_reason: the stop string or token id
-    that ended it.
+    that ended it. error: why, after "error", and after "abort" if the scheduling policy gave it up.
     """
 
     index: int

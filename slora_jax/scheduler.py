@@ -1,31 +1,25 @@
 """Decides what the next step computes. Pure host code, no jax: the same code runs against a simulator.
 
 Continuous batching with chunked prefill: every running sequence's next token first, then prompt chunks up to the step's
-token budget. Pages are taken as they are needed; when none can be had the sequence admitted last gives its own back and
-is recomputed later (S-LoRA reserves the worst case at admission instead and leaves memory idle).
+token budget. Pages are taken as they are needed; when none can be had a sequence gives its own back and is recomputed
+later (S-LoRA reserves the worst case at admission instead and leaves memory idle).
+
+A policy says in which order waiting sequences are tried. One that does not fit is overtaken by others that do, but only
+so often: then nobody is admitted before it.
 """
 
-from collections import deque
-from collections.abc import Hashable
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterator
 import dataclasses
+import time
 
 from pallas_kernels.geometry import PAGE_TOKENS, ceil_div
 from slora_jax.page_pool import OutOfPages, PagePool
-from slora_jax.sequence import AdapterUse, Sequence
+from slora_jax.policies import Drop, Fcfs, Policy, Quotas, View
+from slora_jax.prefix_cache import PrefixCache
+from slora_jax.sequence import AdapterUse, Chunk, Sequence
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens ``start`` to ``start + length`` of a sequence, to be computed in this step."""
-
-    seq: Sequence
-    start: int
-    length: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether the chunk reaches the sequence's end, so that its next token is wanted."""
-        return self.start + self.length == len(self.seq.tokens)
+_TRIES = 64  # sequences that may be found not to fit in one step, so that planning takes bounded time
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,6 +29,7 @@ class StepPlan:
     chunks: list[Chunk]
     loads: list[AdapterUse]  # adapters whose weights must be written to their pages before the step
     preempted: list[Sequence]
+    dropped: list[Drop] = dataclasses.field(default_factory=list)  # given up by the policy; they are no longer queued
 
     @property
     def num_tokens(self) -> int:
@@ -50,46 +45,89 @@ def adapter_owner(digest: str) -> Hashable:
 
 
 class Scheduler:
-    """First come, first served over one page pool.
+    """Shares one page pool and the tokens of each step among sequences.
 
-    max_seqs: sequences in a step at most. max_step_tokens: tokens in a step at most.
+    max_seqs: sequences in a step at most. max_step_tokens: tokens in a step at most. max_overtakes: how often a
+    sequence that does not fit may be overtaken. prefix_page_cost: seconds to compute a page of keys and values again,
+    which says how long one that nobody uses is kept for later sequences; None: none is kept. clock: returns seconds.
     """
 
-    def __init__(self, pool: PagePool, *, max_seqs: int, max_step_tokens: int):
+    def __init__(
+        self,
+        pool: PagePool,
+        *,
+        max_seqs: int,
+        max_step_tokens: int,
+        policy: Policy | None = None,
+        quotas: Quotas | None = None,
+        max_overtakes: int = 64,
+        prefix_page_cost: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         if max_step_tokens < max_seqs:
             raise ValueError(f"max_step_tokens {max_step_tokens} must be at least max_seqs {max_seqs}")
         self.pool = pool
         self.max_seqs = max_seqs
         self.max_step_tokens = max_step_tokens
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in order of admission
+        self.max_overtakes = max_overtakes
+        self.policy = policy or Fcfs()
+        self.quotas = quotas or Quotas()
+        self.clock = clock
+        self.prefixes = None if prefix_page_cost is None else PrefixCache(pool, prefix_page_cost)
+        if self.prefixes is not None:
+            pool.on_evict = self.prefixes.evicted
+        self.running: dict[Sequence, None] = {}  # in order of admission
+        self._queue: dict[Sequence, None] = {}  # never ran, in order of arrival
+        self._overdue: dict[Sequence, None] = {}  # those of _queue that may not be overtaken any more
+        self._preempted: deque[Sequence] = deque()
         self._adapter_users: dict[str, int] = {}
 
-    def add(self, seq: Sequence) -> None:
-        """Queues a sequence. Raises ValueError if it could never fit in the pool, even alone."""
+    @property
+    def waiting(self) -> list[Sequence]:
+        """Sequences that do not run, preempted ones first, then in order of arrival."""
+        return [*self._preempted, *self._queue]
+
+    def check(self, seq: Sequence) -> None:
+        """Raises ValueError if the sequence could never run, even alone."""
         if seq.worst_case_pages > self.pool.num_pages:
             raise ValueError(f"{seq.worst_case_pages} pages needed, the pool has {self.pool.num_pages}")
-        self.waiting.append(seq)
+        self.quotas.check(seq)
+
+    def add(self, seq: Sequence) -> None:
+        """Queues a sequence. Raises ValueError if it could never run, even alone."""
+        self.check(seq)
+        if seq.arrival is None:
+            seq.arrival = self.clock()
+        self._queue[seq] = None
+        self.policy.added(seq)
 
     def remove(self, seq: Sequence) -> None:
         """Takes a finished or cancelled sequence out and frees its pages at once."""
         if seq in self.running:
-            self.running.remove(seq)
+            del self.running[seq]
             self._give_back(seq)
+        elif seq in self._queue:
+            del self._queue[seq]
+            self._overdue.pop(seq, None)
         else:
-            self.waiting.remove(seq)
+            self._preempted.remove(seq)
+        self.policy.removed(seq)
 
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self._queue or self._preempted or self.running)
 
     def adapter_in_use(self, digest: str) -> bool:
         return digest in self._adapter_users
 
     def schedule(self) -> StepPlan:
-        """Plans a step and takes the pages it needs. Empty only if there is nothing to do."""
+        """Plans a step and takes the pages it needs.
+
+        It has no chunks only if there is nothing to do, or if quotas let nothing start just now.
+        """
+        now = self.clock()
+        dropped = self._drop(now)
         budget = self.max_step_tokens
         chunks: list[Chunk] = []
-        loads: list[AdapterUse] = []
         preempted: list[Sequence] = []
         # a token of every decoding sequence before any prompt, so that running answers keep their pace
         for decoding in (True, False):
@@ -99,29 +137,103 @@ class Scheduler:
                     chunks.append(Chunk(seq, seq.num_computed, length))
                     budget -= length
         chunks = [c for c in chunks if c.seq not in preempted]
-        while not preempted and self.waiting and budget and len(self.running) < self.max_seqs:
-            seq = self.waiting[0]
-            if not self._admit(seq, loads):
-                break
-            self.waiting.popleft()
-            length = min(seq.num_pending, budget)
-            chunks.append(Chunk(seq, seq.num_computed, length))
-            budget -= length
+        loads = [] if preempted else self._admit_waiting(chunks, budget, now)
         # a sequence preempted in this step goes before everything that was waiting, in its old order
-        self.waiting.extendleft(preempted)
+        self._preempted.extendleft(preempted)
         chunks.sort(key=lambda c: (c.length > 1, c.seq.adapter.digest if c.seq.adapter else ""))
-        return StepPlan(chunks, loads, preempted)
+        return StepPlan(chunks, loads, preempted, dropped)
 
-    def complete(self, plan: StepPlan) -> None:
-        """Records that a plan's tokens are in their pages. The caller then appends sampled tokens to the sequences."""
+    def complete(self, plan: StepPlan, seconds: float = 0.0) -> None:
+        """Records that a plan's tokens are in their pages. The caller then appends sampled tokens to the sequences.
+
+        seconds: what the step took, for policies that estimate; 0 if it was not measured.
+        """
+        now = self.clock()
         for chunk in plan.chunks:
             chunk.seq.num_computed = chunk.start + chunk.length
+            self.quotas.charge(chunk.seq, chunk.length, now)
+            if self.prefixes is not None and chunk.seq in self.running:
+                self.prefixes.publish(chunk.seq, sequence_owner(chunk.seq))
+        self.policy.completed(plan.chunks, seconds)
 
     def reset(self) -> None:
         """Drops every page's contents, because the device lost them. No sequence may be running."""
         assert not self.running
         for owner in list(self.pool.owners()):
             self.pool.release(owner)
+        if self.prefixes is not None:
+            self.prefixes.clear()
+
+    def forget_adapter(self, digest: str) -> None:
+        """Frees what is kept of an adapter that no sequence uses: its weights, and keys and values under it."""
+        owner = adapter_owner(digest)
+        if self.pool.holds(owner) and self.pool.is_idle(owner):
+            self.pool.release(owner)
+        if self.prefixes is not None:
+            self.prefixes.forget(digest)
+
+    def used_pages(self) -> dict[str, int]:
+        """Pages by use: kv and adapter (in use), idle_kv and idle_adapter (kept until the space is needed), free."""
+        kinds: dict[int, str] = {}
+        for owner in self.pool.owners():
+            assert isinstance(owner, tuple)  # made by sequence_owner, prefix_owner or adapter_owner
+            kind = "adapter" if owner[0] == "adapter" else "kv"
+            if self.pool.is_idle(owner):
+                kind = f"idle_{kind}"
+            kinds.update(dict.fromkeys(self.pool.pages(owner), kind))  # who shares a page agrees whether it is idle
+        counts = Counter(kinds.values())
+        return {k: counts[k] for k in ("kv", "idle_kv", "adapter", "idle_adapter")} | dict(free=self.pool.free)
+
+    def _view(self, now: float) -> View:
+        return View(now, list(self._queue), self.running, self.max_step_tokens)
+
+    def _drop(self, now: float) -> list[Drop]:
+        dropped = list(self.policy.drop(self._view(now))) if self._queue else []
+        for drop in dropped:
+            self.remove(drop.seq)
+        return dropped
+
+    def _admit_waiting(self, chunks: list[Chunk], budget: int, now: float) -> list[AdapterUse]:
+        """Starts what fits and adds its first chunks. Returns the adapters to load."""
+        loads: list[AdapterUse] = []
+        refused: list[Sequence] = []
+        if not budget or not self._has_room():
+            return loads
+        for seq, first in self._candidates(now):
+            if not self.quotas.admits(seq, now):
+                continue
+            if not self._admit(seq, loads):
+                refused.append(seq)
+                if first or len(refused) == _TRIES:
+                    break
+                continue
+            length = min(seq.num_pending, budget)
+            chunks.append(Chunk(seq, seq.num_computed, length))
+            budget -= length
+            if self._overtaken(refused) or not budget or not self._has_room():
+                break
+        return loads
+
+    def _has_room(self) -> bool:
+        return len(self.running) < self.max_seqs and self.pool.available > len(self.running)
+
+    def _candidates(self, now: float) -> Iterator[tuple[Sequence, bool]]:
+        """Sequences in the order in which they are tried, and whether all others must wait if one does not fit."""
+        for seq in [*self._preempted, *self._overdue]:
+            yield seq, True
+        for seq in self.policy.order(self._view(now)) if self._queue else ():
+            if seq not in self.running and seq not in self._overdue:
+                yield seq, False
+
+    def _overtaken(self, refused: list[Sequence]) -> bool:
+        """Notes that one was admitted before all of these. True if one of them may not be overtaken again."""
+        overdue = False
+        for seq in refused:
+            seq.overtaken += 1
+            if seq.overtaken >= self.max_overtakes:
+                self._overdue[seq] = None
+                overdue = True
+        return overdue
 
     def _missing_pages(self, seq: Sequence, length: int) -> int:
         owner = sequence_owner(seq)
@@ -129,8 +241,8 @@ class Scheduler:
         return ceil_div(seq.num_computed + length, PAGE_TOKENS) - held
 
     def _grow(self, seq: Sequence, length: int, preempted: list[Sequence]) -> bool:
-        """Gets the pages for the next `length` tokens, preempting from the end of the line. False if `seq` itself had
-        to go.
+        """Gets the pages for the next `length` tokens, preempting whom the policy names. False if `seq` itself had to
+        go.
         """
         missing = self._missing_pages(seq, length)
         while missing > 0:
@@ -138,7 +250,8 @@ class Scheduler:
                 self.pool.allocate(sequence_owner(seq), missing)
                 return True
             except OutOfPages:
-                victim = self.running.pop()
+                victim = self.policy.victim(self.running)
+                del self.running[victim]
                 self._give_back(victim)
                 victim.num_computed = 0
                 victim.preemptions += 1
@@ -149,10 +262,13 @@ class Scheduler:
 
     def _admit(self, seq: Sequence, loads: list[AdapterUse]) -> bool:
         """Starts a waiting sequence if its adapter and its tokens fit beside a spare page for each running sequence."""
-        need = self._missing_pages(seq, len(seq.tokens))
+        hits = self.prefixes.match(seq) if self.prefixes is not None else []
+        need = ceil_div(len(seq.tokens), PAGE_TOKENS) - len(hits)
+        available = self.pool.available
+        if self.prefixes is not None:
+            available -= self.prefixes.count_idle(hits)
         adapter = seq.adapter
         resident = adapter is not None and self.pool.holds(adapter_owner(adapter.digest))
-        available = self.pool.available
         if adapter is not None:
             if not resident:
                 need += adapter.num_pages
@@ -160,6 +276,8 @@ class Scheduler:
                 available -= adapter.num_pages  # its own idle pages cannot be evicted for it
         if need + len(self.running) > available:
             return False
+        if self.prefixes is not None:  # before anything is evicted to make room
+            self.prefixes.take(seq, sequence_owner(seq), hits)
         if adapter is not None:
             owner = adapter_owner(adapter.digest)
             if not resident:
@@ -168,11 +286,21 @@ class Scheduler:
             elif self.pool.is_idle(owner):
                 self.pool.revive(owner)
             self._adapter_users[adapter.digest] = self._adapter_users.get(adapter.digest, 0) + 1
-        self.pool.allocate(sequence_owner(seq), self._missing_pages(seq, len(seq.tokens)))
-        self.running.append(seq)
+        self.pool.allocate(sequence_owner(seq), self._missing_pages(seq, seq.num_pending))
+        if seq in self._queue:
+            del self._queue[seq]
+            self._overdue.pop(seq, None)
+        else:
+            self._preempted.remove(seq)
+        self.running[seq] = None
+        self.quotas.admitted(seq)
+        self.policy.admitted(seq)
         return True
 
     def _give_back(self, seq: Sequence) -> None:
+        self.quotas.stopped(seq)
+        if self.prefixes is not None:
+            self.prefixes.leave(seq)
         self.pool.release(sequence_owner(seq))
         if seq.adapter is not None:
             digest = seq.adapter.digest

@@ -17,6 +17,7 @@ from slora_jax import (
     CapacityError,
     Engine,
     EngineConfig,
+    Quota,
     Request,
     RequestError,
     SamplingParams,
@@ -209,7 +210,7 @@ def test_the_same_contents_under_two_names_share_pages():
         engine.remove_adapter("first")
         assert engine.stats()["pages"]["idle_adapter"] == a.num_pages(model.config.geometry)
         engine.remove_adapter("second")
-        assert engine.stats()["pages"] == dict(kv=0, adapter=0, idle_adapter=0, free=200)
+        assert engine.stats()["pages"] == dict(kv=0, idle_kv=0, adapter=0, idle_adapter=0, free=200)
 
 
 def test_new_contents_under_an_old_name_never_meet_the_old():
@@ -357,3 +358,72 @@ def test_a_closed_engine_says_so():
     assert [d.finish_reason for d in stream][-1] == "abort"
     with pytest.raises(SloraError, match="the engine is closed"):
         engine.generate([Request(None, None, greedy(), PROMPT)])
+
+
+def test_a_request_given_up_by_the_policy_says_why(monkeypatch):
+    model, settings = config(
+        max_seqs=1, seq_buckets=(1,), policy="early-abort", policy_options=dict(ttft=0.2, slack=0.1)
+    )
+    with Engine(model, settings) as engine:
+        engine.generate([Request(None, None, greedy(1), PROMPT)])  # compiles; too late itself, or not
+        monkeypatch.setattr(engine._core.runner, "forward", _slowly(engine._core.runner.forward, 0.02))
+        outputs = engine.generate([Request(None, None, greedy(30), PROMPT, tenant="a", priority=p) for p in (0, 1)])
+        late, kept = sorted(outputs, key=lambda o: o.finish_reason or "")
+        assert kept.finish_reason == "length"
+        assert (late.finish_reason, late.token_ids) == ("abort", [])
+        assert late.completions[0].error.startswith("given up: its first token cannot come within the target of 0.2 s")
+        assert engine.stats()["dropped"] >= 1 and engine.stats()["waiting"] == 0
+
+
+def _slowly(function, seconds):
+    def slow(*args):
+        time.sleep(seconds)
+        return function(*args)
+
+    return slow
+
+
+def test_quotas_hold_requests_back_and_refuse_what_can_never_fit(engine):
+    model, settings = config(
+        adapter_quota=Quota(tokens_per_second=200.0), adapter_quotas={"a1": Quota(max_running=1, max_pages=400)}
+    )
+    with Engine(model, settings, adapters_for(model)) as limited:
+        requests = [Request(None, name, greedy(), PROMPT) for name in ("a0", "a1", "a1", "a0", None)]
+        got = limited.generate(requests)
+        assert [o.token_ids for o in got] == [o.token_ids for o in engine.generate(requests)]
+        assert got[2].timings.scheduled >= got[1].timings.finished
+    model, settings = config(adapter_quota=Quota(max_pages=1))
+    with Engine(model, settings, adapters_for(model)) as limited:
+        with pytest.raises(CapacityError, match="the quota of its adapter is 1; lower max_tokens or raise"):
+            limited.generate([Request(None, "a0", greedy(), PROMPT)])
+
+
+def test_prefix_caching_changes_no_answer():
+    shared = [(7 * t) % 256 for t in range(70)]
+    requests = [
+        Request(None, name, greedy(6, logprobs=5), shared[:n] + [i])
+        for i, (n, name) in enumerate(
+            [(70, None), (70, "a0"), (40, None), (64, "a1"), (70, "a0"), (48, None), (3, None)]
+        )
+    ]
+    answers = {}
+    for caching in (False, True):
+        model, settings = config(prefix_caching=caching)
+        with Engine(model, settings, adapters_for(model)) as engine:
+            engine.generate(requests[:4])
+            answers[caching] = engine.generate(requests)
+            stats = engine.stats()
+            engine.check_integrity()
+            if caching:
+                assert stats["prefix_cache"]["hit_tokens"] >= 4 * 64 and 0 < stats["prefix_cache"]["hit_rate"] < 1
+                assert stats["pages"]["idle_kv"] > 0 and stats["pages"]["kv"] == 0
+                engine.remove_adapter("a0")
+                engine.check_integrity()
+                assert engine.stats()["pages"]["idle_kv"] < stats["pages"]["idle_kv"]
+            else:
+                assert stats["prefix_cache"]["hit_tokens"] == stats["pages"]["idle_kv"] == 0
+    for plain, cached in zip(answers[False], answers[True], strict=True):
+        assert plain.token_ids == cached.token_ids
+        for a, b in zip(plain.completions[0].logprobs, cached.completions[0].logprobs, strict=True):
+            assert a.top.keys() == b.top.keys()
+            assert [*a.top.values()] == pytest.approx([*b.top.values()], abs=1e-5)

@@ -140,6 +140,24 @@ def test_an_old_favourite_is_evicted_in_the_end():
     assert not pool.holds("favourite")
 
 
+def test_the_end_of_a_text_goes_before_its_beginning():
+    evicted = []
+    pool = PagePool(200, evicted.append)
+    for i in range(200):
+        pool.allocate(i, 1, 1.0)
+    for _ in range(3):  # the heap is made anew now and then
+        for i in reversed(range(200)):
+            pool.retire(i)
+        pool.check_integrity()
+        for i in range(200):
+            pool.revive(i)
+    for i in reversed(range(200)):
+        pool.retire(i)
+    pool.allocate("new", 50)
+    assert evicted == list(range(199, 149, -1))
+    pool.check_integrity()
+
+
 def test_misuse_is_refused():
     pool = PagePool(4)
     pool.allocate("a", 1)

@@ -2,11 +2,14 @@
 consistent.
 """
 
+import inspect
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import pytest
 
 from slora_jax.page_pool import PagePool
+from slora_jax.policies import Cluster, EarlyAbort, Fair, Priority, Quota, Quotas
 from slora_jax.scheduler import Scheduler, adapter_owner, sequence_owner
 from slora_jax.sequence import AdapterUse, Sequence
 
@@ -40,10 +43,13 @@ class FakeModel:
         return sampled
 
 
-def serve(requests, num_pages, max_seqs, max_step_tokens, aborts=()):
-    """Runs requests to their end. requests: (prompt length, max_tokens, adapter index or None, arrival step)."""
+def serve(requests, num_pages, max_seqs, max_step_tokens, aborts=(), texts=1000, stats=None, **options):
+    """Runs requests to their end. requests: (prompt length, max_tokens, adapter index or None, arrival step).
+
+    texts: how many different prompts there are, each the beginning of one text. stats: takes the prefix cache's.
+    """
     pool = PagePool(num_pages)
-    scheduler = Scheduler(pool, max_seqs=max_seqs, max_step_tokens=max_step_tokens)
+    scheduler = Scheduler(pool, max_seqs=max_seqs, max_step_tokens=max_step_tokens, clock=lambda: step * 1.0, **options)
     model, done, seqs = FakeModel(), {}, {}
     uses = [AdapterUse(f"adapter{i}", pages, 0.1) for i, pages in enumerate((1, 3, 5, 2))]
     arrivals = sorted((arrival, i) for i, (_, _, _, arrival) in enumerate(requests))
@@ -54,10 +60,13 @@ def serve(requests, num_pages, max_seqs, max_step_tokens, aborts=()):
             prompt, answer, adapter, _ = requests[i]
             seqs[i] = Sequence(
                 seq_id=i,
-                tokens=[(i * 7 + t) % 1000 for t in range(prompt)],
+                tokens=[(i % texts * 7 + t) % 1000 for t in range(prompt)],
                 prompt_len=prompt,
                 max_tokens=answer,
                 adapter=None if adapter is None else uses[adapter],
+                adapter_name=None if adapter is None else str(adapter),
+                tenant=str(i % 3),
+                priority=i % 4,
             )
             scheduler.add(seqs[i])
         for i in aborts:
@@ -68,7 +77,9 @@ def serve(requests, num_pages, max_seqs, max_step_tokens, aborts=()):
             continue
         plan = scheduler.schedule()
         pool.check_integrity()
-        assert plan.chunks, "nothing was scheduled although there is work"
+        for drop in plan.dropped:
+            done[drop.seq.seq_id] = None
+        assert plan.chunks or not scheduler.has_work(), "nothing was scheduled although there is work"
         assert plan.num_tokens <= max_step_tokens and len(plan.chunks) <= max_seqs
         kinds = [(c.length > 1, c.seq.adapter.digest if c.seq.adapter else "") for c in plan.chunks]
         assert kinds == sorted(kinds)
@@ -82,8 +93,17 @@ def serve(requests, num_pages, max_seqs, max_step_tokens, aborts=()):
                 done[seq.seq_id] = seq.tokens[seq.prompt_len :]
         step += 1
         assert step < 20000, "the requests do not finish"
-    assert all(pool.is_idle(owner) for owner in pool.owners())  # only idle adapters are left
+    assert all(pool.is_idle(owner) for owner in pool.owners())  # only idle adapters and prefixes are left
     assert pool.available == num_pages
+    pages = scheduler.used_pages()
+    assert pages["kv"] == pages["adapter"] == 0 and sum(pages.values()) == num_pages
+    if scheduler.prefixes is not None:
+        assert len(scheduler.prefixes) == pages["idle_kv"]
+        for use in uses:
+            scheduler.forget_adapter(use.digest)
+        pool.check_integrity()
+        if stats is not None:
+            stats.append(scheduler.prefixes)
     return done
 
 
@@ -100,6 +120,84 @@ def test_a_tiny_pool_gives_the_tokens_of_a_large_one(requests, num_pages, max_se
     large = serve(requests, 1000, 64, 4096)
     small = serve(requests, num_pages, max_seqs, max_seqs + extra)
     assert small == large
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    requests=requests,
+    num_pages=st.integers(12, 40),
+    max_seqs=st.integers(1, 6),
+    extra=st.integers(0, 40),
+    texts=st.integers(1, 3),
+    page_cost=st.sampled_from([0.0, 0.01, 1.0]),
+    aborts=st.sets(st.integers(0, 11), max_size=2),
+)
+def test_prefix_caching_changes_no_token(requests, num_pages, max_seqs, extra, texts, page_cost, aborts):
+    large = serve(requests, 1000, 64, 4096, texts=texts)
+    for pages, seqs, step in ((num_pages, max_seqs, max_seqs + extra), (1000, 64, 4096)):
+        small = serve(requests, pages, seqs, step, aborts, texts, prefix_page_cost=page_cost)
+        for i, tokens in small.items():
+            assert tokens == large[i] or (tokens is None and i in aborts)
+
+
+def test_equal_beginnings_are_computed_once_for_each_adapter():
+    stats = []
+    serve(
+        [(70, 20, a, 40 * i) for i, a in enumerate((None, None, 0, None, 0))],
+        200,
+        4,
+        64,
+        texts=1,
+        stats=stats,
+        prefix_page_cost=0.1,
+    )
+    assert (stats[0].prompt_tokens, stats[0].hit_tokens) == (350, 3 * 64)
+    serve([(64, 20, None, 0), (64, 20, None, 40)], 200, 4, 64, texts=1, stats=stats, prefix_page_cost=0.1)
+    assert stats[1].hit_tokens == 48  # the last token must be computed, and pages are shared whole
+    serve([(33, 60, None, 0)] * 2, 10, 4, 64, stats=stats, prefix_page_cost=0.1)
+    assert stats[2].hit_tokens == 0 and stats[2].resumed_tokens > 0  # preempted, and most of it was still there
+
+
+def test_prompts_whose_log_probabilities_are_wanted_are_computed_whole():
+    scheduler = Scheduler(PagePool(20), max_seqs=2, max_step_tokens=64, prefix_page_cost=0.1)
+    for wanted in (False, True):
+        seq = Sequence(seq_id=wanted, tokens=[1] * 40, prompt_len=40, max_tokens=1, prompt_logprobs=wanted)
+        scheduler.add(seq)
+        plan = scheduler.schedule()
+        assert [c.length for c in plan.chunks] == [40]
+        scheduler.complete(plan)
+        scheduler.remove(seq)
+
+
+def test_a_step_that_failed_leaves_no_prefix_behind():
+    scheduler = Scheduler(PagePool(20), max_seqs=2, max_step_tokens=64, prefix_page_cost=0.1)
+    for i in range(2):
+        seq = Sequence(seq_id=i, tokens=[1] * 40, prompt_len=40, max_tokens=1)
+        scheduler.add(seq)
+        plan = scheduler.schedule()
+        assert [c.length for c in plan.chunks] == [40]
+        scheduler.complete(plan)
+        scheduler.remove(seq)
+        scheduler.reset()
+        scheduler.pool.check_integrity()
+        assert scheduler.pool.free == 20
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    requests=requests,
+    policy=st.sampled_from(
+        [Cluster(1, 5.0), EarlyAbort(9.0), EarlyAbort(4.0, 1.0), Fair(), Fair("adapter"), Priority(9)]
+    ),
+    quota=st.sampled_from([None, Quota(max_running=1), Quota(max_pages=12)]),
+    max_overtakes=st.integers(1, 3),
+)
+def test_no_policy_changes_a_token(requests, policy, quota, max_overtakes):
+    large = serve(requests, 1000, 64, 4096)
+    policy = type(policy)(**{k: v for k, v in vars(policy).items() if k in inspect.signature(type(policy)).parameters})
+    small = serve(requests, 14, 4, 32, policy=policy, quotas=Quotas(quota), max_overtakes=max_overtakes)
+    for i, tokens in small.items():
+        assert tokens == large[i] or (tokens is None and isinstance(policy, EarlyAbort))
 
 
 @settings(max_examples=30, deadline=None)
@@ -134,6 +232,69 @@ def test_preempted_sequences_keep_their_place_and_their_tokens():
     assert first in scheduler.running
     assert second.num_computed in (0, len(second.tokens) - 1)
     pool.check_integrity()
+
+
+def test_one_that_does_not_fit_is_overtaken_but_only_so_often():
+    pool = PagePool(10)
+    now = [0.0]
+    scheduler = Scheduler(pool, max_seqs=3, max_step_tokens=512, max_overtakes=5, clock=lambda: now[0])
+    made = iter(range(10**6))
+
+    def add(prompt, answer):
+        seq = Sequence(seq_id=next(made), tokens=[1] * prompt, prompt_len=prompt, max_tokens=answer)
+        scheduler.add(seq)
+        return seq
+
+    add(16, 20).tokens.append(1)
+    large = add(16 * 9, 2)  # fits only alone
+    overtook = 0
+    for _ in range(200):
+        while len(scheduler.waiting) < 8:  # small ones never end, one more in each step
+            add(16, 3)
+        plan = scheduler.schedule()
+        scheduler.complete(plan)
+        now[0] += 1
+        for chunk in plan.chunks:
+            overtook += chunk.seq.seq_id > 1 and large in scheduler.waiting and chunk.start == 0
+            if chunk.samples:
+                chunk.seq.tokens.append(1)
+                if chunk.seq.output_len >= chunk.seq.max_tokens:
+                    scheduler.remove(chunk.seq)
+        if large in scheduler.running:
+            break
+    assert large in scheduler.running and large.overtaken == overtook == 5
+
+
+def test_a_long_queue_behind_one_adapter_does_not_hide_the_others():
+    quotas = Quotas(None, {"noisy": Quota(max_running=1)})
+    scheduler = Scheduler(PagePool(64), max_seqs=4, max_step_tokens=64, quotas=quotas)
+    names = ["noisy"] * 300 + ["quiet"]
+    for i, name in enumerate(names):
+        use = AdapterUse(name, 1)
+        scheduler.add(Sequence(seq_id=i, tokens=[1], prompt_len=1, max_tokens=5, adapter=use, adapter_name=name))
+    plan = scheduler.schedule()
+    assert [c.seq.adapter_name for c in plan.chunks] == ["noisy", "quiet"]
+    with pytest.raises(ValueError, match="9 pages needed, the quota of its adapter is 4"):
+        Scheduler(PagePool(64), max_seqs=4, max_step_tokens=64, quotas=Quotas(Quota(max_pages=4))).add(
+            Sequence(seq_id=0, tokens=[1] * 120, prompt_len=120, max_tokens=5, adapter=use, adapter_name="quiet")
+        )
+
+
+def test_tokens_per_second_are_kept_on_average():
+    now = [0.0]
+    quotas = Quotas(Quota(tokens_per_second=10.0))
+    scheduler = Scheduler(PagePool(64), max_seqs=4, max_step_tokens=20, quotas=quotas, clock=lambda: now[0])
+    for i in range(30):
+        scheduler.add(Sequence(seq_id=i, tokens=[1] * 20, prompt_len=20, max_tokens=1, adapter_name="a"))
+    starts = []
+    while scheduler.has_work():
+        plan = scheduler.schedule()
+        scheduler.complete(plan)
+        for chunk in plan.chunks:
+            starts.append(now[0])
+            scheduler.remove(chunk.seq)
+        now[0] += 0.25
+    assert 20 * 30 / (starts[-1] - starts[0]) == pytest.approx(10, rel=0.1)
 
 
 def test_a_request_that_cannot_fit_alone_is_refused():
