@@ -12,13 +12,13 @@ from typing import Any
 from slora_jax.engine import Engine
 from slora_jax.errors import AdapterError, CapacityError, SloraError
 from slora_jax.server.config import ServerConfig
-from slora_jax.server.paths import Fingerprint, check_inside, check_name, confine, fingerprint
+from slora_jax.server.paths import Fingerprint, NameRefused, check_inside, check_name, confine, fingerprint
 from slora_jax.server.registry_file import RegistryFile, RegistryState
 
 logger = logging.getLogger(__name__)
 
 
-class AlreadyLoaded(AdapterError):
+class AlreadyLoaded(NameRefused):
     """The name is taken, and replacing it was not asked for."""
 
 

@@ -9,19 +9,24 @@ from slora_jax.errors import AdapterError
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@/+-]{0,199}")
 
+
+class NameRefused(AdapterError):
+    """An adapter may not have this name."""
+
+
 Fingerprint = tuple[tuple[int, ...], ...]
 
 
 def check_name(name: str, base_model: str) -> str:
-    """The name itself, if an adapter may have it. AdapterError otherwise. A name is never used as a path."""
+    """The name itself, if an adapter may have it. NameRefused otherwise. A name is never used as a path."""
     if not _NAME.fullmatch(name) or ".." in name or "//" in name or name.endswith("/"):
         shown = name if len(name) <= 64 else name[:63] + "…"
-        raise AdapterError(
+        raise NameRefused(
             f"adapter name {shown!r} is not usable: use 1 to 200 letters, digits and _ . : @ / + -, beginning with a "
             "letter, a digit or _"
         )
     if name == base_model:
-        raise AdapterError(f"{name!r} is the base model; give the adapter another name")
+        raise NameRefused(f"{name!r} is the base model; give the adapter another name")
     return name
 
 

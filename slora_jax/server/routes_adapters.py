@@ -10,6 +10,7 @@ from slora_jax.errors import AdapterError, CapacityError, SloraError
 from slora_jax.server.adapter_manager import LoadingNotAllowed, UnknownAdapter
 from slora_jax.server.depends import ServiceDep, log_field
 from slora_jax.server.errors import ApiError
+from slora_jax.server.paths import NameRefused
 from slora_jax.server.schemas import LoadAdapterBody, UnloadAdapterBody
 
 router = APIRouter()
@@ -25,8 +26,10 @@ async def load_lora_adapter(body: LoadAdapterBody, request: Request, service: Se
         await asyncio.to_thread(service.adapters.load, body.lora_name, body.lora_path, body.load_inplace)
     except LoadingNotAllowed as error:
         raise ApiError(403, str(error), code="loading_not_allowed") from None
+    except NameRefused as error:
+        raise ApiError(400, str(error), param="lora_name") from None
     except (AdapterError, CapacityError) as error:
-        raise ApiError(400, str(error), param=_param(error, body)) from None
+        raise ApiError(400, str(error), param="lora_path") from None
     except SloraError as error:
         raise ApiError(500, str(error)) from None
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
@@ -50,7 +53,3 @@ async def unload_lora_adapter(body: UnloadAdapterBody, request: Request, service
 async def adapters(service: ServiceDep) -> dict[str, Any]:
     """Every adapter: where its weights are (tier device or host), rank, digest, pages, use, and any error."""
     return {"object": "list", "data": await asyncio.to_thread(service.adapters.describe)}
-
-
-def _param(error: SloraError, body: LoadAdapterBody) -> str:
-    return "lora_path" if "path" in str(error).split(":")[0] or "no adapter is at" in str(error) else "lora_name"

@@ -81,7 +81,7 @@ def _common(body: SamplingFields) -> dict[str, Any]:
     fields["temperature"] = 1.0 if body.temperature is None else body.temperature
     fields["top_p"] = 1.0 if body.top_p is None else body.top_p
     fields["top_k"] = 0 if body.top_k is None or body.top_k == -1 else body.top_k  # -1 is off in vLLM
-    fields["stop"] = body.stop or ()
+    fields["stop"] = () if body.stop is None else body.stop
     fields["ignore_eos"] = body.ignore_eos
     try:
         fields["logit_bias"] = {int(token): bias for token, bias in (body.logit_bias or {}).items()}

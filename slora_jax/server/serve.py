@@ -35,26 +35,31 @@ class Server(uvicorn.Server):
             )
         )
         self._service = service
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
+        self._stopping = False
         self.failure: BaseException | None = None  # why the engine could not be loaded
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._stop.is_set():
+        if self._stopping:
             super().handle_exit(sig, frame)
         else:
             self.stop()
 
     def stop(self) -> None:
-        """Begins the shutdown: no new calls, and an end when those in flight are answered."""
-        self._stop.set()
+        """Begins the shutdown: no new calls, and an end when those in flight are answered. From any thread."""
+        self._stopping = True
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._stop.set)
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Runs until it is stopped. Raises what kept the engine from being loaded."""
+        self._loop = asyncio.get_running_loop()
         life = asyncio.create_task(self._live())
         try:
             await super().serve(sockets)
         finally:
-            self._stop.set()
+            self._loop = None
             life.cancel()
             await asyncio.gather(life, return_exceptions=True)
             await self._service.close()
@@ -70,6 +75,7 @@ class Server(uvicorn.Server):
         else:
             await stopping
             await self._service.drain()
+            await self._service.close()  # what is left ends now, and its callers are told
             if not loading.done():  # the thread that loads cannot be stopped; nobody waits for what it makes
                 loading.cancel()
         stopping.cancel()

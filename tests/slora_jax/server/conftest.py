@@ -25,6 +25,8 @@ class SharedEngine(Engine):
     """An engine that outlives the servers of the tests."""
 
     def close(self) -> None:
+        for request in self.list_requests():
+            self.abort(request["request_id"])
         for adapter in self.list_adapters():
             self.remove_adapter(adapter["name"])
 

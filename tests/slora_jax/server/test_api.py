@@ -118,7 +118,9 @@ def test_a_stop_string_ends_the_text_and_is_not_in_it(serving):
 
 def test_chat_streamed_and_not(serving, engine):
     messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
-    body = dict(messages=messages, max_completion_tokens=10, logprobs=True, top_logprobs=2, n=2, temperature=1.0, seed=5)
+    body = dict(
+        messages=messages, max_completion_tokens=10, logprobs=True, top_logprobs=2, n=2, temperature=1.0, seed=5
+    )
 
     async def main():
         async with serving() as (client, _):
@@ -207,7 +209,9 @@ def test_operation(serving):
     async def main():
         async with serving() as (client, service):
             await ask(client, model="one", prompt="hello", max_tokens=3)
-            got = {path: await client.get(path) for path in ("/health", "/ready", "/version", "/metrics", "/status", "/")}
+            got = {
+                path: await client.get(path) for path in ("/health", "/ready", "/version", "/metrics", "/status", "/")
+            }
             schema = (await client.get("/openapi.json")).json()
             service.phase = "draining"
             draining = await client.get("/ready")
