@@ -45,6 +45,20 @@ class EngineCore:
     def jobs(self) -> list[Job]:
         return list({id(g.job): g.job for g in self._generations.values()}.values())
 
+    def describe_jobs(self) -> list[dict[str, Any]]:
+        """What is in flight, for people and dashboards. A job is running once one of its sequences is."""
+        running = {seq.seq_id for seq in self.scheduler.running}
+        return [
+            dict(
+                request_id=job.output.request_id,
+                adapter=job.request.adapter,
+                state="running" if any(g.seq.seq_id in running for g in job.generations) else "waiting",
+                prompt_tokens=len(job.output.prompt_token_ids),
+                generated_tokens=sum(len(g.completion.token_ids) for g in job.generations),
+            )
+            for job in self.jobs()
+        ]
+
     def start(self, job: Job) -> None:
         for generation in job.generations:
             self._generations[generation.seq.seq_id] = generation

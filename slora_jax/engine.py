@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+import contextlib
 import itertools
 import queue
 import secrets
@@ -14,11 +15,12 @@ from jax import numpy as jnp
 
 from pallas_kernels.geometry import PAGE_TOKENS
 from slora_jax.adapters import Adapter, read_adapter
+from slora_jax.async_deltas import AsyncDeltas
 from slora_jax.buckets import Buckets
 from slora_jax.core import EngineCore
 from slora_jax.engine_config import EngineConfig
 from slora_jax.engine_loop import EngineLoop
-from slora_jax.errors import AdapterError, CapacityError, RequestError
+from slora_jax.errors import AdapterError, CapacityError, RequestError, SloraError
 from slora_jax.jobs import Generation, Job, Sink
 from slora_jax.loading import LoadedModel, load_config, load_model
 from slora_jax.memory import check_weights_fit, choose_num_pages, num_weights
@@ -127,7 +129,7 @@ class Engine:
                 finished.put(delta.output)
 
         jobs = [self._prepare(r, sink) for r in requests]
-        self._start(jobs)
+        self._loop.call(lambda: self._start(jobs))
         with progress_bar("generating", progress) as report:
             for done in range(len(jobs)):
                 finished.get()
@@ -138,7 +140,7 @@ class Engine:
         """Runs one request and yields its answer piece by piece. Closing the iterator early aborts the request."""
         deltas: queue.SimpleQueue[Delta] = queue.SimpleQueue()
         job = self._prepare(request, deltas.put)
-        self._start([job])
+        self._loop.call(lambda: self._start([job]))
         return self._deltas(job, deltas)
 
     def _deltas(self, job: Job, deltas: "queue.SimpleQueue[Delta]") -> Iterator[Delta]:
@@ -152,21 +154,34 @@ class Engine:
             if not job.finished:
                 self.abort(job.output.request_id)
 
+    async def astart(self, requests: Sequence[Request | str]) -> AsyncDeltas:
+        """Checks and queues requests, and returns their answers piece by piece. The event loop never waits for a step.
+
+        Every request is checked before any is queued; errors are those of generate. The caller closes what it gets.
+        """
+
+        def abort(request_id: str) -> None:
+            with contextlib.suppress(SloraError):  # a closed engine has aborted it already
+                self._loop.submit(lambda: self._abort(request_id))
+
+        deltas = AsyncDeltas(abort)
+        jobs = await asyncio.to_thread(lambda: [self._prepare(r, deltas.sink(i)) for i, r in enumerate(requests)])
+        deltas.follow(jobs)
+        try:
+            await asyncio.wrap_future(self._loop.submit(lambda: self._start(jobs)))
+        except BaseException:
+            deltas.close()
+            raise
+        return deltas
+
     async def astream(self, request: Request | str) -> AsyncIterator[Delta]:
         """stream for asyncio."""
-        loop = asyncio.get_running_loop()
-        deltas: asyncio.Queue[Delta] = asyncio.Queue()
-        job = self._prepare(request, lambda delta: loop.call_soon_threadsafe(deltas.put_nowait, delta))
-        self._start([job])
+        deltas = await self.astart([request])
         try:
-            while True:
-                delta = await deltas.get()
+            async for _, delta in deltas:
                 yield delta
-                if delta.output:
-                    return
         finally:
-            if not job.finished:
-                self.abort(job.output.request_id)
+            deltas.close()
 
     async def agenerate(self, request: Request | str) -> RequestOutput:
         """Runs one request and returns its output. Cancelling the task aborts the request."""
@@ -180,13 +195,11 @@ class Engine:
         in flight.
         """
 
-        def end() -> bool:
-            jobs = [j for j in self._core.jobs() if j.output.request_id == request_id]
-            for job in jobs:
-                self._core.end(job, "abort")
-            return bool(jobs)
+        return self._loop.call(lambda: self._abort(request_id))
 
-        return self._loop.call(end)
+    def list_requests(self) -> list[dict[str, Any]]:
+        """Requests in flight: request_id, adapter, state ("running" or "waiting"), prompt_tokens, generated_tokens."""
+        return self._loop.call(self._core.describe_jobs)
 
     def add_adapter(self, name: str, source: Any) -> str:
         """Registers an adapter and returns the digest of its contents.
@@ -228,6 +241,15 @@ class Engine:
                 raise TimeoutError(f"requests still use adapter {name!r} after {timeout} seconds")
             time.sleep(0.01)
         self._loop.call(lambda: self._core.release_adapter(adapter.digest))
+
+    def longest(self, adapter: str | None = None) -> int:
+        """Tokens that a prompt and its answer may have together, as far as the model and the pool go. AdapterError if
+        the adapter is unknown.
+        """
+        with self._lock:
+            pages = self._registry.get(adapter).num_pages(self.model.config.geometry) if adapter is not None else 0
+        # the last token is never fed back, so it needs no place
+        return min(self.max_model_len, (self._core.pool.num_pages - pages) * PAGE_TOKENS + 1)
 
     def list_adapters(self) -> list[dict[str, Any]]:
         """Registered adapters: name, digest, ranks, targets, pages, and whether their weights are on the device."""
@@ -283,11 +305,16 @@ class Engine:
         self.close()
 
     def _start(self, jobs: list[Job]) -> None:
-        def start() -> None:
-            for job in jobs:
-                self._core.start(job)
+        """Queues jobs. On the engine's thread."""
+        for job in jobs:
+            self._core.start(job)
 
-        self._loop.call(start)
+    def _abort(self, request_id: str) -> bool:
+        """On the engine's thread."""
+        jobs = [j for j in self._core.jobs() if j.output.request_id == request_id]
+        for job in jobs:
+            self._core.end(job, "abort")
+        return bool(jobs)
 
     def _check_adapter_fits(self, name: str, adapter: Adapter, num_pages: int) -> None:
         need = adapter.num_pages(self.model.config.geometry)

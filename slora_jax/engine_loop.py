@@ -26,11 +26,15 @@ class EngineLoop:
         """Runs a function on the loop's thread between two steps and returns its result or raises its error."""
         if threading.current_thread() is self._thread:
             return function()
+        return self.submit(function).result()
+
+    def submit(self, function: Callable[[], Any]) -> Future:
+        """call without waiting. A future that is cancelled before the function's turn cancels it."""
         if self._closed.is_set():
             raise SloraError("the engine is closed")
         future: Future = Future()
         self._calls.put((function, future))
-        return future.result()
+        return future
 
     def close(self) -> None:
         """Aborts all jobs and ends the thread. Harmless when called again."""
@@ -57,11 +61,13 @@ class EngineLoop:
         for job in self._core.jobs():
             self._core.end(job, "abort")
         while not self._calls.empty():
-            if item := self._calls.get():
+            if (item := self._calls.get()) and item[1].set_running_or_notify_cancel():
                 item[1].set_exception(SloraError("the engine is closed"))
 
     @staticmethod
     def _serve(function: Callable[[], Any], future: Future) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
         try:
             future.set_result(function())
         except BaseException as error:  # handed to the caller, whose error it is

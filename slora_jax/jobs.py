@@ -89,7 +89,10 @@ class Generation:
             job.output.timings.preemptions = sum(g.seq.preemptions for g in job.generations)
             output = job.output
         text = self.stream.take(final=reason is not None)
-        job.sink(Delta(job.output.request_id, self.completion.index, text, new_tokens, reason, output))
+        logprobs = self.completion.logprobs
+        if logprobs is not None:
+            logprobs = logprobs[len(logprobs) - len(new_tokens) :]
+        job.sink(Delta(job.output.request_id, self.completion.index, text, new_tokens, reason, output, logprobs))
 
 
 class Job:

@@ -104,7 +104,8 @@ class RequestOutput:
 class Delta:
     """A piece of a streamed answer. `text` never ends inside a UTF-8 character or a possible stop string.
 
-    output: the whole result, on the request's last delta only.
+    logprobs: one entry for each of `token_ids`, if the request asked for them. output: the whole result, on the
+    request's last delta only.
     """
 
     request_id: str
@@ -113,3 +114,4 @@ class Delta:
     token_ids: Sequence[int]
     finish_reason: str | None = None
     output: RequestOutput | None = None
+    logprobs: Sequence[TokenLogprob] | None = None

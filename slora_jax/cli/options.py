@@ -2,9 +2,10 @@
 
 import argparse
 import dataclasses
+import importlib.util
 from typing import Any
 
-from slora_jax.errors import RequestError
+from slora_jax.errors import RequestError, SloraError
 from slora_jax.sampling_params import SamplingParams
 
 
@@ -85,6 +86,13 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         page_pool_bytes=args.page_pool,
         progress=not args.quiet,
     )
+
+
+def require_server() -> None:
+    """Raises SloraError where the packages of the extra ``server`` are missing."""
+    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SloraError(f'{missing[0]} is not installed; the server needs: pip install "slora-jax[server]"')
 
 
 def named_path(text: str) -> tuple[str, str]:

@@ -35,6 +35,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _demo(commands)
     _generate(commands)
+    _serve(commands)
+    _key(commands)
     _convert(commands)
     _inspect(commands)
     if argv and argv[0] in commands.choices:
@@ -121,6 +123,78 @@ def _generate(commands) -> None:
         help="number added to the logit of a token id; repeat for more",
     )
     _engine_options(parser)
+
+
+def _serve(commands) -> None:
+    parser = _command(
+        commands,
+        "serve",
+        "serve the model and its adapters over HTTP",
+        "Serves OpenAI's API (chat, completions, models), S-LoRA's /generate and vLLM's adapter calls. The field\n"
+        "`model` of a call names an adapter, or the base model. A status page is at /.",
+        "examples:\n"
+        "  slora-jax serve org/model --adapters ./adapters\n"
+        "  slora-jax key alice --file keys.json --adapter 'team-*'\n"
+        "  slora-jax serve org/model --adapters ./adapters --host 0.0.0.0 --api-keys keys.json",
+    )
+    parser.add_argument("model", metavar="MODEL", help=_MODEL)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen to (default: this machine alone)")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="default: 8000")
+    parser.add_argument("--model-name", metavar="NAME", help="name of the base model in the API (default: from MODEL)")
+    adapters = parser.add_argument_group("adapters")
+    adapters.add_argument(
+        "--adapters",
+        metavar="DIR",
+        help="directory whose subdirectories are adapters, named as they are; it is watched while the server runs",
+    )
+    adapters.add_argument(
+        "--load-root",
+        metavar="DIR",
+        help="directory under which POST /v1/load_lora_adapter may name adapters (default: the call is refused)",
+    )
+    adapters.add_argument("--registry", metavar="FILE", help="remembers what was loaded and unloaded over HTTP")
+    adapters.add_argument("--max-lora-rank", type=int, metavar="N", help="largest rank (default: as adapters come)")
+    access = parser.add_argument_group("callers")
+    access.add_argument(
+        "--api-keys", metavar="FILE", help="API keys, see slora-jax key (default: none are needed on this machine)"
+    )
+    access.add_argument(
+        "--allow-anonymous", action="store_true", help="let everybody ask who can reach the server, without keys"
+    )
+    access.add_argument(
+        "--max-queue", type=int, default=256, metavar="N", help="answers that may wait before callers get 429"
+    )
+    access.add_argument("--max-answer-tokens", type=int, default=4096, metavar="N", help="longest answer, in tokens")
+    operation = parser.add_argument_group("operation")
+    operation.add_argument("--drain-seconds", type=float, default=30.0, metavar="X", help="longest wait at a shutdown")
+    operation.add_argument("--no-warm-up", action="store_true", help="compile steps when they are first needed")
+    operation.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    _engine_options(parser)
+
+
+def _key(commands) -> None:
+    parser = _command(
+        commands,
+        "key",
+        "make an API key for slora-jax serve",
+        "Makes a key, prints it, and adds its hash to a file. A server that runs with the file sees it soon after.",
+        "examples:\n"
+        "  slora-jax key operator --file keys.json --admin\n"
+        "  slora-jax key alice --file keys.json --adapter 'team-*' --requests-per-minute 60",
+    )
+    parser.add_argument("name", metavar="NAME", help="who gets the key; it stands in logs and metrics")
+    parser.add_argument("--file", required=True, metavar="FILE", help="key file; it is made if it is not there")
+    parser.add_argument(
+        "--adapter",
+        metavar="PATTERN",
+        action="append",
+        help="an adapter that the key may use, or a pattern such as team-*; repeat for more (default: all)",
+    )
+    parser.add_argument("--no-base", action="store_true", help="the key may not use the base model")
+    parser.add_argument("--admin", action="store_true", help="the key may load and unload adapters and read metrics")
+    parser.add_argument("--max-concurrent", type=int, metavar="N", help="answers at the same time")
+    parser.add_argument("--requests-per-minute", type=float, metavar="X")
+    parser.add_argument("--tokens-per-minute", type=float, metavar="X", help="of prompts and answers")
 
 
 def _convert(commands) -> None:

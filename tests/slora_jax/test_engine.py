@@ -179,6 +179,67 @@ def test_asyncio(engine):
     assert engine.stats()["running"] == 0
 
 
+def test_deltas_carry_the_log_probabilities_of_their_tokens(engine):
+    output = None
+    logprobs = []
+    for delta in engine.stream(Request(None, "a1", greedy(4, logprobs=2), PROMPT)):
+        assert len(delta.logprobs) == len(delta.token_ids)
+        logprobs += delta.logprobs
+        output = delta.output
+    assert logprobs == output.completions[0].logprobs
+    assert next(engine.stream(Request(None, "a1", greedy(4), PROMPT))).logprobs is None
+
+
+def test_requests_started_together_and_closed_together(engine):
+    async def main():
+        requests = [Request(None, name, greedy(400), PROMPT, request_id=str(name)) for name in (None, "a0")]
+        deltas = await engine.astart(requests)
+        async for _ in deltas:
+            listed = {r["request_id"]: r for r in await asyncio.to_thread(engine.list_requests)}
+            if listed["a0"]["state"] == "running":
+                break
+        deltas.close()
+        assert listed["a0"] | dict(generated_tokens=0) == dict(
+            request_id="a0", adapter="a0", state="running", prompt_tokens=7, generated_tokens=0
+        )
+        assert [delta async for delta in deltas] == []
+        with pytest.raises(AdapterError):
+            await engine.astart([requests[0], Request(None, "nobody", greedy(), PROMPT)])
+        short = await engine.astart([Request(None, name, greedy(3), PROMPT) for name in (None, "a0")])
+        seen = [index async for index, _ in short]
+        assert sorted(seen) == [0, 0, 0, 1, 1, 1]
+        return [o.token_ids for o in short.outputs]
+
+    tokens = asyncio.run(main())
+    assert tokens == [o.token_ids for o in engine.generate([Request(None, n, greedy(3), PROMPT) for n in (None, "a0")])]
+    assert engine.list_requests() == [] and engine.stats()["pages"]["kv"] == 0
+
+
+def test_a_start_that_is_cancelled_leaves_nothing(engine, monkeypatch):
+    forward, hold, held = engine._core.runner.forward, threading.Event(), threading.Event()
+
+    def slow(batch):
+        held.set()
+        hold.wait(10)
+        return forward(batch)
+
+    async def main():
+        task = asyncio.create_task(engine.astart([Request(None, None, greedy(400), PROMPT)]))
+        while not engine._loop._calls.qsize():  # queued behind the step that hangs
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    monkeypatch.setattr(engine._core.runner, "forward", slow)
+    stream = engine.stream(Request(None, None, greedy(2), PROMPT))
+    assert held.wait(10)
+    asyncio.run(main())
+    hold.set()
+    assert sum(len(d.token_ids) for d in stream) == 2
+    assert engine.list_requests() == []
+
+
 def test_abort_ends_a_request_and_only_that(engine):
     results = {}
 
@@ -304,7 +365,8 @@ def test_a_pool_too_small_is_named():
             engine.generate([Request(None, None, greedy(20), [1] * 40)])
         with pytest.raises(CapacityError, match="adapter 'big' needs .* pages and the pool has 3"):
             engine.add_adapter("big", random_adapter(model.config, 64))
-        assert len(engine.generate([Request(None, None, greedy(3), [1] * 40)])[0].token_ids) == 3
+        assert engine.longest() == 49  # 48 tokens in pages and one that is never fed back
+        assert len(engine.generate([Request(None, None, greedy(9), [1] * 40)])[0].token_ids) == 9
     with pytest.raises(CapacityError, match="less than one page of this model"):
         Engine(model, EngineConfig(page_pool_bytes=100, compile_cache_dir="", dtype="float32"))
 

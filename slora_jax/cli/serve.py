@@ -1,0 +1,42 @@
+"""``slora-jax serve``."""
+
+import argparse
+from pathlib import Path
+
+from slora_jax.cli.options import engine_options, require_server
+from slora_jax.engine import Engine
+from slora_jax.engine_config import EngineConfig
+
+
+def run(args: argparse.Namespace) -> int:
+    require_server()
+    from slora_jax.server import ServerConfig, Service
+    from slora_jax.server.serve import run as run_server
+
+    config = ServerConfig(
+        model_name=args.model_name or default_name(args.model),
+        host=args.host,
+        port=args.port,
+        adapters=_path(args.adapters),
+        load_root=_path(args.load_root),
+        registry=_path(args.registry),
+        api_keys=_path(args.api_keys),
+        allow_anonymous=args.allow_anonymous,
+        max_queue=args.max_queue,
+        max_answer_tokens=args.max_answer_tokens,
+        drain_seconds=args.drain_seconds,
+    )
+    settings = EngineConfig(**engine_options(args), max_lora_rank=args.max_lora_rank, warm_up=not args.no_warm_up)
+    service = Service(config, lambda: Engine.from_pretrained(args.model, settings))
+    run_server(service, log_level=args.log_level.upper())
+    return 0
+
+
+def default_name(model: str) -> str:
+    """The base model's name in the API: a Hub id as it is, of a path its last part, so that no path is shown."""
+    path = Path(model)
+    return path.resolve().name if path.exists() else model
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)

@@ -1,0 +1,245 @@
+"""The life of adapters in a server: found in a directory or loaded by name, replaced, and drained when they go.
+
+Everything here blocks (it reads files and waits for the engine) and belongs on a worker thread.
+"""
+
+import dataclasses
+import logging
+import threading
+import time
+from typing import Any
+
+from slora_jax.engine import Engine
+from slora_jax.errors import AdapterError, CapacityError, SloraError
+from slora_jax.server.config import ServerConfig
+from slora_jax.server.paths import Fingerprint, NameRefused, check_inside, check_name, confine, fingerprint
+from slora_jax.server.registry_file import RegistryFile, RegistryState
+
+logger = logging.getLogger(__name__)
+
+
+class AlreadyLoaded(NameRefused):
+    """The name is taken, and replacing it was not asked for."""
+
+
+class UnknownAdapter(AdapterError):
+    """No adapter has the name."""
+
+
+class LoadingNotAllowed(SloraError):
+    """The operator has named no directory from which clients may load."""
+
+
+@dataclasses.dataclass
+class AdapterEntry:
+    """An adapter that is served, or should be. error: why its latest contents are not.
+
+    path: under the watched directory or the load root. watched: whether it came from the watched directory.
+    """
+
+    name: str
+    path: str
+    watched: bool
+    seen: Fingerprint | None = None
+    digest: str | None = None  # None: nothing is served under the name
+    error: str | None = None
+    loaded_at: float | None = None  # seconds since 1970
+    last_used: float | None = None
+    hits: int = 0
+
+
+class AdapterManager:
+    """Keeps the engine's adapters as the watched directory and the API want them."""
+
+    def __init__(self, config: ServerConfig, engine: Engine):
+        self._config = config
+        self._engine = engine
+        self._file = RegistryFile(config.registry)
+        self._unloaded: set[str] = set()
+        self._entries: dict[str, AdapterEntry] = {}
+        self._unsettled: dict[str, Fingerprint] = {}
+        self._lock = threading.Lock()  # of changes; reading a dict needs none
+        self.load_seconds = 0.0
+        self.loads = 0
+        self.failures = 0
+
+    def restore(self) -> None:
+        """Loads what the registry file and the watched directory have. What cannot be loaded is told, and kept."""
+        state = self._file.read()
+        with self._lock:
+            self._unloaded = set(state.unloaded)
+            for name, path in state.loaded.items():
+                entry = AdapterEntry(name, path, watched=False)
+                self._entries[name] = entry
+                try:
+                    self._load(entry)
+                except SloraError as error:
+                    self._fail(entry, error)
+        self.scan(settle=False)
+
+    def scan(self, settle: bool = True) -> None:
+        """Brings the engine up to the watched directory. settle: leaves files alone that changed since the last scan,
+        because somebody may still be writing them.
+        """
+        root = self._config.adapters
+        if root is None:
+            return
+        try:
+            found = {p.name: fingerprint(p) for p in sorted(root.iterdir()) if not p.name.startswith(".")}
+        except OSError as error:  # gone for a moment, as when a volume is mounted anew: keep what there is
+            logger.error("the adapters' directory cannot be read", extra={"fields": {"error": str(error.strerror)}})
+            return
+        with self._lock:
+            for name in [n for n, e in self._entries.items() if e.watched and found.get(n) is None]:
+                self._remove(name)
+            self._unloaded &= {name for name, seen in found.items() if seen is not None}
+            for name, seen in found.items():
+                if seen is not None:
+                    self._scan_one(name, seen, settle)
+
+    def load(self, name: str, path: str, replace: bool) -> str:
+        """Loads an adapter for a client and returns its digest.
+
+        AlreadyLoaded, LoadingNotAllowed, or AdapterError and CapacityError as of Engine.add_adapter; nothing is changed
+        then. SloraError if the registry cannot be written.
+        """
+        root = self._config.load_root
+        if root is None:
+            raise LoadingNotAllowed("this server loads no adapters by name; its operator may give --load-root DIR")
+        check_name(name, self._config.model_name)
+        with self._lock:
+            old = self._entries.get(name)
+            if old is not None and old.digest is not None and not replace:
+                raise AlreadyLoaded(f"the adapter {name!r} has already been loaded; send load_inplace to replace it")
+            if old is not None and old.watched:
+                raise AlreadyLoaded(f"the adapter {name!r} comes from the watched directory; load under another name")
+            confine(root, path)
+            entry = AdapterEntry(name, path, watched=False)
+            self._save(entry)  # first, so that what is served is never more than what a restart finds
+            try:
+                digest = self._load(entry)
+            except SloraError:
+                self._save()
+                raise
+            self._entries[name] = entry
+            return digest
+
+    def unload(self, name: str) -> None:
+        """Forgets an adapter: requests in flight end as they began, later ones are refused. UnknownAdapter if it is
+        not there. One of the watched directory stays away until it leaves the directory and comes back.
+        """
+        with self._lock:
+            entry = self._entries.get(name)
+            if entry is None:
+                raise UnknownAdapter(f"the adapter {name!r} is not loaded")
+            if entry.watched:
+                self._unloaded.add(name)
+            self._remove(name)
+            self._save()
+
+    def touch(self, name: str) -> None:
+        """Notes that a request uses an adapter."""
+        if entry := self._entries.get(name):
+            entry.hits += 1
+            entry.last_used = time.time()
+
+    def names(self) -> list[str]:
+        """Adapters that can be asked."""
+        return [name for name, entry in self._entries.copy().items() if entry.digest is not None]
+
+    def serves(self, name: str) -> bool:
+        entry = self._entries.get(name)
+        return entry is not None and entry.digest is not None
+
+    def path(self, name: str) -> str:
+        """Where it lies under its root; "" if it has gone meanwhile."""
+        entry = self._entries.get(name)
+        return entry.path if entry else ""
+
+    def describe(self) -> list[dict[str, Any]]:
+        """All adapters, with those that could not be loaded."""
+        known = {adapter["name"]: adapter for adapter in self._engine.list_adapters()}
+        rows = []
+        for name, entry in self._entries.copy().items():
+            adapter = known.get(name, {})
+            tier = None if entry.digest is None else "device" if adapter.get("resident") else "host"
+            rows.append(
+                dict(
+                    name=name,
+                    path=entry.path,
+                    watched=entry.watched,
+                    digest=entry.digest,
+                    tier=tier,
+                    rank=adapter.get("rank"),
+                    targets=adapter.get("targets"),
+                    pages=adapter.get("pages"),
+                    hits=entry.hits,
+                    loaded_at=entry.loaded_at,
+                    last_used=entry.last_used,
+                    error=entry.error,
+                )
+            )
+        return rows
+
+    def _scan_one(self, name: str, seen: Fingerprint, settle: bool) -> None:
+        entry = self._entries.get(name)
+        if name in self._unloaded or (entry is not None and (not entry.watched or entry.seen == seen)):
+            self._unsettled.pop(name, None)
+            return
+        if settle and self._unsettled.get(name) != seen:
+            self._unsettled[name] = seen
+            return
+        self._unsettled.pop(name, None)
+        if entry is None:
+            entry = AdapterEntry(name, name, watched=True)
+        entry.seen = seen  # so that what fails is tried again only when it changes
+        self._entries[name] = entry
+        try:
+            check_name(name, self._config.model_name)
+            self._load(entry)
+        except SloraError as error:
+            self._fail(entry, error)
+
+    def _load(self, entry: AdapterEntry) -> str:
+        """Reads an adapter into the engine, over what it had under the name."""
+        root = self._config.adapters if entry.watched else self._config.load_root
+        if root is None:
+            raise AdapterError(f"adapter {entry.name!r} was loaded with --load-root, which this server was not given")
+        path = check_inside(root, root / entry.path) if entry.watched else confine(root, entry.path)
+        if not self.serves(entry.name) and len(self.names()) >= self._config.max_adapters:
+            raise CapacityError(f"{self._config.max_adapters} adapters are registered, the most that are allowed")
+        start = time.monotonic()
+        try:
+            # a Path, never a string: a string could be taken for a repository on the Hub
+            digest = self._engine.add_adapter(entry.name, path)
+        except AdapterError as error:
+            # what clients read names the adapter, not where the server keeps it
+            raise AdapterError(str(error).replace(f"{path}: ", "").replace(str(path), entry.path)) from None
+        entry.digest, entry.error, entry.loaded_at = digest, None, time.time()
+        self.load_seconds += time.monotonic() - start
+        self.loads += 1
+        logger.info("adapter loaded", extra={"fields": {"adapter": entry.name, "digest": digest}})
+        return digest
+
+    def _fail(self, entry: AdapterEntry, error: SloraError) -> None:
+        """What was served under the name, if anything, still is."""
+        entry.error = str(error)
+        self.failures += 1
+        logger.error("adapter not loaded", extra={"fields": {"adapter": entry.name, "error": entry.error}})
+
+    def _remove(self, name: str) -> None:
+        entry = self._entries.pop(name)
+        if entry.digest is None:
+            return
+        try:
+            self._engine.remove_adapter(name, timeout=0)
+        except TimeoutError:
+            pass  # requests in flight go on; its memory is freed when the last of them ends
+        logger.info("adapter removed", extra={"fields": {"adapter": name}})
+
+    def _save(self, coming: AdapterEntry | None = None) -> None:
+        """Writes the registry, with an adapter that is about to be loaded."""
+        loaded = {name: entry.path for name, entry in self._entries.items() if not entry.watched}
+        if coming is not None:
+            loaded[coming.name] = coming.path
+        self._file.write(RegistryState(loaded, frozenset(self._unloaded)))

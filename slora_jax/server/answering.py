@@ -1,0 +1,150 @@
+"""One call being answered: prompts to token ids, to the engine, and accounted for at the end, however it comes."""
+
+import asyncio
+from collections.abc import Sequence
+import contextlib
+from typing import Self
+
+from slora_jax.async_deltas import AsyncDeltas
+from slora_jax.errors import AdapterError, CapacityError, RequestError
+from slora_jax.requests import Delta, Request, RequestOutput
+from slora_jax.sampling_params import SamplingParams
+from slora_jax.server.errors import ApiError, unknown_model
+from slora_jax.server.sampling import bad_request
+from slora_jax.server.service import Service
+from slora_jax.server.tenants import Tenant
+from slora_jax.tokenizer import Tokenizer
+
+
+def choose_adapter(service: Service, tenant: Tenant, model: str) -> str | None:
+    """The adapter that a call's `model` names, None for the base model. ApiError 404 if the caller may not use it."""
+    adapter = None if model == service.config.model_name else model
+    if not tenant.key.may_use(adapter) or (adapter is not None and not service.adapters.serves(adapter)):
+        raise unknown_model(model)
+    return adapter
+
+
+def tokenizer_of(service: Service) -> Tokenizer:
+    """ApiError 400 for a model without one."""
+    tokenizer = service.engine.model.tokenizer
+    if tokenizer is None:
+        raise ApiError(400, "this model has no tokenizer; send the prompt as token ids", param="prompt")
+    return tokenizer
+
+
+async def encode_prompts(
+    service: Service, prompts: Sequence[str | Sequence[int]], add_special_tokens: bool = True
+) -> list[list[int]]:
+    """Token ids of prompts. Ids are taken as they are; the engine checks them."""
+
+    def encode(prompt: str | Sequence[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        return tokenizer_of(service).encode(prompt, add_special_tokens=add_special_tokens)
+
+    try:
+        return await asyncio.to_thread(lambda: [encode(prompt) for prompt in prompts])
+    except RequestError as error:
+        raise bad_request(error, "prompt") from None
+
+
+async def encode_chat(
+    service: Service, messages: Sequence[dict[str, str]], generation_prompt: bool = True
+) -> list[int]:
+    """Token ids of a chat, through the model's template."""
+    tokenizer = tokenizer_of(service)
+    try:
+        return await asyncio.to_thread(tokenizer.chat, list(messages), generation_prompt)
+    except RequestError as error:
+        raise bad_request(error, "messages") from None
+
+
+class Answers:
+    """The answers to a call's prompts. Use it with ``async with``; leaving early aborts what is not finished."""
+
+    def __init__(self, service: Service, tenant: Tenant, adapter: str | None, request_id: str):
+        self._service = service
+        self._tenant = tenant
+        self._adapter = adapter
+        self._id = request_id
+        self._deltas: AsyncDeltas | None = None
+        self._places = contextlib.ExitStack()
+
+    async def start(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Self:
+        """Queues the prompts. ApiError 400, 404, 429 or 503 if they cannot be answered; nothing is queued then."""
+        config = self._service.config
+        if len(prompts) > config.max_prompts:
+            raise ApiError(400, f"a call may have {config.max_prompts} prompts, not {len(prompts)}", param="prompt")
+        completions = len(prompts) * params.n
+        if completions > config.max_completions:
+            raise ApiError(
+                400, f"a call may ask for {config.max_completions} completions, not {completions}", param="n"
+            )
+        if params.max_tokens > config.max_answer_tokens:
+            raise ApiError(
+                400,
+                f"max_tokens must be at most {config.max_answer_tokens} on this server, not {params.max_tokens}",
+                param="max_tokens",
+            )
+        vocab = self._service.engine.model.config.vocab_size
+        if any(token >= vocab for token in params.logit_bias):
+            raise ApiError(400, f"logit_bias names a token id outside the vocabulary of {vocab}", param="logit_bias")
+        self._places.enter_context(self._service.admit(self._tenant, completions))
+        requests = [
+            Request(None, self._adapter, params, ids, request_id=f"{self._id}-{i}") for i, ids in enumerate(prompts)
+        ]
+        try:
+            self._deltas = await self._service.engine.astart(requests)
+        except BaseException as error:
+            self._places.close()
+            if isinstance(error, AdapterError):  # unloaded since it was looked up
+                raise unknown_model(self._adapter or "") from None
+            if isinstance(error, RequestError | CapacityError):
+                raise bad_request(error, "prompt") from None
+            raise
+        if self._adapter is not None:
+            self._service.adapters.touch(self._adapter)
+        return self
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Aborts what is not finished, gives the place back and counts what was done. Harmless when called again."""
+        deltas, self._deltas = self._deltas, None
+        if deltas is None:
+            return
+        deltas.close()
+        self._places.close()
+        for output in deltas.outputs:
+            self._service.finished(output, self._tenant)
+
+    @property
+    def outputs(self) -> list[RequestOutput]:
+        """One for each prompt; complete when the iteration has ended."""
+        assert self._deltas is not None  # between start and close
+        return self._deltas.outputs
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> tuple[int, Delta]:
+        """(index of the prompt, Delta). ApiError if an answer failed."""
+        if self._deltas is None:
+            raise StopAsyncIteration
+        index, delta = await anext(self._deltas)
+        if delta.finish_reason in ("error", "abort"):
+            completion = self.outputs[index].completions[delta.index]
+            if completion.finish_reason == "error":
+                raise ApiError(500, completion.error or "the answer failed", code="generation_failed")
+            raise ApiError(503, "the answer was cut short by the server", code="aborted", retry_after=1)
+        return index, delta
+
+    async def collect(self) -> list[RequestOutput]:
+        """Waits for the ends of all answers."""
+        async for _ in self:
+            pass
+        return self.outputs

@@ -1,0 +1,132 @@
+"""Answers in the form of OpenAI's API. One object writes the whole answer or its pieces, so that they say the same."""
+
+from collections.abc import Sequence
+import time
+from typing import Any
+
+from slora_jax.requests import Completion, Delta, RequestOutput, TokenLogprob
+from slora_jax.server.logprobs import CompletionLogprobs, TokenTexts, chat_logprobs
+
+
+def usage(outputs: Sequence[RequestOutput], score_only: bool = False) -> dict[str, int]:
+    """score_only: the one token that the engine had to make does not count."""
+    prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    answer = 0 if score_only else sum(len(c.token_ids) for output in outputs for c in output.completions)
+    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+
+class _Format:
+    kind: str
+    chunk_kind: str
+
+    def __init__(self, response_id: str, model: str, texts: TokenTexts):
+        self._id = response_id
+        self._model = model
+        self._created = int(time.time())
+        self._texts = texts
+
+    def _envelope(self, kind: str, choices: list[dict[str, Any]], digest: str | None) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "system_fingerprint": digest,  # which contents of the adapter answer
+            "choices": choices,
+        }
+
+    def usage_chunk(self, outputs: Sequence[RequestOutput], score_only: bool = False) -> dict[str, Any]:
+        return self._envelope(self.chunk_kind, [], outputs[0].adapter_digest) | {"usage": usage(outputs, score_only)}
+
+
+class ChatFormat(_Format):
+    """Chat completions."""
+
+    kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+
+    def whole(self, output: RequestOutput) -> dict[str, Any]:
+        choices = [
+            self._choice(c)
+            | {
+                "message": {"role": "assistant", "content": c.text, "refusal": None},
+                "logprobs": None if c.logprobs is None else chat_logprobs(c.logprobs, self._texts),
+            }
+            for c in output.completions
+        ]
+        return self._envelope(self.kind, choices, output.adapter_digest) | {"usage": usage([output])}
+
+    def _choice(self, done: Completion) -> dict[str, Any]:
+        return {"index": done.index, "finish_reason": done.finish_reason, "stop_reason": done.stop_reason}
+
+    def first(self, output: RequestOutput) -> dict[str, Any]:
+        """The chunk before any text, which names the speaker of every choice."""
+        speaker = {"role": "assistant", "content": ""}
+        choices = [
+            {"index": c.index, "delta": speaker, "logprobs": None, "finish_reason": None} for c in output.completions
+        ]
+        return self._envelope(self.chunk_kind, choices, output.adapter_digest)
+
+    def chunk(self, delta: Delta, output: RequestOutput) -> dict[str, Any]:
+        choice = {
+            "index": delta.index,
+            "delta": {"content": delta.text} if delta.text else {},
+            "logprobs": None if delta.logprobs is None else chat_logprobs(delta.logprobs, self._texts),
+            "finish_reason": delta.finish_reason,
+        }
+        if delta.finish_reason is not None:
+            choice["stop_reason"] = output.completions[delta.index].stop_reason
+        return self._envelope(self.chunk_kind, [choice], output.adapter_digest)
+
+
+class CompletionFormat(_Format):
+    """Completions. echoed: the text of each prompt, to stand before its answers, or None.
+
+    score_only: the prompts alone are shown, with their log-probabilities.
+    """
+
+    kind = chunk_kind = "text_completion"
+
+    def __init__(
+        self, response_id: str, model: str, texts: TokenTexts, n: int, echoed: Sequence[str] | None, score_only: bool
+    ):
+        super().__init__(response_id, model, texts)
+        self._n = n
+        self._echoed = echoed
+        self._score_only = score_only
+        self._logprobs: dict[int, CompletionLogprobs] = {}  # by index of the choice
+        self._begun: set[int] = set()
+
+    def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        choices = []
+        for index, output in enumerate(outputs):
+            for done in output.completions:
+                delta = Delta("", done.index, done.text, done.token_ids, done.finish_reason, output, done.logprobs)
+                choices.append(self._choice(index, delta, output))
+        envelope = self._envelope(self.kind, choices, outputs[0].adapter_digest)
+        return envelope | {"usage": usage(outputs, self._score_only)}
+
+    def chunk(self, prompt: int, delta: Delta, output: RequestOutput) -> dict[str, Any]:
+        return self._envelope(self.chunk_kind, [self._choice(prompt, delta, output)], output.adapter_digest)
+
+    def _choice(self, prompt: int, delta: Delta, output: RequestOutput) -> dict[str, Any]:
+        """What a delta adds to its choice; the prompt comes with the first."""
+        index = prompt * self._n + delta.index
+        text, tokens, entries = delta.text, list(delta.token_ids), delta.logprobs
+        if self._score_only:
+            text, tokens, entries = "", [], None if entries is None else []
+        shown: list[TokenLogprob | None] | None = None if entries is None else list(entries)
+        if self._echoed is not None and index not in self._begun:
+            text = self._echoed[prompt] + text
+            if shown is not None and output.prompt_logprobs is not None:
+                shown = [*output.prompt_logprobs, *shown]
+                tokens = [*output.prompt_token_ids, *tokens]
+        self._begun.add(index)
+        choice: dict[str, Any] = {"index": index, "text": text, "logprobs": None, "finish_reason": delta.finish_reason}
+        if shown is not None:
+            writer = self._logprobs.setdefault(index, CompletionLogprobs(self._texts))
+            choice["logprobs"] = writer(shown, tokens)
+        if delta.finish_reason is not None:
+            choice["stop_reason"] = output.completions[delta.index].stop_reason
+            if self._score_only:
+                choice |= {"finish_reason": "length", "stop_reason": None}
+        return choice

@@ -1,0 +1,123 @@
+"""OpenAI's calls: chat, completions, models."""
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from slora_jax.server.answering import Answers, choose_adapter, encode_chat, encode_prompts
+from slora_jax.server.depends import ServiceDep, TenantDep, log_field
+from slora_jax.server.events import EventStream, answer_unless_gone, event
+from slora_jax.server.logprobs import TokenTexts
+from slora_jax.server.openai_format import ChatFormat, CompletionFormat
+from slora_jax.server.sampling import chat_params, completion_params, room_for
+from slora_jax.server.schemas import ChatBody, CompletionBody, SamplingFields
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(body: ChatBody, request: Request, service: ServiceDep, tenant: TenantDep) -> Response:
+    service.check_accepting()
+    adapter = choose_adapter(service, tenant, body.model)
+    log_field(request, model=body.model)
+    ids = await encode_chat(service, [message.plain() for message in body.messages])
+    params = chat_params(body, room_for(service.engine, [ids], adapter, service.config.max_answer_tokens))
+    response_id = f"chatcmpl-{request.state.request_id}"
+    texts = TokenTexts(service.engine.model.tokenizer, body.return_tokens_as_token_ids)
+    form = ChatFormat(response_id, body.model, texts)
+    answers = Answers(service, tenant, adapter, response_id)
+
+    async def whole() -> dict[str, Any]:
+        async with answers:
+            await answers.start([ids], params)
+            output = (await answers.collect())[0]
+            return form.whole(output)
+
+    async def pieces() -> AsyncGenerator[bytes]:
+        yield event(_no_usage(body, form.first(answers.outputs[0])))
+        async for _, delta in answers:
+            if delta.text or delta.logprobs or delta.finish_reason:
+                yield event(_no_usage(body, form.chunk(delta, answers.outputs[0])))
+        if body.stream_options and body.stream_options.include_usage:
+            yield event(form.usage_chunk(answers.outputs))
+        yield event("[DONE]")
+
+    if not body.stream:
+        return await answer_unless_gone(request, whole())
+    await answers.start([ids], params)
+    return EventStream(pieces(), service.config.write_seconds, answers.close)
+
+
+@router.post("/v1/completions")
+async def completions(body: CompletionBody, request: Request, service: ServiceDep, tenant: TenantDep) -> Response:
+    service.check_accepting()
+    adapter = choose_adapter(service, tenant, body.model)
+    log_field(request, model=body.model)
+    params, score_only = completion_params(body)
+    prompts = await encode_prompts(service, body.prompts(), body.add_special_tokens)
+    tokenizer = service.engine.model.tokenizer
+    echoed = None
+    if body.echo:
+        given = zip(body.prompts(), prompts, strict=True)
+        echoed = [p if isinstance(p, str) else tokenizer.decode(ids) if tokenizer else "" for p, ids in given]
+    response_id = f"cmpl-{request.state.request_id}"
+    texts = TokenTexts(tokenizer, body.return_tokens_as_token_ids)
+    form = CompletionFormat(response_id, body.model, texts, params.n, echoed, score_only)
+    answers = Answers(service, tenant, adapter, response_id)
+
+    async def whole() -> dict[str, Any]:
+        async with answers:
+            await answers.start(prompts, params)
+            return form.whole(await answers.collect())
+
+    async def pieces() -> AsyncGenerator[bytes]:
+        async for index, delta in answers:
+            if delta.text or delta.logprobs or delta.finish_reason:
+                yield event(_no_usage(body, form.chunk(index, delta, answers.outputs[index])))
+        if body.stream_options and body.stream_options.include_usage:
+            yield event(form.usage_chunk(answers.outputs, score_only))
+        yield event("[DONE]")
+
+    if not body.stream:
+        return await answer_unless_gone(request, whole())
+    await answers.start(prompts, params)
+    return EventStream(pieces(), service.config.write_seconds, answers.close)
+
+
+@router.get("/v1/models")
+async def models(service: ServiceDep, tenant: TenantDep) -> dict[str, Any]:
+    """The base model and the adapters that the caller may use."""
+    manager, base = service.adapters, service.config.model_name
+    names = [name for name in manager.names() if tenant.key.may_use(name)]
+    entries = [_model(service, name, manager.path(name), base) for name in names]
+    if tenant.key.base:
+        entries.insert(0, _model(service, base, base, None))
+    return {"object": "list", "data": entries}
+
+
+@router.get("/v1/models/{name:path}")
+async def model(name: str, service: ServiceDep, tenant: TenantDep) -> dict[str, Any]:
+    base = service.config.model_name
+    adapter = choose_adapter(service, tenant, name)
+    root = base if adapter is None else service.adapters.path(adapter)
+    return _model(service, name, root, None if adapter is None else base)
+
+
+def _model(service: ServiceDep, name: str, root: str, parent: str | None) -> dict[str, Any]:
+    """root: where an adapter lies under the server's directory; vLLM's field, by which routers know it."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.started,
+        "owned_by": "slora-jax",
+        "root": root,
+        "parent": parent,
+        "max_model_len": service.engine.max_model_len,
+    }
+
+
+def _no_usage(body: SamplingFields, chunk: dict[str, Any]) -> dict[str, Any]:
+    """Where the usage comes in a chunk of its own, the others say that they have none."""
+    return chunk | {"usage": None} if body.stream_options and body.stream_options.include_usage else chunk

@@ -1,0 +1,170 @@
+"""Bodies of calls. A field that is not known, or not supported, is refused by name and never passed over."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+Token = Annotated[int, Field(ge=0)]
+Stop = Annotated[str, Field(max_length=256)]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+    include_obfuscation: bool | None = None  # a padding of OpenAI's against eavesdroppers; there is none here
+
+
+class SamplingFields(Body):
+    """What chat and completions have in common. None: the client leaves it to the server."""
+
+    model: str = Field(max_length=256)
+    frequency_penalty: float | None = None
+    ignore_eos: bool = False
+    logit_bias: dict[str, float] | None = Field(None, max_length=1024)
+    max_tokens: int | None = None
+    min_p: float | None = None
+    n: int | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    return_tokens_as_token_ids: bool = False
+    seed: int | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop_token_ids: Annotated[list[Token], Field(max_length=128)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    # what OpenAI's service keeps for its own books; it changes no answer
+    metadata: dict[str, Any] | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    store: bool | None = None
+    user: str | None = None
+
+
+Ids = Annotated[list[Token], Field(min_length=1)]
+
+
+class CompletionBody(SamplingFields):
+    prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    add_special_tokens: bool = True
+    best_of: int | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    suffix: Literal[""] | None = None
+
+    def prompts(self) -> list[str | Sequence[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]  # one prompt, as token ids
+        return list(self.prompt)
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Body):
+    """A message of text. The fields that are null stand in what the openai package gives back as a message."""
+
+    role: str = Field(max_length=64)
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
+    refusal: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+
+    def plain(self) -> dict[str, str]:
+        """Role and content alone, as chat templates take them."""
+        content = self.content or ""
+        return {
+            "role": self.role,
+            "content": content if isinstance(content, str) else "".join(part.text for part in content),
+        }
+
+
+class ResponseFormat(Body):
+    type: Literal["text"]
+
+
+class ChatBody(SamplingFields):
+    messages: list[ChatMessage] = Field(min_length=1, max_length=4096)
+    logprobs: bool | None = None
+    max_completion_tokens: int | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+
+class TokenizeBody(Body):
+    """vLLM's form: a prompt or a chat."""
+
+    model: str | None = Field(None, max_length=256)
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=4096)
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeBody(Body):
+    model: str | None = Field(None, max_length=256)
+    tokens: list[Token] = Field(max_length=1 << 20)
+
+
+class LoadAdapterBody(Body):
+    """vLLM's form."""
+
+    lora_name: str = Field(max_length=256)
+    lora_path: str = Field(max_length=1024)
+    load_inplace: bool = False
+    base_model_name: str | None = None
+
+
+class UnloadAdapterBody(Body):
+    """vLLM's form."""
+
+    lora_name: str = Field(max_length=256)
+    lora_int_id: int | None = None
+
+
+class SloraParameters(Body):
+    """Sampling as S-LoRA's clients name it. Defaults are S-LoRA's."""
+
+    do_sample: bool = False
+    frequency_penalty: float = 0.0
+    ignore_eos: bool = False
+    max_new_tokens: int = 16
+    presence_penalty: float = 0.0
+    return_details: bool = False
+    stop_sequences: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+
+
+class SloraBody(Body):
+    """S-LoRA's form. lora_dir: the name of an adapter; model_dir is what its clients send beside it, and not used."""
+
+    inputs: str
+    lora_dir: str | None = Field(None, max_length=256)
+    model_dir: str | None = None
+    parameters: SloraParameters = Field(default_factory=SloraParameters)
+    req_id: str | None = None
+
+    @field_validator("req_id", mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) else value

@@ -1,0 +1,94 @@
+"""The server's process: it listens at once, loads the engine meanwhile, and drains when it is told to stop."""
+
+import asyncio
+import logging.config
+import socket
+from types import FrameType
+
+import uvicorn
+
+from slora_jax.server.app import create_app
+from slora_jax.server.logs import log_config
+from slora_jax.server.service import Service
+
+logger = logging.getLogger(__name__)
+
+
+class Server(uvicorn.Server):
+    """uvicorn with a service. The first signal drains it and the second ends it at once."""
+
+    def __init__(self, service: Service, *, log_level: str | None = "INFO"):
+        """log_level: None leaves logging alone."""
+        config = service.config
+        super().__init__(
+            uvicorn.Config(
+                create_app(service),
+                host=config.host,
+                port=config.port,
+                lifespan="off",
+                ws="none",
+                access_log=False,
+                log_config=log_config(log_level) if log_level else None,
+                server_header=False,
+                timeout_graceful_shutdown=5,
+                h11_max_incomplete_event_size=64 << 10,
+            )
+        )
+        self._service = service
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop = asyncio.Event()
+        self._stopping = False
+        self.failure: BaseException | None = None  # why the engine could not be loaded
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._stopping:
+            super().handle_exit(sig, frame)
+        else:
+            self.stop()
+
+    def stop(self) -> None:
+        """Begins the shutdown: no new calls, and an end when those in flight are answered. From any thread."""
+        self._stopping = True
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._stop.set)
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Runs until it is stopped. Raises what kept the engine from being loaded."""
+        self._loop = asyncio.get_running_loop()
+        life = asyncio.create_task(self._live())
+        try:
+            await super().serve(sockets)
+        finally:
+            self._loop = None
+            life.cancel()
+            await asyncio.gather(life, return_exceptions=True)
+            await self._service.close()
+        if self.failure is not None:
+            raise self.failure
+
+    async def _live(self) -> None:
+        loading = asyncio.create_task(self._service.load())
+        stopping = asyncio.create_task(self._stop.wait())
+        await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if loading.done() and loading.exception() is not None:
+            self.failure = loading.exception()
+        else:
+            await stopping
+            await self._service.drain()
+            await self._service.close()  # what is left ends now, and its callers are told
+            if not loading.done():  # the thread that loads cannot be stopped; nobody waits for what it makes
+                loading.cancel()
+        stopping.cancel()
+        self.should_exit = True
+
+
+def run(service: Service, *, log_level: str = "INFO") -> None:
+    """Runs a server until a signal ends it. Raises what kept it from starting."""
+    logging.config.dictConfig(log_config(log_level))
+    host = f"[{service.config.host}]" if ":" in service.config.host else service.config.host
+    logger.info("listening", extra={"fields": {"url": f"http://{host}:{service.config.port}"}})
+    asyncio.run(_run(service, log_level))
+
+
+async def _run(service: Service, log_level: str) -> None:
+    await Server(service, log_level=log_level).serve()

@@ -1,0 +1,284 @@
+"""Adapters that come, change and go, in the watched directory and through the API."""
+
+import asyncio
+import json
+import os
+import shutil
+
+import pytest
+
+from slora_jax import SloraError
+
+
+async def scan(service, times=2) -> None:
+    """What the watcher does; a change counts once it is the same in two scans."""
+    for _ in range(times):
+        await asyncio.to_thread(service.adapters.scan)
+
+
+async def answer(client, model: str, **body) -> str:
+    body = {"model": model, "prompt": "hello", "max_tokens": 6, "temperature": 0} | body
+    response = await client.post("/v1/completions", json=body)
+    return response.json()["choices"][0]["text"] if response.status_code == 200 else f"{response.status_code}"
+
+
+async def load(client, name: str, path: str, **body):
+    return await client.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path} | body)
+
+
+async def listed(client) -> dict[str, dict]:
+    return {entry["name"]: entry for entry in (await client.get("/v1/adapters")).json()["data"]}
+
+
+def test_a_directory_is_watched(serving, adapters, make_adapter):
+    async def main():
+        async with serving() as (client, service):
+            one, two = await answer(client, "one"), await answer(client, "two")
+            make_adapter(adapters / "three", 0.5)
+            await scan(service, 1)
+            assert await answer(client, "three") == "404"  # somebody may still be writing it
+            await scan(service, 1)
+            assert await answer(client, "three") == two  # the same contents
+            make_adapter(adapters / "one", 0.5)
+            shutil.rmtree(adapters / "two")
+            await scan(service)
+            assert await answer(client, "one") == two != one
+            assert await answer(client, "two") == "404"
+            assert set(await listed(client)) == {"one", "three"}
+
+    asyncio.run(main())
+
+
+def test_the_watcher_runs_by_itself(serving, adapters, make_adapter):
+    async def main():
+        async with serving(scan_seconds=0.02) as (client, _):
+            make_adapter(adapters / "three")
+            while await answer(client, "three") == "404":
+                await asyncio.sleep(0.02)
+            os.rename(adapters, adapters.with_name("elsewhere"))  # a volume that is away for a moment
+            await asyncio.sleep(0.1)
+            assert await answer(client, "three") != "404"
+
+    asyncio.run(main())
+
+
+def test_bad_adapters_are_told_and_hurt_nobody(serving, adapters, make_adapter, tmp_path):
+    weights = (adapters / "one" / "adapter_model.safetensors").read_bytes()
+    make_adapter(adapters / "cut")
+    (adapters / "cut" / "adapter_model.safetensors").write_bytes(weights[:-100])
+    make_adapter(adapters / "noise")
+    (adapters / "noise" / "adapter_model.safetensors").write_bytes(os.urandom(5000))
+    make_adapter(adapters / "config")
+    (adapters / "config" / "adapter_config.json").write_bytes(b"{")
+    make_adapter(adapters / "half")
+    (adapters / "half" / "adapter_model.safetensors").unlink()
+    make_adapter(adapters / "bad name")
+    make_adapter(adapters / "tiny")  # the base model's own name
+    make_adapter(tmp_path / "outside")
+    (adapters / "linked").symlink_to(tmp_path / "outside")
+    (adapters / "file").symlink_to(adapters / "one")  # within the directory is fine
+    make_adapter(adapters / "piped")
+    (adapters / "piped" / "adapter_model.safetensors").unlink()
+    os.mkfifo(adapters / "piped" / "adapter_model.safetensors")
+    (adapters / "not-an-adapter").mkdir()
+    bad = {"cut", "noise", "config", "half", "bad name", "tiny", "linked", "piped"}
+
+    async def main():
+        async with serving() as (client, service):
+            entries = await listed(client)
+            assert set(entries) == {"one", "two", "file"} | bad
+            for name, entry in entries.items():
+                assert (entry["error"] is not None) == (name in bad), entry
+                assert str(tmp_path) not in (entry["error"] or "")
+            models = [m["id"] for m in (await client.get("/v1/models")).json()["data"]]
+            assert models == ["tiny", "file", "one", "two"]
+            assert await answer(client, "cut") == "404"
+            good = await answer(client, "one")
+            assert good == await answer(client, "file")
+            make_adapter(adapters / "cut")
+            (adapters / "one" / "adapter_model.safetensors").write_bytes(weights[:-100])
+            await scan(service)
+            entries = await listed(client)
+            assert await answer(client, "cut") == good and entries["cut"]["error"] is None
+            assert await answer(client, "one") == good  # what was good is served on, and the error is told
+            assert entries["one"]["error"] and entries["one"]["digest"] == entries["cut"]["digest"]
+
+    asyncio.run(main())
+
+
+def test_loading_and_unloading_as_vllms_clients_do(serving, tmp_path, make_adapter):
+    root = tmp_path / "root"
+    make_adapter(root / "team" / "a", 0.7)
+    make_adapter(root / "b", 0.9)
+
+    async def main():
+        async with serving(load_root=root) as (client, _):
+            first = await load(client, "x", "team/a")
+            assert (first.status_code, first.text) == (200, "Success: LoRA adapter 'x' added successfully.")
+            a = await answer(client, "x")
+            again = await load(client, "x", "b")
+            assert again.status_code == 400 and "has already been loaded" in again.json()["error"]["message"]
+            assert await answer(client, "x") == a
+            assert (await load(client, "x", "b", load_inplace=True)).status_code == 200
+            assert await answer(client, "x") != a
+            assert (await load(client, "one", "b", load_inplace=True)).status_code == 400  # that one is watched
+            gone = await client.post("/v1/unload_lora_adapter", json={"lora_name": "x"})
+            assert (gone.status_code, gone.text) == (200, "Success: LoRA adapter 'x' removed successfully.")
+            assert await answer(client, "x") == "404"
+            twice = await client.post("/v1/unload_lora_adapter", json={"lora_name": "x"})
+            assert twice.status_code == 404 and twice.json()["error"]["param"] == "lora_name"
+            missing = await client.post("/v1/load_lora_adapter", json={"lora_name": "x"})
+            assert missing.status_code == 400 and missing.json()["error"]["param"] == "lora_path"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["", ".", "..", "../adapters/one", "b/../../adapters/one", "{tmp}/adapters/one", "/etc", "b\x00", "..\\adapters"]
+    + ["out", "out/one", "files", ".hidden", "nothing", "org/model", "b" * 2000, "loop", "~", "file:///etc"],
+)
+def test_no_path_leads_out_of_the_root(serving, tmp_path, make_adapter, path):
+    root = tmp_path / "root"
+    make_adapter(root / "b")
+    make_adapter(root / ".hidden")
+    (root / "out").symlink_to(tmp_path / "adapters")
+    (root / "loop").symlink_to(root / "loop")
+    (root / "files").mkdir()
+    for file in (tmp_path / "adapters" / "one").iterdir():
+        (root / "files" / file.name).symlink_to(file)
+
+    async def main():
+        async with serving(load_root=root) as (client, _):
+            response = await load(client, "x", path.replace("{tmp}", str(tmp_path)))
+            assert response.status_code == 400, response.text
+            assert response.json()["error"]["param"] == "lora_path"
+            assert str(tmp_path) not in response.text
+            assert set(await listed(client)) == {"one", "two"}
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/../b", "/x", ".x", "a b", "x\n", "tiny", "é", "a" * 201, "a//b", "a/"])
+def test_no_odd_name_is_registered(serving, tmp_path, make_adapter, name):
+    make_adapter(tmp_path / "root" / "b")
+
+    async def main():
+        async with serving(load_root=tmp_path / "root") as (client, _):
+            response = await load(client, name, "b")
+            assert response.status_code == 400 and response.json()["error"]["param"] == "lora_name", response.text
+
+    asyncio.run(main())
+
+
+def test_clients_name_paths_only_where_the_operator_allows_it(serving):
+    async def main():
+        async with serving() as (client, _):
+            response = await load(client, "x", "one")
+        assert response.status_code == 403 and response.json()["error"]["code"] == "loading_not_allowed"
+
+    asyncio.run(main())
+
+
+def test_the_number_of_adapters_is_bounded(serving, tmp_path, make_adapter):
+    make_adapter(tmp_path / "root" / "b")
+
+    async def main():
+        async with serving(load_root=tmp_path / "root", max_adapters=2) as (client, _):
+            response = await load(client, "x", "b")
+        assert response.status_code == 400 and "the most that are allowed" in response.text
+
+    asyncio.run(main())
+
+
+def test_an_adapter_that_is_unloaded_ends_its_answers_as_they_began(serving, engine):
+    async def main():
+        async with serving() as (client, _):
+            body = dict(max_tokens=300, ignore_eos=True)
+            alone = await answer(client, "one", **body)
+            running = asyncio.create_task(answer(client, "one", **body))
+            while not any(r["state"] == "running" for r in await asyncio.to_thread(engine.list_requests)):
+                await asyncio.sleep(0.001)
+            await client.post("/v1/unload_lora_adapter", json={"lora_name": "one"})
+            assert await answer(client, "one") == "404"
+            assert await running == alone
+            assert "one" not in await listed(client)
+
+    asyncio.run(main())
+    pages = engine.stats()["pages"]
+    assert pages["kv"] == pages["adapter"] == 0
+
+
+def test_a_restart_finds_the_registry(serving, tmp_path, make_adapter):
+    make_adapter(tmp_path / "root" / "b", 0.3)
+    make_adapter(tmp_path / "root" / "later", 0.4)
+    config = dict(load_root=tmp_path / "root", registry=tmp_path / "registry.json")
+
+    async def first():
+        async with serving(**config) as (client, _):
+            assert (await load(client, "x", "b")).status_code == 200
+            assert (await load(client, "y", "later")).status_code == 200
+            assert (await load(client, "z", "nothing")).status_code == 400
+            await client.post("/v1/unload_lora_adapter", json={"lora_name": "two"})
+            return await answer(client, "x")
+
+    async def second(text):
+        shutil.rmtree(tmp_path / "root" / "later")
+        async with serving(**config) as (client, service):
+            assert await answer(client, "x") == text
+            entries = await listed(client)
+            assert set(entries) == {"one", "x", "y"}  # "two" stays away, "z" never was
+            assert entries["y"]["digest"] is None and "no adapter is at" in entries["y"]["error"]
+            shutil.rmtree(tmp_path / "adapters" / "two")
+            await scan(service)
+            make_adapter(tmp_path / "adapters" / "two")
+            await scan(service)
+            assert await answer(client, "two") != "404"  # it went and came back
+
+    asyncio.run(second(asyncio.run(first())))
+
+
+def test_a_registry_that_cannot_be_written_loads_nothing(serving, tmp_path, make_adapter, monkeypatch):
+    from slora_jax.server import registry_file
+
+    make_adapter(tmp_path / "root" / "b")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    async def main():
+        async with serving(load_root=tmp_path / "root", registry=tmp_path / "registry.json") as (client, _):
+            monkeypatch.setattr(registry_file, "write_atomically", full)
+            response = await load(client, "x", "b")
+            assert response.status_code == 500 and "No space left" in response.text
+            assert await answer(client, "x") == "404"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"version": 1, "loaded": {"x": 1}, "unloaded": []}', '{"version": 9}']
+)
+def test_a_registry_that_is_broken_is_never_overwritten(serving, tmp_path, text):
+    (tmp_path / "registry.json").write_text(text)
+
+    async def main():
+        async with serving(registry=tmp_path / "registry.json"):
+            pass
+
+    with pytest.raises(SloraError, match=r"registry\.json"):
+        asyncio.run(main())
+    assert (tmp_path / "registry.json").read_text() == text
+
+
+def test_a_registry_cannot_name_a_path_outside(serving, tmp_path):
+    (tmp_path / "root").mkdir()
+    state = {"version": 1, "loaded": {"x": "../adapters/one"}, "unloaded": []}
+    (tmp_path / "registry.json").write_text(json.dumps(state))
+
+    async def main():
+        async with serving(load_root=tmp_path / "root", registry=tmp_path / "registry.json") as (client, _):
+            assert await answer(client, "x") == "404"
+            assert "must be relative" in (await listed(client))["x"]["error"]
+
+    asyncio.run(main())
