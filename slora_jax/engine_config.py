@@ -33,6 +33,10 @@ class EngineConfig:
         compiled steps' own need, or 1 GiB on a CPU.
     max_lora_rank: largest rank that steps are compiled for; None follows the registered adapters, so that registering
         one of a higher rank than all before compiles the steps anew.
+    tensor_parallel: devices that one model is spread over; page_pool_bytes and memory are those of each.
+    lora_layout: how adapters are cut for several devices, see docs/sharding.md: "s-lora" (nothing twice, a collective
+        for each group of projections), "comm-free" (more bytes, no collectives), or "auto", which takes the cheaper one
+        for each group.
     implementation: kernels, "auto", "mosaic" or "xla".
     loop: "unroll" or "scan" over the layers, see Llama; None: unroll where the Hopper kernels run, else scan, because
         the XLA kernels take long to compile.
@@ -51,6 +55,8 @@ class EngineConfig:
     token_buckets: tuple[int, ...] | None = None
     page_pool_bytes: int | None = None
     max_lora_rank: int | None = None
+    tensor_parallel: int = 1
+    lora_layout: Literal["auto", "s-lora", "comm-free"] = "auto"
     implementation: Implementation = "auto"
     loop: Literal["unroll", "scan"] | None = None
     warm_up: bool = False
@@ -58,13 +64,15 @@ class EngineConfig:
     progress: bool = False
 
     def __post_init__(self):
-        for name in ("max_model_len", "max_seqs", "max_step_tokens", "page_pool_bytes", "max_lora_rank"):
+        counts = ("max_model_len", "max_seqs", "max_step_tokens", "page_pool_bytes", "max_lora_rank", "tensor_parallel")
+        for name in counts:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SloraError(f"{name} must be at least 1, not {value}")
         for name, allowed in (
             ("dtype", (None, "bfloat16", "float32")),
             ("weight_dtype", (None, "bfloat16", "float32")),
+            ("lora_layout", ("auto", "s-lora", "comm-free")),
             ("implementation", ("auto", "mosaic", "xla")),
             ("loop", (None, "unroll", "scan")),
         ):
