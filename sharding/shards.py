@@ -58,7 +58,7 @@ class Shards:
         """
         if self.in_order(whole[self.axis]):
             return self.sharding
-        others = [a for a in range(len(whole)) if a != self.axis and whole[a] % self.mesh.size == 0]
+        others = [a for a in range(len(whole)) if a != self.axis and whole[a] % self.mesh.shape[AXIS] == 0]
         axes = [None] * max(others, key=lambda a: whole[a]) + [AXIS] if others else []
         return NamedSharding(self.mesh, PartitionSpec(*axes))
 

@@ -68,6 +68,7 @@ def make_parallel(
         vocab_size=config.vocab_size,
         lora=(lora,) * len(GROUPS) if isinstance(lora, str) else tuple(lora),
     )
+    _ = layout.local  # raises where a device's part of a page is no whole number of tiles
     return Parallel(mesh=mesh, layout=layout)
 
 

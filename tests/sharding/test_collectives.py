@@ -54,14 +54,13 @@ def sent(entries, devices):
     return sum(size * (devices - 1) / devices * (2 if kind == "all-reduce" else 1) for kind, size in entries)
 
 
-@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("devices", [4])
 def test_the_communication_free_layout_adds_nothing(devices):
     if len(jax.devices()) < devices:
         pytest.skip(f"needs {devices} devices")
     base = [("all-reduce", TOKENS * 64)] * 2  # Megatron's two
     assert per_layer("comm-free", devices, use_adapters=False) == base
     assert per_layer("comm-free", devices) == base
-    assert per_layer("s-lora", devices, use_adapters=False) == base
 
 
 @pytest.mark.parametrize("devices", [2, 4])
