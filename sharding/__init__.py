@@ -1,6 +1,36 @@
-"""Layouts of one model over several GPUs, for `jax.shard_map`: the mesh, which axis of each parameter and of the page
-pool is split over it, and the collectives that join the parts. Parameters already name their axes (`ParamSpec.axes` in
-slora_jax/model_config.py) and a `Geometry` describes one device's part, so a layout is a mapping from those names to
-mesh axes.
-This package imports jax only; slora_jax uses it, never the other way.
+"""One model over several GPUs, for `jax.shard_map`: the mesh, what each device has of the parameters, the page pool and
+the adapters, and the collectives that join the parts. Imports jax and pallas_kernels; slora_jax uses it, never the
+other way.
 """
+
+from sharding.collectives import embed, join_logits, sum_rows
+from sharding.cost import CostModel, choose_layout, measure_latency
+from sharding.layout import ROW_GROUPS, Layout, LoraLayout
+from sharding.lora import project, run_length
+from sharding.mesh import ADAPTER_IMAGE, AXIS, POOL, RULES, WHOLE, make_mesh, partition
+from sharding.shards import Shards, take
+from sharding.table import ShardedTable
+
+__all__ = [
+    "ADAPTER_IMAGE",
+    "AXIS",
+    "POOL",
+    "ROW_GROUPS",
+    "RULES",
+    "WHOLE",
+    "CostModel",
+    "Layout",
+    "LoraLayout",
+    "ShardedTable",
+    "Shards",
+    "choose_layout",
+    "embed",
+    "join_logits",
+    "make_mesh",
+    "measure_latency",
+    "partition",
+    "project",
+    "run_length",
+    "sum_rows",
+    "take",
+]

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from pallas_kernels import AdapterTable
+from sharding import ShardedTable
 
 Leaf = Any  # a jax or numpy array, or whatever a pytree transformation puts in its place
 
@@ -73,7 +74,7 @@ class Batch:
     page_tables: Leaf  # int32 [B, Pmax]
     seg_start: Leaf  # int32 [S+1]: token rows of adapter segment s
     seg_adapter: Leaf  # int32 [S]: row of `adapters`, -1 = base model
-    adapters: AdapterTable
+    adapters: AdapterTable | ShardedTable  # the latter where the step runs on several devices
     logit_rows: Leaf  # int32 [R]: token rows whose next token is wanted
     sampling: Sampling | None = None  # None leaves sampling to the caller: only `forward` takes such a batch
     max_query: int = _static(default=1)  # 1 = every sequence has one token; else a bound, for prompt chunks

@@ -6,7 +6,9 @@ import dataclasses
 import numpy as np
 
 from pallas_kernels import MODULES, PAGE_TOKENS, AdapterTable, Geometry
+from sharding import Layout, ShardedTable
 from slora_jax.adapters import Adapter
+from slora_jax.adapters.shards import table_rows
 from slora_jax.batch import Batch
 from slora_jax.buckets import Buckets
 from slora_jax.page_pool import PagePool
@@ -26,10 +28,13 @@ class Row:
 
 
 class BatchBuilder:
-    """Builds batches of bucketed shapes for one model and one pool."""
+    """Builds batches of bucketed shapes for one model and one pool. layout: where the model is on several devices."""
 
-    def __init__(self, geometry: Geometry, buckets: Buckets, num_pages: int, max_model_len: int):
+    def __init__(
+        self, geometry: Geometry, buckets: Buckets, num_pages: int, max_model_len: int, layout: Layout | None = None
+    ):
         self.geometry = geometry
+        self.layout = layout
         self.buckets = buckets
         self.num_pages = num_pages
         self.table_pages = -(-max_model_len // PAGE_TOKENS)
@@ -52,7 +57,7 @@ class BatchBuilder:
         page_tables = np.zeros((size, self.table_pages), np.int32)
         seg_start = np.full(size + 1, num_tokens, np.int32)
         seg_adapter = np.full(size, -1, np.int32)
-        table_rows: dict[str, int] = {}
+        row_of_digest: dict[str, int] = {}
         rows: list[Row] = []
         at = segments = 0
         last_digest: str | None = ""  # no digest is empty, so the first chunk opens a segment
@@ -69,7 +74,7 @@ class BatchBuilder:
             if digest != last_digest:
                 seg_start[segments] = at
                 if digest is not None:
-                    seg_adapter[segments] = table_rows.setdefault(digest, len(table_rows))
+                    seg_adapter[segments] = row_of_digest.setdefault(digest, len(row_of_digest))
                 segments += 1
                 last_digest = digest
             if seq.prompt_logprobs and start < seq.prompt_len - 1:
@@ -91,33 +96,37 @@ class BatchBuilder:
             page_tables=page_tables,
             seg_start=seg_start,
             seg_adapter=seg_adapter,
-            adapters=self._table(list(table_rows), pool, adapters, size),
+            adapters=self._table(list(row_of_digest), pool, adapters, size),
             logit_rows=logit_rows,
             max_query=1 if decode_only else width,
-            use_adapters=bool(table_rows),
+            use_adapters=bool(row_of_digest),
         )
         return batch, rows
 
-    def _table(self, digests: list[str], pool: PagePool, adapters: Mapping[str, Adapter], size: int) -> AdapterTable:
+    def _table(
+        self, digests: list[str], pool: PagePool, adapters: Mapping[str, Adapter], size: int
+    ) -> AdapterTable | ShardedTable:
         layers = self.geometry.num_layers
         pages = np.zeros(self.num_pages, np.int32)
         page_start = np.zeros(size, np.int32)
-        tile_start = np.zeros((size, layers), np.int32)
         granules = np.zeros((size, layers, len(MODULES)), np.int32)
         scaling = np.zeros((size, layers, len(MODULES)), np.float32)
         at = 0
         for row, digest in enumerate(digests):
             ids = pool.pages(adapter_owner(digest))
-            adapter = adapters[digest]
             pages[at : at + len(ids)] = ids
             page_start[row] = at
-            tile_start[row] = adapter.tile_start(self.geometry)
-            granules[row] = adapter.granules
-            scaling[row] = adapter.scaling
+            granules[row] = adapters[digest].granules
+            scaling[row] = adapters[digest].scaling
             at += len(ids)
-        return AdapterTable(
-            pages=pages, page_start=page_start, tile_start=tile_start, granules=granules, scaling=scaling
-        )
+        common = dict(pages=pages, page_start=page_start, granules=granules, scaling=scaling)
+        used = [adapters[digest] for digest in digests]
+        if self.layout is not None:
+            return ShardedTable(**common, **table_rows(used, self.layout, size))
+        tile_start = np.zeros((size, layers), np.int32)
+        for row, adapter in enumerate(used):
+            tile_start[row] = adapter.tile_start(self.geometry)
+        return AdapterTable(**common, tile_start=tile_start)
 
     def padding(self, num_seqs: int, num_tokens: int, *, decode_only: bool, use_adapters: bool) -> Batch:
         """A batch of the given padded shape that holds no token: compiling and running it changes nothing."""

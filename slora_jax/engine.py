@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 import contextlib
+import dataclasses
 import itertools
 import queue
 import secrets
@@ -26,6 +27,8 @@ from slora_jax.loading import LoadedModel, load_config, load_model
 from slora_jax.memory import check_weights_fit, choose_num_pages, num_weights
 from slora_jax.model_config import ModelConfig
 from slora_jax.page_pool import PagePool
+from slora_jax.parallel import Parallel, choose_parallel, param_shards, shard_params
+from slora_jax.placement import adapter_pages
 from slora_jax.policies import Quotas, make_policy
 from slora_jax.progress import progress_bar
 from slora_jax.registry import AdapterRegistry
@@ -47,11 +50,22 @@ class Engine:
     Use it as a context manager, or call close.
     """
 
-    def __init__(self, model: LoadedModel, config: EngineConfig, adapters: Mapping[str, Adapter] | None = None):
+    def __init__(
+        self,
+        model: LoadedModel,
+        config: EngineConfig,
+        adapters: Mapping[str, Adapter] | None = None,
+        parallel: Parallel | None = None,
+    ):
+        """parallel: what the model was loaded for; None follows config.tensor_parallel."""
         settings = config.resolved()
         if settings.compile_cache_dir:
             jax.config.update("jax_compilation_cache_dir", settings.compile_cache_dir)
         self.settings = settings
+        self.parallel = parallel or choose_parallel(model.config, settings, list((adapters or {}).values()))
+        if self.parallel:
+            params = shard_params(model.config, model.params, self.parallel)
+            model = dataclasses.replace(model, params=params)
         self.model = model
         self.max_model_len = min(settings.max_model_len or model.config.max_position, model.config.max_position)
         self._registry = AdapterRegistry()
@@ -60,7 +74,9 @@ class Engine:
         rank = settings.max_lora_rank or max((a.max_rank for _, a in self._registry.items()), default=8)
         default = Buckets.default(settings.max_seqs, settings.max_step_tokens)
         buckets = Buckets(seqs=settings.seq_buckets or default.seqs, tokens=settings.token_buckets or default.tokens)
-        num_pages = choose_num_pages(model.config, model.params, settings, buckets, self.max_model_len, rank)
+        num_pages = choose_num_pages(
+            model.config, model.params, settings, buckets, self.max_model_len, rank, self.parallel
+        )
         runner = Runner(
             model.config,
             model.params,
@@ -71,6 +87,7 @@ class Engine:
             max_rank=rank,
             implementation=settings.implementation,
             loop=settings.loop,
+            parallel=self.parallel,
         )
         pool = PagePool(num_pages)
         scheduler = Scheduler(
@@ -105,11 +122,21 @@ class Engine:
         """
         settings = (config or EngineConfig()).resolved()
         architecture = load_config(model)
-        check_weights_fit(architecture, settings.dtype, model)
+        if settings.tensor_parallel == 1:
+            check_weights_fit(architecture, settings.dtype, model)
         read = {name: _read(name, source, architecture) for name, source in (adapters or {}).items()}
+        parallel = choose_parallel(architecture, settings, list(read.values()))
+        if parallel:
+            check_weights_fit(architecture, settings.dtype, model, parallel)
         with progress_bar("loading", settings.progress) as progress:
-            loaded = load_model(model, dtype=settings.dtype, weight_dtype=settings.weight_dtype, progress=progress)
-        return cls(loaded, settings, read)
+            loaded = load_model(
+                model,
+                dtype=settings.dtype,
+                weight_dtype=settings.weight_dtype,
+                shardings=param_shards(architecture, parallel) if parallel else None,
+                progress=progress,
+            )
+        return cls(loaded, settings, read, parallel)
 
     def generate(
         self, requests: Sequence[Request | str], *, progress: bool = False, on_delta: Sink | None = None
@@ -262,7 +289,7 @@ class Engine:
                 digest=a.digest,
                 rank=a.max_rank,
                 targets=list(a.targets),
-                pages=a.num_pages(self.model.config.geometry),
+                pages=self._adapter_pages(a),
                 resident=a.digest in resident,
             )
             for name, a in items
@@ -316,8 +343,11 @@ class Engine:
             self._core.end(job, "abort")
         return bool(jobs)
 
+    def _adapter_pages(self, adapter: Adapter) -> int:
+        return adapter_pages(adapter, self.model.config, self.parallel)
+
     def _check_adapter_fits(self, name: str, adapter: Adapter, num_pages: int) -> None:
-        need = adapter.num_pages(self.model.config.geometry)
+        need = self._adapter_pages(adapter)
         if need >= num_pages:
             raise CapacityError(
                 f"adapter {name!r} needs {need} pages and the pool has {num_pages}: set page_pool_bytes higher"
@@ -372,7 +402,7 @@ class Engine:
         job = Job(request, adapter, output, sink)
         use = None
         if adapter is not None:
-            pages = adapter.num_pages(self.model.config.geometry)
+            pages = self._adapter_pages(adapter)
             seconds = pages * self._core.runner.page_bytes / _HOST_TO_DEVICE_BYTES_PER_SECOND
             use = AdapterUse(adapter.digest, pages, seconds)
         seed = params.seed if params.seed is not None else secrets.randbits(63)

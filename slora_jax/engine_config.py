@@ -40,6 +40,10 @@ class EngineConfig:
     adapter_quota: what each adapter may take; None is no limit. adapter_quotas: the same for single adapters, by name.
     prefix_caching: keep the keys and values of full pages after their request, in pages that nobody needs just now, for
         requests that begin with the same tokens under the same adapter.
+    tensor_parallel: devices that one model is spread over; page_pool_bytes and memory are those of each.
+    lora_layout: how adapters are cut for several devices, see docs/sharding.md: "s-lora" (nothing twice, a collective
+        for each group of projections), "comm-free" (more bytes, no collectives), or "auto", which takes the cheaper one
+        for each group.
     implementation: kernels, "auto", "mosaic" or "xla".
     loop: "unroll" or "scan" over the layers, see Llama; None: unroll where the Hopper kernels run, else scan, because
         the XLA kernels take long to compile.
@@ -63,6 +67,8 @@ class EngineConfig:
     adapter_quota: Quota | None = None
     adapter_quotas: Mapping[str, Quota] = dataclasses.field(default_factory=dict)
     prefix_caching: bool = True
+    tensor_parallel: int = 1
+    lora_layout: Literal["auto", "s-lora", "comm-free"] = "auto"
     implementation: Implementation = "auto"
     loop: Literal["unroll", "scan"] | None = None
     warm_up: bool = False
@@ -70,13 +76,15 @@ class EngineConfig:
     progress: bool = False
 
     def __post_init__(self):
-        for name in ("max_model_len", "max_seqs", "max_step_tokens", "page_pool_bytes", "max_lora_rank"):
+        counts = ("max_model_len", "max_seqs", "max_step_tokens", "page_pool_bytes", "max_lora_rank", "tensor_parallel")
+        for name in counts:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SloraError(f"{name} must be at least 1, not {value}")
         for name, allowed in (
             ("dtype", (None, "bfloat16", "float32")),
             ("weight_dtype", (None, "bfloat16", "float32")),
+            ("lora_layout", ("auto", "s-lora", "comm-free")),
             ("implementation", ("auto", "mosaic", "xla")),
             ("loop", (None, "unroll", "scan")),
         ):

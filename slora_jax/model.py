@@ -12,7 +12,8 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import Implementation, lora_expand, lora_shrink, paged_attention, write_kv
+from pallas_kernels import AdapterTable, Implementation, lora_expand, lora_shrink, paged_attention, write_kv
+from sharding import Layout, ShardedTable, embed, join_logits, project
 from slora_jax.batch import Batch
 from slora_jax.model_config import ModelConfig, RopeScaling, param_specs
 
@@ -57,6 +58,8 @@ class Llama(nn.Module):
     loop: "unroll" lays the layers out one after another, which GPUs need (a loop copies each layer's weights before
     using them); "scan" compiles one layer, which makes compilation short and costs little on a CPU.
     max_rank: bound on the rank of a module of any adapter (sizes an intermediate, nothing else).
+    layout: None for a whole model; otherwise `config` is one device's part (see slora_jax/parallel.py) and the module
+    runs inside shard_map.
     """
 
     config: ModelConfig
@@ -64,6 +67,7 @@ class Llama(nn.Module):
     max_rank: int = 64
     implementation: Implementation = "auto"
     loop: Literal["unroll", "scan"] = "unroll"
+    layout: Layout | None = None
 
     def setup(self):
         init = nn.initializers.normal(0.02)
@@ -79,7 +83,8 @@ class Llama(nn.Module):
             cfg.head_dim, cfg.rope_theta, cfg.rope_scaling
         )
         cos, sin = jnp.cos(angles), jnp.sin(angles)
-        x = self.weights["embed"][batch.tokens]
+        table = self.weights["embed"]
+        x = table[batch.tokens] if self.layout is None else embed(table, batch.tokens)
 
         def layer(i, carry):
             pages, x = carry
@@ -100,25 +105,30 @@ class Llama(nn.Module):
     def logits(self, hidden: Float[Array, "R H"]) -> Float[Array, "R V"]:
         """Float32 logits of hidden states."""
         head = self.weights["embed" if self.config.tied_embeddings else "lm_head"]
-        return jnp.einsum(
+        logits = jnp.einsum(
             "rh,vh->rv",
             hidden,
             head,
             preferred_element_type=jnp.float32,
             precision=lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None,
         )
+        return logits if self.layout is None else join_logits(logits, self.layout)
 
     def _project(self, x, base, pages, batch: Batch, layer: int | Int[Array, ""], group: str):
-        """Adds the adapters' deltas of a group of modules to the base projections of ``x``."""
+        """Adds the adapters' deltas of a group of modules to the base projections of ``x``; over several devices also
+        sums what must be summed.
+        """
+        options: dict[str, Any] = dict(
+            layer=layer, group=group, max_rank=self.max_rank, implementation=self.implementation
+        )
+        if self.layout is not None:
+            assert isinstance(batch.adapters, ShardedTable), "the batch was built for one device"
+            table = batch.adapters if batch.use_adapters else None
+            return project(x, base, pages, table, batch.seg_start, batch.seg_adapter, layout=self.layout, **options)
         if not batch.use_adapters:
             return base
-        options: dict[str, Any] = dict(
-            layer=layer,
-            group=group,
-            geometry=self.config.geometry,
-            max_rank=self.max_rank,
-            implementation=self.implementation,
-        )
+        assert isinstance(batch.adapters, AdapterTable), "the batch was built for several devices"
+        options["geometry"] = self.config.geometry
         where = (pages, batch.adapters, batch.seg_start, batch.seg_adapter)
         return lora_expand(base, lora_shrink(x, *where, **options), *where, **options)
 

@@ -2,20 +2,22 @@
 
 from collections.abc import Callable, Sequence
 import contextlib
-import math
 from typing import Any, Literal
 
 import jax
 from jax import numpy as jnp
 import numpy as np
 
-from pallas_kernels import Implementation, write_adapter
+from pallas_kernels import Implementation
 from slora_jax.adapters import Adapter
-from slora_jax.batch import Batch, Output, Sampling, State
+from slora_jax.batch import Batch, Output, Sampling
 from slora_jax.batch_builder import BatchBuilder
 from slora_jax.buckets import Buckets
 from slora_jax.errors import CapacityError
+from slora_jax.memory import page_bytes
 from slora_jax.model_config import ModelConfig
+from slora_jax.parallel import Parallel
+from slora_jax.placement import adapter_images, join_images, make_write, new_state
 from slora_jax.sampling import sample
 from slora_jax.sampling_batch import build_sampling
 from slora_jax.step import Params, make_forward
@@ -50,16 +52,21 @@ class Runner:
         max_rank: int,
         implementation: Implementation,
         loop: Literal["unroll", "scan"],
+        parallel: Parallel | None = None,
     ):
         self.config = config
         self.params = params
         self.dtype = jnp.dtype(dtype)
         self.num_pages = num_pages
-        self.builder = BatchBuilder(config.geometry, buckets, num_pages, max_model_len)
-        self.page_bytes = config.num_layers * config.geometry.page_elements * self.dtype.itemsize
+        self.parallel = parallel
+        layout = parallel.layout if parallel else None
+        self.builder = BatchBuilder(config.geometry, buckets, num_pages, max_model_len, layout)
+        self.page_bytes = page_bytes(config, self.dtype, parallel)
         self._load_pages = max(1, _LOAD_BYTES // self.page_bytes)
-        self._options: dict[str, Any] = dict(dtype=self.dtype, implementation=implementation, loop=loop)
-        self._write = jax.jit(_write_pages, donate_argnums=0)
+        self._options: dict[str, Any] = dict(
+            dtype=self.dtype, implementation=implementation, loop=loop, parallel=parallel
+        )
+        self._write = jax.jit(make_write(parallel), donate_argnums=0)
         self._sample = jax.jit(sample)
         self.max_rank = 0
         self.require_rank(max_rank)
@@ -68,10 +75,9 @@ class Runner:
     def reset(self) -> None:
         """Makes a new, empty pool. Raises CapacityError if it does not fit."""
         self.state = None
-        shape = (self.config.num_layers, self.num_pages, self.config.geometry.page_elements)
-        size = math.prod(shape) * self.dtype.itemsize / 2**30
+        size = self.num_pages * self.page_bytes / 2**30
         with device_memory_errors(f"a page pool of {size:.1f} GiB", "set page_pool_bytes lower"):
-            self.state = jax.block_until_ready(State(pages=jnp.zeros(shape, self.dtype)))
+            self.state = jax.block_until_ready(new_state(self.config, self.num_pages, self.dtype, self.parallel))
 
     def require_rank(self, rank: int) -> bool:
         """Makes the steps take adapters up to `rank`. True if that means they will be compiled anew."""
@@ -83,14 +89,17 @@ class Runner:
 
     def load_adapter(self, adapter: Adapter, page_ids: Sequence[int]) -> None:
         """Writes an adapter's weights to its pages, a few pages at a time, without waiting for the device."""
-        image = adapter.image(self.config.geometry, self.dtype)
+        images = adapter_images(adapter, self.config, self.dtype, self.parallel)
         for start in range(0, len(page_ids), self._load_pages):
             ids = np.full(self._load_pages, self.num_pages, np.int32)
-            part = np.zeros((self._load_pages, *image.shape[1:]), image.dtype)
             n = min(self._load_pages, len(page_ids) - start)
             ids[:n] = page_ids[start : start + n]
-            part[:n] = image[start : start + n]
-            self.state = self._write(self.state, ids, part)
+            parts = []
+            for image in images:
+                part = np.zeros((self._load_pages, *image.shape[1:]), image.dtype)
+                part[:n] = image[start : start + n]
+                parts.append(part)
+            self.state = self._write(self.state, ids, join_images(parts, self.parallel))
 
     def forward(self, batch: Batch) -> jax.Array:
         """Runs a step and returns its logits, still on the device."""
@@ -123,7 +132,3 @@ class Runner:
         analysis = compiled.memory_analysis()
         assert analysis is not None, "the backend does not tell how much memory a program needs"
         return analysis.temp_size_in_bytes
-
-
-def _write_pages(state: State, page_ids: jax.Array, image: jax.Array) -> State:
-    return State(pages=write_adapter(state.pages, page_ids, image))

@@ -12,6 +12,7 @@ from pallas_kernels import Implementation
 from slora_jax.batch import Batch, Output, State
 from slora_jax.model import Llama
 from slora_jax.model_config import ModelConfig
+from slora_jax.parallel import Parallel, local_config, shard_forward
 from slora_jax.sampling import sample
 
 Params = dict[str, jax.Array]
@@ -26,12 +27,21 @@ def make_forward(
     max_rank: int = 64,
     implementation: Implementation = "auto",
     loop: Literal["unroll", "scan"] = "unroll",
+    parallel: Parallel | None = None,
 ) -> Forward:
     """Makes ``forward(params, state, batch) -> (state, logits)``: the step without sampling. Logits are float32 [R, V].
 
     Arguments as in make_batch_step.
     """
-    model = Llama(config, dtype=jnp.dtype(dtype), max_rank=max_rank, implementation=implementation, loop=loop)
+    layout = parallel.layout if parallel else None
+    model = Llama(
+        local_config(config, layout) if layout else config,
+        dtype=jnp.dtype(dtype),
+        max_rank=max_rank,
+        implementation=implementation,
+        loop=loop,
+        layout=layout,
+    )
     apply: Callable[..., Any] = model.apply
 
     def forward(params: Params, state: State, batch: Batch) -> tuple[State, jax.Array]:
@@ -39,7 +49,7 @@ def make_forward(
         pages, hidden = apply(variables, state.pages, batch)
         return State(pages=pages), apply(variables, hidden[batch.logit_rows], method="logits")
 
-    return forward
+    return shard_forward(forward, config, parallel) if parallel else forward
 
 
 def make_batch_step(config: ModelConfig, **options) -> BatchStep:
@@ -50,6 +60,8 @@ def make_batch_step(config: ModelConfig, **options) -> BatchStep:
 
     dtype: of parameters and pool. max_rank: largest rank of one module that an adapter may have.
     implementation: "auto", "mosaic" or "xla" kernels. loop: "unroll" or "scan", see Llama.
+    parallel: devices to spread the step over, see make_parallel; None for one. Works inside a program of your own that
+    uses the same mesh.
     """
     forward = make_forward(config, **options)
 

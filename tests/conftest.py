@@ -13,6 +13,7 @@ CACHE = ROOT / ".cache"
 os.environ["XDG_CACHE_HOME"] = str(CACHE)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax-tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # for tests/sharding; all else uses the first
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 

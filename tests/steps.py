@@ -6,11 +6,12 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
-from pallas_kernels import write_adapter
-from slora_jax import Adapter, ModelConfig, State, make_forward
+from slora_jax import Adapter, ModelConfig, make_forward
 from slora_jax.batch_builder import BatchBuilder
 from slora_jax.buckets import Buckets
 from slora_jax.page_pool import PagePool
+from slora_jax.parallel import Parallel
+from slora_jax.placement import adapter_images, adapter_pages, join_images, make_write, new_state
 from slora_jax.scheduler import Scheduler, adapter_owner
 from slora_jax.sequence import AdapterUse, Sequence
 
@@ -23,18 +24,21 @@ def prompt_logits(
     dtype=jnp.float32,
     max_rank: int = 64,
     last_only: bool = False,
+    parallel: Parallel | None = None,
     **options,
 ) -> list[np.ndarray]:
     """Float32 logits [n, V] of each prompt under its adapter (or [1, V] of its last position), all in one mixed
     batch.
     """
     adapters = {a.digest: a for _, a in prompts if a is not None}
-    need = sum(len(p) // 16 + 1 for p, _ in prompts) + sum(a.num_pages(config.geometry) for a in adapters.values())
+    need = sum(len(p) // 16 + 1 for p, _ in prompts) + sum(
+        adapter_pages(a, config, parallel) for a in adapters.values()
+    )
     pool = PagePool(need + len(prompts))
     tokens = sum(len(p) for p, _ in prompts)
     scheduler = Scheduler(pool, max_seqs=len(prompts), max_step_tokens=tokens)
     for i, (prompt, adapter) in enumerate(prompts):
-        use = AdapterUse(adapter.digest, adapter.num_pages(config.geometry)) if adapter else None
+        use = AdapterUse(adapter.digest, adapter_pages(adapter, config, parallel)) if adapter else None
         scheduler.add(
             Sequence(
                 seq_id=i,
@@ -47,15 +51,17 @@ def prompt_logits(
         )
     plan = scheduler.schedule()
     assert len(plan.chunks) == len(prompts)
-    pages = jnp.zeros((config.num_layers, pool.num_pages, config.geometry.page_elements), dtype)
+    state, write = new_state(config, pool.num_pages, dtype, parallel), jax.jit(make_write(parallel), donate_argnums=0)
     for use in plan.loads:
-        image = adapters[use.digest].image(config.geometry, np.dtype(dtype))
-        pages = write_adapter(pages, jnp.array(pool.pages(adapter_owner(use.digest))), jnp.asarray(image))
+        images = join_images(adapter_images(adapters[use.digest], config, np.dtype(dtype), parallel), parallel)
+        state = write(state, jnp.array(pool.pages(adapter_owner(use.digest))), jnp.asarray(images))
     buckets = Buckets(seqs=(len(prompts),), tokens=(tokens,))
-    builder = BatchBuilder(config.geometry, buckets, pool.num_pages, max(len(p) for p, _ in prompts) + 1)
+    layout = parallel.layout if parallel else None
+    builder = BatchBuilder(config.geometry, buckets, pool.num_pages, max(len(p) for p, _ in prompts) + 1, layout)
     batch, rows = builder.build(plan.chunks, pool, adapters)
-    forward = jax.jit(make_forward(config, dtype=dtype, max_rank=max_rank, **options), donate_argnums=1)
-    logits = np.asarray(forward(params, State(pages=pages), batch)[1])
+    options |= dict(dtype=dtype, max_rank=max_rank, parallel=parallel)
+    forward = jax.jit(make_forward(config, **options), donate_argnums=1)
+    logits = np.asarray(forward(params, state, batch)[1])
     result: list[list[np.ndarray]] = [[] for _ in prompts]
     for i, row in enumerate(rows):
         result[row.chunk.seq.seq_id].append(logits[i])

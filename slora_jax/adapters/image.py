@@ -28,13 +28,13 @@ def build_image(weights: Weights, granules: np.ndarray, geometry: Geometry, dtyp
         for modules in GROUPS.values():
             present = [m for m in modules if granules[layer, m]]
             for m in present:
-                at = _write(run, at, weights.factor(layer, m, 0))
+                at = write_tiles(run, at, weights.factor(layer, m, 0))
             for m in present:
-                at = _write(run, at, weights.factor(layer, m, 1).T)
+                at = write_tiles(run, at, weights.factor(layer, m, 1).T)
     return image
 
 
-def _write(run: np.ndarray, at: int, matrix: np.ndarray) -> int:
+def write_tiles(run: np.ndarray, at: int, matrix: np.ndarray) -> int:
     """Cuts a [ranks, columns] matrix into tiles of `run` from tile `at` on; returns the tile after the last."""
     ranks, columns = ceil_div(matrix.shape[0], TILE_RANKS), ceil_div(matrix.shape[1], TILE_COLS)
     if matrix.shape != (ranks * TILE_RANKS, columns * TILE_COLS):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sharding import Shards
 from slora_jax.errors import ModelError
 from slora_jax.loading.config import checked_config
 from slora_jax.loading.hf import read_json
@@ -118,8 +119,9 @@ def restore_params(
     specs = param_specs(config)
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     read_as = _read_dtype(path, dtype, weight_dtype)
+    where = {name: (shardings or {}).get(name, default) for name in specs}
     target = {
-        name: jax.ShapeDtypeStruct(spec.shape, read_as, sharding=(shardings or {}).get(name, default))
+        name: jax.ShapeDtypeStruct(spec.shape, read_as, sharding=_stored(where[name], spec.shape))
         for name, spec in specs.items()
     }
     total = sum(array.size for array in target.values()) * dtype.itemsize
@@ -132,6 +134,9 @@ def restore_params(
     except Exception as error:  # noqa: BLE001 - storage errors come from several libraries
         text = " ".join(str(error).split())[:160]
         raise ModelError(f"{path}: the parameters cannot be restored ({text}); convert the model again") from None
+    for name, shards in where.items():
+        if isinstance(shards, Shards):
+            params[name] = shards.rearrange(params[name])
     round_on_device(params, weight_dtype, dtype)
     if progress:
         progress(total, total, _PARAMS)
@@ -141,6 +146,10 @@ def restore_params(
 def restore_tokenizer(path: Path, model_vocab_size: int) -> Tokenizer | None:
     """The tokeniser stored with a converted model; None where it was converted without one."""
     return Tokenizer.from_directory(path / _TOKENIZER, model_vocab_size=model_vocab_size)
+
+
+def _stored(where: jax.sharding.Sharding | Shards, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    return where.stored(shape) if isinstance(where, Shards) else where
 
 
 def _read_dtype(path: Path, dtype: np.dtype, weight_dtype: np.dtype | None) -> np.dtype:

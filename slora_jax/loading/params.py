@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sharding import Shards
 from slora_jax.errors import ModelError
 from slora_jax.model_config import ModelConfig, param_specs
 
 Progress = Callable[[int, int, str], None]
 """Called with (bytes done, bytes in total, name of what was just done)."""
 
-Shardings = Mapping[str, jax.sharding.Sharding]
+Shardings = Mapping[str, jax.sharding.Sharding | Shards]
 """Sharding by parameter name; parameters that are not named go to the default device."""
 
 _WHOLE_MODEL = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "lm_head": "lm_head.weight"}
@@ -134,7 +135,9 @@ def load_params(
             if progress:
                 progress(done, total, name)
         # Waiting lets go of the host copy before the next array is filled.
-        params[name] = jax.block_until_ready(jax.device_put(stacked, (shardings or {}).get(name)))
+        where = (shardings or {}).get(name)
+        array = where.put(stacked) if isinstance(where, Shards) else jax.device_put(stacked, where)
+        params[name] = jax.block_until_ready(array)
         del stacked
     return params
 

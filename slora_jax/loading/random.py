@@ -8,6 +8,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 
+from sharding import WHOLE, Shards, partition
 from slora_jax.loading.params import Progress, Shardings, resolve_dtype
 from slora_jax.model_config import ModelConfig, param_specs
 
@@ -31,8 +32,11 @@ def random_params(
     for name, spec in specs.items():
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
         mean, deviation = _moments(config, name, spec.shape)
-        make = _maker(spec.shape, dtype, (shardings or {}).get(name))
-        params[name] = jax.block_until_ready(make(key, mean, deviation))
+        where = (shardings or {}).get(name)
+        if isinstance(where, Shards):
+            params[name] = jax.block_until_ready(_shards_maker(spec.shape, dtype, where)(key, mean, deviation))
+        else:
+            params[name] = jax.block_until_ready(_maker(spec.shape, dtype, where)(key, mean, deviation))
         done += params[name].nbytes
         if progress:
             progress(done, total, name)
@@ -48,23 +52,56 @@ def _moments(config: ModelConfig, name: str, shape: tuple[int, ...]) -> tuple[fl
     return 0.0, 1.0 / math.sqrt(inputs)
 
 
-@functools.lru_cache(maxsize=64)
-def _maker(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding | None):
-    """Compiled (key, mean, deviation) -> array, made slice by slice along an axis that is never sharded.
+def _filler(shape: tuple[int, ...], dtype: Any):
+    """``(axis, fill)``: ``fill(key, mean, deviation, pick) -> array`` is made slice by slice along `axis`.
 
     The random bits take several times the memory of the values, so they exist for one slice only: one layer of a
-    stacked array, an eighth of the columns of an embedding table.
+    stacked array, an eighth of the columns of an embedding table. pick: what to keep of a slice.
     """
     axis = 0 if len(shape) == 3 else len(shape) - 1
     slices = shape[0] if len(shape) == 3 else math.gcd(shape[-1], 8)
     part = (*shape[:axis], shape[axis] // slices, *shape[axis + 1 :])
 
-    def make(key, mean, deviation):
-        def fill(index, array):
-            values = jax.random.normal(jax.random.fold_in(key, index), part, jnp.float32)
-            values = (mean + deviation * values).astype(dtype)
-            return jax.lax.dynamic_update_slice_in_dim(array, values, index * part[axis], axis)
+    def fill(key, mean, deviation, pick):
+        def values(index):
+            drawn = jax.random.normal(jax.random.fold_in(key, index), part, jnp.float32)
+            return pick((mean + deviation * drawn).astype(dtype))
 
-        return jax.lax.fori_loop(0, slices, fill, jnp.zeros(shape, dtype))
+        def body(index, array):
+            return jax.lax.dynamic_update_slice_in_dim(array, values(index), index * part[axis], axis)
 
-    return jax.jit(make, out_shardings=sharding)
+        kept = list(jax.eval_shape(values, 0).shape)
+        kept[axis] = shape[axis]
+        return jax.lax.fori_loop(0, slices, body, jnp.zeros(kept, dtype))
+
+    return axis, fill
+
+
+@functools.lru_cache(maxsize=64)
+def _maker(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding | None):
+    """Compiled (key, mean, deviation) -> array."""
+    _, fill = _filler(shape, dtype)
+    return jax.jit(lambda key, mean, deviation: fill(key, mean, deviation, lambda x: x), out_shardings=sharding)
+
+
+def _shards_maker(shape: tuple[int, ...], dtype: Any, shards: Shards):
+    """The same where every device keeps some elements of an axis: it draws a slice whole and picks its own."""
+    axis, fill = _filler(shape, dtype)
+
+    def make(key, mean, deviation, index):
+        def pick(x):
+            real = (index >= 0).reshape(-1, *[1] * (len(shape) - 1 - shards.axis))
+            return jnp.where(real, jnp.take(x, jnp.maximum(index, 0), axis=shards.axis), 0)
+
+        if shards.axis == axis:  # biases, which are small
+            return pick(fill(key, mean, deviation, lambda x: x))
+        return fill(key, mean, deviation, pick)
+
+    split = jax.shard_map(
+        make,
+        mesh=shards.mesh,
+        in_specs=(WHOLE, WHOLE, WHOLE, partition("device")),
+        out_specs=shards.sharding.spec,
+        check_vma=False,
+    )
+    return jax.jit(lambda key, mean, deviation: split(key, mean, deviation, shards.index.ravel()))

@@ -1,0 +1,77 @@
+"""Which of the two adapter layouts a group of projections gets.
+
+S-LoRA's layout costs one small collective a group, layer and step; the communication-free one costs reading A (of qkv
+and gu) or B (of o and down) whole on every device, once for each adapter of the step.
+"""
+
+import dataclasses
+import time
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+from jax.sharding import Mesh
+
+from pallas_kernels.geometry import GROUPS, Geometry
+from sharding.layout import ROW_GROUPS, LoraLayout
+from sharding.mesh import AXIS, WHOLE
+
+_CHAIN = 64  # collectives in a row, so that the call itself does not count
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """What a device and its links can do. The defaults are an H200's: data sheet rates, times a usual 0.8.
+
+    latency: of a small collective, in seconds; see measure_latency. link_rate: bytes/s that a device sends.
+    memory_rate: bytes/s that it reads.
+    """
+
+    latency: float = 10e-6
+    link_rate: float = 0.8 * 450e9
+    memory_rate: float = 0.8 * 4.8e12
+
+    def extra_seconds(
+        self, layout: LoraLayout, group: str, geometry: Geometry, *, devices: int, tokens: int, adapters: int, rank: int
+    ) -> float:
+        """Time a step of one layer loses to a group's layout, against cutting the adapter in N with nothing to send.
+
+        tokens, adapters: in the step. rank: of every module. Weights are counted in 2 bytes, ``x A`` in 4.
+        """
+        modules = GROUPS[group]
+        row = group in ROW_GROUPS
+        others = (devices - 1) / devices
+        if layout == "s-lora":
+            sent = others * tokens * rank * len(modules) * 4 * (2 if row else 1)
+            return (self.latency if devices > 1 else 0.0) + sent / self.link_rate
+        width = geometry.out_sizes[modules[0]] if row else geometry.in_sizes[modules[0]]
+        return others * adapters * rank * len(modules) * width * 2 / self.memory_rate
+
+
+def choose_layout(
+    geometry: Geometry, *, devices: int, tokens: int, adapters: int, rank: int, model: CostModel
+) -> tuple[LoraLayout, ...]:
+    """The cheaper layout of each group, in the order of GROUPS, for decode steps of `tokens` tokens."""
+    layouts: tuple[LoraLayout, ...] = ("comm-free", "s-lora")
+    return tuple(
+        min(
+            layouts,
+            key=lambda layout: model.extra_seconds(
+                layout, group, geometry, devices=devices, tokens=tokens, adapters=adapters, rank=rank
+            ),
+        )
+        for group in GROUPS
+    )
+
+
+def measure_latency(mesh: Mesh) -> float:
+    """Seconds that a small all-reduce over the mesh takes."""
+
+    def chain(x):
+        return lax.fori_loop(0, _CHAIN, lambda _, x: lax.psum(x, AXIS) / mesh.shape[AXIS], x)
+
+    run = jax.jit(jax.shard_map(chain, mesh=mesh, in_specs=WHOLE, out_specs=WHOLE, check_vma=False))
+    x = jax.block_until_ready(run(jnp.ones(256)))
+    start = time.perf_counter()
+    jax.block_until_ready(run(x))
+    return (time.perf_counter() - start) / _CHAIN
