@@ -4,9 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
-import itertools
 import queue
-import secrets
 import threading
 import time
 from typing import Any
@@ -16,13 +14,14 @@ from jax import numpy as jnp
 
 from pallas_kernels.geometry import PAGE_TOKENS
 from slora_jax.adapters import Adapter, read_adapter
+from slora_jax.admission import Admission
 from slora_jax.async_deltas import AsyncDeltas
 from slora_jax.buckets import Buckets
 from slora_jax.core import EngineCore
 from slora_jax.engine_config import EngineConfig
 from slora_jax.engine_loop import EngineLoop
-from slora_jax.errors import AdapterError, CapacityError, RequestError, SloraError
-from slora_jax.jobs import Generation, Job, Sink
+from slora_jax.errors import AdapterError, CapacityError, SloraError
+from slora_jax.jobs import Job, Sink
 from slora_jax.loading import LoadedModel, load_config, load_model
 from slora_jax.memory import check_weights_fit, choose_num_pages, num_weights
 from slora_jax.model_config import ModelConfig
@@ -32,12 +31,10 @@ from slora_jax.placement import adapter_pages
 from slora_jax.policies import Quotas, make_policy
 from slora_jax.progress import progress_bar
 from slora_jax.registry import AdapterRegistry
-from slora_jax.requests import Completion, Delta, Request, RequestOutput, Timings
+from slora_jax.requests import Delta, Request, RequestOutput
 from slora_jax.runner import Runner
 from slora_jax.scheduler import Scheduler
 from slora_jax.sequence import AdapterUse
-from slora_jax.sequence import Sequence as Seq
-from slora_jax.text_stream import TextStream
 
 _HOST_TO_DEVICE_BYTES_PER_SECOND = 40e9  # measured from pinned memory on an H200; sets what evicting an adapter costs
 _PROMPT_OPERATIONS_PER_SECOND = 600e12  # the same for evicting a prefix; bfloat16 on an H200
@@ -104,8 +101,8 @@ class Engine:
             with progress_bar("compiling", settings.progress) as progress:
                 runner.warm_up(adapters=bool(adapters), progress=progress)
         self._lock = threading.Lock()  # of the registry
-        self._ids = itertools.count()
         self._core = EngineCore(runner, pool, scheduler, self._registry.has_digest)
+        self._admission = Admission(model, self.max_model_len, scheduler, self._find_adapter, self._adapter_use)
         self._loop = EngineLoop(self._core)
 
     @classmethod
@@ -155,7 +152,7 @@ class Engine:
             if delta.output:
                 finished.put(delta.output)
 
-        jobs = [self._prepare(r, sink) for r in requests]
+        jobs = [self._admission.job(r, sink) for r in requests]
         self._loop.call(lambda: self._start(jobs))
         with progress_bar("generating", progress) as report:
             for done in range(len(jobs)):
@@ -166,7 +163,7 @@ class Engine:
     def stream(self, request: Request | str) -> Iterator[Delta]:
         """Runs one request and yields its answer piece by piece. Closing the iterator early aborts the request."""
         deltas: queue.SimpleQueue[Delta] = queue.SimpleQueue()
-        job = self._prepare(request, deltas.put)
+        job = self._admission.job(request, deltas.put)
         self._loop.call(lambda: self._start([job]))
         return self._deltas(job, deltas)
 
@@ -192,7 +189,7 @@ class Engine:
                 self._loop.submit(lambda: self._abort(request_id))
 
         deltas = AsyncDeltas(abort)
-        jobs = await asyncio.to_thread(lambda: [self._prepare(r, deltas.sink(i)) for i, r in enumerate(requests)])
+        jobs = await asyncio.to_thread(lambda: [self._admission.job(r, deltas.sink(i)) for i, r in enumerate(requests)])
         deltas.follow(jobs)
         try:
             await asyncio.wrap_future(self._loop.submit(lambda: self._start(jobs)))
@@ -224,6 +221,10 @@ class Engine:
 
         return self._loop.call(lambda: self._abort(request_id))
 
+    def prompt_ids(self, request: Request) -> list[int]:
+        """Token ids that a request's prompt stands for. RequestError as generate raises it."""
+        return self._admission.prompt_ids(request)
+
     def list_requests(self) -> list[dict[str, Any]]:
         """Requests in flight: request_id, adapter, state ("running" or "waiting"), prompt_tokens, generated_tokens."""
         return self._loop.call(self._core.describe_jobs)
@@ -232,9 +233,8 @@ class Engine:
         """Registers an adapter and returns the digest of its contents.
 
         source: PEFT directory, Hugging Face id, ``{"weights": pytree, "lora_alpha": 16}`` or an Adapter (see
-        read_adapter). A name that is known is pointed at the new
-        contents at once: requests already queued or running keep the old, later ones get the new, and neither meets the
-        other's pages.
+        read_adapter). A name that is known is pointed at the new contents at once: requests already queued or running
+        keep the old, later ones get the new, and neither meets the other's pages.
         Raises AdapterError if the adapter is not acceptable; nothing is changed then.
         """
         adapter = _read(name, source, self.model.config)
@@ -273,8 +273,7 @@ class Engine:
         """Tokens that a prompt and its answer may have together, as far as the model and the pool go. AdapterError if
         the adapter is unknown.
         """
-        with self._lock:
-            pages = self._registry.get(adapter).num_pages(self.model.config.geometry) if adapter is not None else 0
+        pages = self._adapter_pages(self._find_adapter(adapter)) if adapter is not None else 0
         # the last token is never fed back, so it needs no place
         return min(self.max_model_len, (self._core.pool.num_pages - pages) * PAGE_TOKENS + 1)
 
@@ -343,8 +342,17 @@ class Engine:
             self._core.end(job, "abort")
         return bool(jobs)
 
+    def _find_adapter(self, name: str) -> Adapter:
+        with self._lock:
+            return self._registry.get(name)
+
     def _adapter_pages(self, adapter: Adapter) -> int:
         return adapter_pages(adapter, self.model.config, self.parallel)
+
+    def _adapter_use(self, adapter: Adapter) -> AdapterUse:
+        pages = self._adapter_pages(adapter)
+        seconds = pages * self._core.runner.page_bytes / _HOST_TO_DEVICE_BYTES_PER_SECOND
+        return AdapterUse(adapter.digest, pages, seconds)
 
     def _check_adapter_fits(self, name: str, adapter: Adapter, num_pages: int) -> None:
         need = self._adapter_pages(adapter)
@@ -352,97 +360,6 @@ class Engine:
             raise CapacityError(
                 f"adapter {name!r} needs {need} pages and the pool has {num_pages}: set page_pool_bytes higher"
             )
-
-    def _prompt_ids(self, request: Request) -> list[int]:
-        given = [x is not None for x in (request.prompt, request.prompt_token_ids, request.messages)]
-        if sum(given) != 1:
-            raise RequestError("give exactly one of prompt, prompt_token_ids and messages")
-        if request.prompt_token_ids is not None:
-            ids = [int(t) for t in request.prompt_token_ids]
-        else:
-            tokenizer = self.model.tokenizer
-            if tokenizer is None:
-                raise RequestError(f"{self.model.name} has no tokenizer; give prompt_token_ids")
-            ids = tokenizer.encode(request.prompt) if request.prompt is not None else tokenizer.chat(request.messages)
-        if not ids:
-            raise RequestError("the prompt is empty; give at least one token")
-        vocab = self.model.config.vocab_size
-        bad = next((t for t in (*ids, *request.sampling.logit_bias) if not 0 <= t < vocab), None)
-        if bad is not None:
-            raise RequestError(f"token id {bad} is outside the model's vocabulary of {vocab}")
-        if len(ids) >= self.max_model_len:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens and the model takes {self.max_model_len} with the answer; shorten it"
-            )
-        return ids
-
-    def _prepare(self, request: Request | str, sink: Sink) -> Job:
-        """Checks a request and makes its job. Raises RequestError, AdapterError or CapacityError; nothing is queued."""
-        if isinstance(request, str):
-            request = Request(request)
-        params = request.sampling
-        with self._lock:
-            adapter = self._registry.get(request.adapter) if request.adapter is not None else None
-        ids = self._prompt_ids(request)
-        tokenizer = self.model.tokenizer
-        if params.stop and tokenizer is None:
-            raise RequestError(
-                f"{self.model.name} has no tokenizer, so stop strings cannot be found; use stop_token_ids"
-            )
-        output = RequestOutput(
-            request_id=request.request_id or f"req-{next(self._ids)}-{secrets.token_hex(4)}",
-            prompt=request.prompt,
-            prompt_token_ids=ids,
-            adapter=request.adapter,
-            adapter_digest=adapter.digest if adapter else None,
-            completions=[],
-            prompt_logprobs=[None] * len(ids) if params.prompt_logprobs is not None else None,
-            timings=Timings(time.monotonic()),
-        )
-        job = Job(request, adapter, output, sink)
-        use = None
-        if adapter is not None:
-            pages = self._adapter_pages(adapter)
-            seconds = pages * self._core.runner.page_bytes / _HOST_TO_DEVICE_BYTES_PER_SECOND
-            use = AdapterUse(adapter.digest, pages, seconds)
-        seed = params.seed if params.seed is not None else secrets.randbits(63)
-        end_ids = frozenset(params.stop_token_ids) | (
-            frozenset() if params.ignore_eos else frozenset(self.model.eos_token_ids)
-        )
-        for index in range(params.n):
-            seq = Seq(
-                seq_id=(output.request_id, index, next(self._ids)),
-                tokens=list(ids),
-                prompt_len=len(ids),
-                max_tokens=min(params.max_tokens, self.max_model_len - len(ids)),
-                adapter=use,
-                prompt_logprobs=index == 0 and params.prompt_logprobs is not None,
-                adapter_name=request.adapter,
-                tenant=request.tenant,
-                priority=request.priority,
-                arrival=output.timings.arrival,
-            )
-            self._check_fits(seq)
-            completion = Completion(index, logprobs=[] if params.logprobs is not None else None)
-            output.completions.append(completion)
-            stream = TextStream(tokenizer.stream() if tokenizer else None, params.stop)
-            job.generations.append(Generation(job, seq, completion, stream, seed + index, end_ids))
-        return job
-
-    def _check_fits(self, seq: Seq) -> None:
-        pool = self._core.pool
-        if seq.worst_case_pages > pool.num_pages:
-            raise CapacityError(
-                f"the request may need {seq.worst_case_pages} pages (prompt {seq.prompt_len} tokens, "
-                f"answer up to {seq.max_tokens}"
-                f"{f', adapter {seq.adapter.num_pages} pages' if seq.adapter else ''}) "
-                f"and the pool has {pool.num_pages}; "
-                "lower max_tokens or set page_pool_bytes higher"
-            )
-        try:
-            self._core.scheduler.check(seq)
-        except ValueError as error:
-            raise CapacityError(f"{error}; lower max_tokens or raise the quota's max_pages") from None
 
 
 def _prefix_page_cost(config: ModelConfig) -> float:

@@ -84,7 +84,7 @@ def test_chat_messages_and_text_prompts_give_the_reference_prompts(engine):
             request = Request(messages=[{"role": "user", "content": row["user_text"]}])
         else:
             request = Request(row["prompt_text"])
-        assert engine._prompt_ids(request) == row["prompt_token_ids"]
+        assert engine.prompt_ids(request) == row["prompt_token_ids"]
 
 
 def test_stop_strings_and_streaming(engine):
