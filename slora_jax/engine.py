@@ -74,13 +74,16 @@ class Engine:
         scheduler = Scheduler(pool, max_seqs=settings.max_seqs, max_step_tokens=settings.max_step_tokens)
         for name, adapter in self._registry.items():
             self._check_adapter_fits(name, adapter, num_pages)
-        if settings.warm_up:
-            with progress_bar("compiling", settings.progress) as progress:
-                runner.warm_up(adapters=bool(adapters), progress=progress)
         self._lock = threading.Lock()  # of the registry
         self._ids = itertools.count()
         self._core = EngineCore(runner, pool, scheduler, self._registry.has_digest)
         self._loop = EngineLoop(self._core)
+        if settings.warm_up:
+            try:
+                self.warm_up(adapters=bool(adapters))
+            except BaseException:
+                self.close()
+                raise
 
     @classmethod
     def from_pretrained(
@@ -101,6 +104,15 @@ class Engine:
         with progress_bar("loading", settings.progress) as progress:
             loaded = load_model(model, dtype=settings.dtype, weight_dtype=settings.weight_dtype, progress=progress)
         return cls(loaded, settings, read)
+
+    def warm_up(self, *, adapters: bool) -> None:
+        """Compiles every step shape now, up to the largest rank registered. What is asked meanwhile waits.
+
+        adapters: the shapes of steps in which some request uses an adapter, or of those in which none does.
+        Raises CapacityError if a step does not fit in the device's memory.
+        """
+        with progress_bar("compiling", self.settings.progress) as progress:
+            self._loop.call(lambda: self._core.runner.warm_up(adapters=adapters, progress=progress))
 
     def generate(
         self, requests: Sequence[Request | str], *, progress: bool = False, on_delta: Sink | None = None
