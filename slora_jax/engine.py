@@ -97,13 +97,16 @@ class Engine:
         )
         for name, adapter in self._registry.items():
             self._check_adapter_fits(name, adapter, num_pages)
-        if settings.warm_up:
-            with progress_bar("compiling", settings.progress) as progress:
-                runner.warm_up(adapters=bool(adapters), progress=progress)
         self._lock = threading.Lock()  # of the registry
         self._core = EngineCore(runner, pool, scheduler, self._registry.has_digest)
         self._admission = Admission(model, self.max_model_len, scheduler, self._find_adapter, self._adapter_use)
         self._loop = EngineLoop(self._core)
+        if settings.warm_up:
+            try:
+                self.warm_up(adapters=bool(adapters))
+            except BaseException:
+                self.close()
+                raise
 
     @classmethod
     def from_pretrained(
@@ -134,6 +137,15 @@ class Engine:
                 progress=progress,
             )
         return cls(loaded, settings, read, parallel)
+
+    def warm_up(self, *, adapters: bool) -> None:
+        """Compiles every step shape now, up to the largest rank registered. What is asked meanwhile waits.
+
+        adapters: the shapes of steps in which some request uses an adapter, or of those in which none does.
+        Raises CapacityError if a step does not fit in the device's memory.
+        """
+        with progress_bar("compiling", self.settings.progress) as progress:
+            self._loop.call(lambda: self._core.runner.warm_up(adapters=adapters, progress=progress))
 
     def generate(
         self, requests: Sequence[Request | str], *, progress: bool = False, on_delta: Sink | None = None

@@ -24,9 +24,10 @@ def run(args: argparse.Namespace) -> int:
         allow_anonymous=args.allow_anonymous,
         max_queue=args.max_queue,
         max_answer_tokens=args.max_answer_tokens,
+        warm_up=not args.no_warm_up,
         drain_seconds=args.drain_seconds,
     )
-    settings = EngineConfig(**engine_options(args), max_lora_rank=args.max_lora_rank, warm_up=not args.no_warm_up)
+    settings = EngineConfig(**engine_options(args), max_lora_rank=args.max_lora_rank)
     service = Service(config, lambda: Engine.from_pretrained(args.model, settings))
     run_server(service, log_level=args.log_level.upper())
     return 0

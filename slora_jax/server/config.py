@@ -22,6 +22,7 @@ class ServerConfig:
     max_prompts, max_completions: prompts in a call, and prompts times n. max_answer_tokens: tokens of an answer.
     max_queue: completions that wait for the engine, beyond what it runs at once, before callers are sent away with 429.
     max_adapters: adapters registered at the same time.
+    warm_up: compile every step shape after the adapters were read and before the first call is taken.
     drain_seconds: how long a shutdown waits for answers in flight.
     """
 
@@ -42,6 +43,7 @@ class ServerConfig:
     max_answer_tokens: int = 4096
     max_queue: int = 256
     max_adapters: int = 10_000
+    warm_up: bool = False
     drain_seconds: float = 30.0
 
     def __post_init__(self):

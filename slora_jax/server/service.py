@@ -62,6 +62,10 @@ class Service:
         manager = AdapterManager(self.config, engine)
         try:
             await asyncio.to_thread(manager.restore)
+            if self.config.warm_up:
+                await asyncio.to_thread(engine.warm_up, adapters=False)
+                if self.config.adapters or self.config.load_root:
+                    await asyncio.to_thread(engine.warm_up, adapters=True)
         except BaseException:
             engine.close()
             raise

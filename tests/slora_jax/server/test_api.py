@@ -255,6 +255,17 @@ def test_metrics(serving):
     asyncio.run(main())
 
 
+def test_nothing_is_compiled_after_the_warm_up(serving, engine):
+    async def main():
+        async with serving(warm_up=True) as (client, _):
+            compiled = engine._core.runner._forward._cache_size()
+            for name in ("tiny", "one"):
+                await ask(client, model=name, prompt="hello", max_tokens=3)
+            assert engine._core.runner._forward._cache_size() == compiled
+
+    asyncio.run(main())
+
+
 def test_a_server_that_is_loading_says_so(engine, adapters):
     async def main():
         service = Service(ServerConfig(model_name="tiny", adapters=adapters), lambda: engine)

@@ -56,9 +56,10 @@ def test_kill_restart_and_stop(tmp_path, adapters, make_adapter):
             stream.readline()
             process.send_signal(signal.SIGTERM)
             assert stream.read().decode().endswith("data: [DONE]\n\n")
-    finally:
-        process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
     assert process.returncode == 0, errors
     lines = [json.loads(line) for line in errors.splitlines()]
     messages = [line["message"] for line in lines]
