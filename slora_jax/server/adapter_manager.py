@@ -91,8 +91,10 @@ class AdapterManager:
             return
         with self._lock:
             for name in [n for n, e in self._entries.items() if e.watched and found.get(n) is None]:
-                self._remove(name)
-            self._unloaded &= {name for name, seen in found.items() if seen is not None}
+                self._drop(self._entries.pop(name))
+            self._forget_unloaded(
+                {name for name, seen in found.items() if seen is None} | self._unloaded - found.keys()
+            )
             for name, seen in found.items():
                 if seen is not None:
                     self._scan_one(name, seen, settle)
@@ -132,10 +134,16 @@ class AdapterManager:
             entry = self._entries.get(name)
             if entry is None:
                 raise UnknownAdapter(f"the adapter {name!r} is not loaded")
+            del self._entries[name]
             if entry.watched:
                 self._unloaded.add(name)
-            self._remove(name)
-            self._save()
+            try:
+                self._save()
+            except SloraError:
+                self._entries[name] = entry
+                self._unloaded.discard(name)
+                raise
+            self._drop(entry)
 
     def touch(self, name: str) -> None:
         """Notes that a request uses an adapter."""
@@ -227,15 +235,25 @@ class AdapterManager:
         self.failures += 1
         logger.error("adapter not loaded", extra={"fields": {"adapter": entry.name, "error": entry.error}})
 
-    def _remove(self, name: str) -> None:
-        entry = self._entries.pop(name)
+    def _drop(self, entry: AdapterEntry) -> None:
+        """Takes an adapter out of the engine."""
         if entry.digest is None:
             return
         try:
-            self._engine.remove_adapter(name, timeout=0)
+            self._engine.remove_adapter(entry.name, timeout=0)
         except TimeoutError:
             pass  # requests in flight go on; its memory is freed when the last of them ends
-        logger.info("adapter removed", extra={"fields": {"adapter": name}})
+        logger.info("adapter removed", extra={"fields": {"adapter": entry.name}})
+
+    def _forget_unloaded(self, gone: set[str]) -> None:
+        """What was unloaded and has left the directory is served again when it comes back."""
+        if not self._unloaded & gone:
+            return
+        self._unloaded -= gone
+        try:
+            self._save()
+        except SloraError as error:
+            logger.error("the registry is out of date", extra={"fields": {"error": str(error)}})
 
     def _save(self, coming: AdapterEntry | None = None) -> None:
         """Writes the registry, with an adapter that is about to be loaded."""

@@ -43,7 +43,7 @@ def test_help_and_version_import_no_jax():
     ("argv", "message"),
     [
         ([], "required: COMMAND"),
-        (["serve"], "invalid choice: 'serve'"),
+        (["train"], "invalid choice: 'train'"),
         (["generate"], "required: MODEL"),
         (["generate", "m", "hi", "--max-tokens", "few"], "--max-tokens: invalid int value: 'few'"),
         (["generate", "m", "hi", "--max-tokens", "0"], "max_tokens must be at least 1, not 0"),

@@ -236,9 +236,11 @@ def test_a_restart_finds_the_registry(serving, tmp_path, make_adapter):
             assert await answer(client, "two") != "404"  # it went and came back
 
     asyncio.run(second(asyncio.run(first())))
+    state = json.loads((tmp_path / "registry.json").read_text())
+    assert state == {"version": 1, "loaded": {"x": "b", "y": "later"}, "unloaded": []}
 
 
-def test_a_registry_that_cannot_be_written_loads_nothing(serving, tmp_path, make_adapter, monkeypatch):
+def test_a_registry_that_cannot_be_written_changes_nothing(serving, tmp_path, make_adapter, monkeypatch):
     from slora_jax.server import registry_file
 
     make_adapter(tmp_path / "root" / "b")
@@ -252,6 +254,8 @@ def test_a_registry_that_cannot_be_written_loads_nothing(serving, tmp_path, make
             response = await load(client, "x", "b")
             assert response.status_code == 500 and "No space left" in response.text
             assert await answer(client, "x") == "404"
+            response = await client.post("/v1/unload_lora_adapter", json={"lora_name": "one"})
+            assert response.status_code == 500 and await answer(client, "one") != "404"
 
     asyncio.run(main())
 
