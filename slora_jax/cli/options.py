@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib.util
+import json
 from typing import Any
 
 from slora_jax.errors import RequestError, SloraError
@@ -112,6 +113,17 @@ def token_bias(text: str) -> tuple[int, float]:
         return int(token), float(bias)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not ID=BIAS, for instance 42=-100") from None
+
+
+def policy_option(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, the value in JSON or a plain word."""
+    name, _, value = text.partition("=")
+    if not name or not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, for instance ttft=6")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def byte_size(text: str) -> int:

@@ -1,5 +1,6 @@
 """Early abort: give up requests that would miss their target, so that others meet it."""
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 from pallas_kernels.geometry import ceil_div
@@ -15,11 +16,13 @@ class EarlyAbort(Policy):
     """S-LoRA's admission control (arXiv 2311.03285, 4.3; abort_req_queue.py), with measured times.
 
     A waiting sequence is given up as soon as its first token can no longer come within `ttft` seconds of its arrival.
-    Those left are tried newest first while more arrive than are admitted, else oldest first.
+    Those left are tried newest first while more arrive than are admitted, else oldest first. Nothing that ran is ever
+    given up.
 
-    slack: seconds from admission to the first token. None estimates it: the steps that the sequence's prompt takes
-    behind the prompts that are being computed already, each as long as recent steps with prompts were. S-LoRA assumes
-    0.5. Nothing that ran is ever given up.
+    slack: seconds from admission to the first token; S-LoRA assumes 0.5. None estimates it: the steps that the
+    sequence's prompt takes behind the prompts that are being computed already, each as long as recent steps with
+    prompts were. Then also the order is oldest first as long as no more wait than were admitted within the last `ttft`
+    seconds: in that order all of them can be in time, in the other the oldest would be given up.
     """
 
     def __init__(self, ttft: float = 6.0, slack: float | None = None):
@@ -35,6 +38,8 @@ class EarlyAbort(Policy):
         self._admitted = 0  # since the last call of order
         self._left = 0  # waiting when that call's admissions were done
         self._last_left = 0
+        self._recent: deque[float] = deque()  # moments of admissions within the last ttft seconds
+        self._now = 0.0
 
     def drop(self, view: View) -> Sequence[Drop]:
         backlog = sum(seq.num_pending for seq in view.running if seq.num_pending > 1)
@@ -59,12 +64,17 @@ class EarlyAbort(Policy):
             self._admitted = 0
         self._left = len(view.waiting)
         self._arrivals = int(_NEW * (self._left - self._last_left) + (1 - _NEW) * self._arrivals)
-        return list(reversed(view.waiting)) if self._arrivals >= self._batch else view.waiting
+        self._now = view.now
+        while self._recent and self._recent[0] < view.now - self.ttft:
+            self._recent.popleft()
+        in_time = self.slack is None and self._left <= len(self._recent)
+        return view.waiting if in_time or self._arrivals < self._batch else list(reversed(view.waiting))
 
     def admitted(self, seq: Seq) -> None:
         if not seq.preemptions:
             self._admitted += 1
             self._left -= 1
+            self._recent.append(self._now)
 
     def completed(self, chunks: Sequence[Chunk], seconds: float) -> None:
         if seconds and any(c.length > 1 for c in chunks):

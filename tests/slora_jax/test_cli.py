@@ -26,7 +26,7 @@ def run(capsys, *argv) -> tuple[int, str, str]:
     return status, out, err
 
 
-@pytest.mark.parametrize("command", ["", "demo", "generate", "convert", "inspect"])
+@pytest.mark.parametrize("command", ["", "demo", "generate", "convert", "inspect", "simulate"])
 def test_help(capsys, command):
     status, out, err = run(capsys, *([command] if command else []), "--help")
     assert (status, err) == (0, "")
@@ -63,6 +63,20 @@ def test_help_and_version_import_no_jax():
         (["demo", "--model", "random:tiny-gqa", "--adapters", "/no/dir"], "/no/dir is no directory"),
         (["demo", "--model", "random:tiny-gqa", "--adapters", "."], "holds no adapter"),
         (["convert", "random:none", "never-written"], "no model shape is called 'none'"),
+        (["simulate", "--shape", "none"], "no model shape is called 'none'"),
+        (["simulate", "--policy", "best"], "policy must be one of 'fcfs', 'cluster'"),
+        (["simulate", "--policy", "fair", "--policy-option", "x=1"], "policy 'fair' has no option 'x'"),
+        (["simulate", "--policy-option", "x"], "'x' is not NAME=VALUE"),
+        (["simulate", "--trace", "/no/such/file"], "/no/such/file cannot be read"),
+        (["simulate", "--rate", "0"], "rate, seconds, alpha and cv of a trace must be positive"),
+        (["simulate", "--rank", "0"], "ranks must be at least 1, not 0"),
+        (["simulate", "--seconds", "0.01"], "less than one request"),
+        (["simulate", "--max-seqs", "0"], "max_seqs must be at least 1, not 0"),
+        (["simulate", "--max-seqs", "4096"], "max_step_tokens 2048 is less than max_seqs 4096"),
+        (["simulate", "--slo", "0"], "slo must be positive"),
+        (["simulate", "--cost", "/no/such/file"], "cost model /no/such/file cannot be read"),
+        (["simulate", "--page-pool", "1M"], "less than one page of this model"),
+        (["simulate", "--page-pool", "64M"], "of the trace can never run"),
         (["convert", "random:tiny-gqa", "."], "add --overwrite"),
     ],
 )

@@ -1,0 +1,191 @@
+"""Runs a trace through the engine's scheduler and page pool on a clock that a cost model drives."""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+import dataclasses
+from typing import Any
+
+from pallas_kernels.geometry import MODULES, PAGE_TOKENS, TILE, TILE_RANKS, ceil_div
+from slora_jax.errors import CapacityError
+from slora_jax.model_config import ModelConfig
+from slora_jax.page_pool import PagePool
+from slora_jax.policies import Quotas, make_policy
+from slora_jax.scheduler import Scheduler, StepPlan
+from slora_jax.sequence import AdapterUse
+from slora_jax.sequence import Sequence as Seq
+from slora_jax.traces import Setting, TraceRequest
+from slora_jax.twin.cost import ITEM_BYTES, CostModel, StepWork
+from slora_jax.twin.metrics import Record
+
+_IDLE_SECONDS = 0.002  # between two looks at a queue from which nothing may start yet, as in the engine
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Simulation:
+    """What is simulated. Defaults are an engine's on a GPU; see EngineConfig.
+
+    config: sizes of the base model. setting: ranks and targets of the adapters. cost: how long a step takes.
+    page_pool_bytes: of bfloat16 pages. sample_seconds: between two looks at what the pages hold.
+    """
+
+    config: ModelConfig
+    setting: Setting
+    cost: CostModel
+    page_pool_bytes: int = 100 << 30
+    max_seqs: int = 256
+    max_step_tokens: int = 2048
+    policy: str = "fcfs"
+    policy_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    quotas: Quotas | None = None
+    prefix_caching: bool = True
+    sample_seconds: float = 1.0
+
+    @property
+    def page_bytes(self) -> int:
+        return self.config.num_layers * self.config.geometry.page_elements * ITEM_BYTES
+
+    def adapter(self, index: int) -> AdapterUse:
+        """What the scheduler knows of adapter `index`."""
+        pages = ceil_div(self._tiles(index), self.config.geometry.tiles_per_page_id)
+        return AdapterUse(f"adapter-{index}", pages, self.cost.load_byte * pages * self.page_bytes)
+
+    def adapter_bytes(self, index: int) -> int:
+        """Bytes of the adapter's tiles, which a step reads."""
+        return self._tiles(index) * TILE * ITEM_BYTES
+
+    def _tiles(self, index: int) -> int:
+        geometry, ranks = self.config.geometry, self.setting.ranks
+        modules = [MODULES.index(target) for target in self.setting.targets]
+        per_granule = sum(geometry.in_tiles(m) + geometry.out_tiles(m) for m in modules)
+        return ceil_div(ranks[index % len(ranks)], TILE_RANKS) * per_granule * geometry.num_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class SimulationResult:
+    """records: one for each request of the trace, in its order. counters: steps, loads and so on. pages: what the
+    pages held, one row a sample: seconds and Scheduler.used_pages().
+    """
+
+    records: list[Record]
+    counters: dict[str, float]
+    pages: list[dict[str, float]]
+
+
+def simulate(simulation: Simulation, trace: Sequence[TraceRequest]) -> SimulationResult:
+    """Runs a trace, whose arrivals must not go back in time, to its end. The texts of different requests differ from
+    their first token on.
+
+    Raises CapacityError if a request cannot fit in the pool.
+    """
+    return _Run(simulation, trace).run()
+
+
+class _Run:
+    def __init__(self, simulation: Simulation, trace: Sequence[TraceRequest]):
+        self.sim = simulation
+        self.now = 0.0
+        pages = simulation.page_pool_bytes // simulation.page_bytes
+        if not pages:
+            raise CapacityError(f"page_pool_bytes {simulation.page_pool_bytes} is less than one page of this model")
+        self.scheduler = Scheduler(
+            PagePool(pages),
+            max_seqs=simulation.max_seqs,
+            max_step_tokens=simulation.max_step_tokens,
+            policy=make_policy(simulation.policy, simulation.policy_options),
+            quotas=simulation.quotas,
+            prefix_page_cost=simulation.cost.token * PAGE_TOKENS if simulation.prefix_caching else None,
+            clock=lambda: self.now,
+        )
+        self.records = [Record(request) for request in trace]
+        self.arrivals = deque(range(len(trace)))
+        self.adapters: dict[int, tuple[AdapterUse, int]] = {}
+        self.counters: dict[str, float] = dict(steps=0, busy_seconds=0.0, prompt_tokens=0, decode_tokens=0, loads=0)
+        self.pages: list[dict[str, float]] = []
+        self.next_sample = 0.0
+
+    def run(self) -> SimulationResult:
+        scheduler = self.scheduler
+        while self.arrivals or scheduler.has_work():
+            if not scheduler.has_work():
+                self.now = max(self.now, self.records[self.arrivals[0]].request.arrival)
+            while self.arrivals and self.records[self.arrivals[0]].request.arrival <= self.now:
+                self._add(self.arrivals.popleft())
+            plan = scheduler.schedule()
+            for drop in plan.dropped:
+                self.records[self._index(drop.seq)].aborted = True
+            if plan.chunks:
+                self._step(plan)
+            elif scheduler.has_work():
+                self.now += _IDLE_SECONDS
+        if scheduler.prefixes is not None:
+            self.counters["prefix_hit_tokens"] = scheduler.prefixes.hit_tokens
+        return SimulationResult(self.records, self.counters, self.pages)
+
+    @staticmethod
+    def _index(seq: Seq) -> int:
+        assert isinstance(seq.seq_id, int)
+        return seq.seq_id
+
+    def _add(self, index: int) -> None:
+        request = self.records[index].request
+        if request.adapter is not None and request.adapter not in self.adapters:
+            self.adapters[request.adapter] = self.sim.adapter(request.adapter), self.sim.adapter_bytes(request.adapter)
+        seq = Seq(
+            seq_id=index,
+            tokens=[index] * request.prompt_len,
+            prompt_len=request.prompt_len,
+            max_tokens=request.output_len,
+            adapter=None if request.adapter is None else self.adapters[request.adapter][0],
+            adapter_name=None if request.adapter is None else str(request.adapter),
+            tenant=request.tenant,
+            priority=request.priority,
+            arrival=request.arrival,
+        )
+        try:
+            self.scheduler.add(seq)
+        except ValueError as error:
+            raise CapacityError(f"request {index} of the trace can never run: {error}") from None
+
+    def _step(self, plan: StepPlan) -> None:
+        work = self._work(plan)
+        for chunk in plan.chunks:
+            record = self.records[self._index(chunk.seq)]
+            record.scheduled = self.now if record.scheduled is None else record.scheduled
+        seconds = self.sim.cost.seconds(work)
+        self.now += seconds
+        if self.now >= self.next_sample:
+            self.pages.append(dict(seconds=self.now, **self.scheduler.used_pages()))
+            self.next_sample = self.now + self.sim.sample_seconds
+        sampled = [chunk.seq for chunk in plan.chunks if chunk.samples]
+        self.scheduler.complete(plan, seconds)
+        for seq in sampled:
+            self._push(seq)
+        self.counters["steps"] += 1
+        self.counters["busy_seconds"] += seconds
+        self.counters["prompt_tokens"] += work.prompt_tokens
+        self.counters["decode_tokens"] += work.decode_tokens
+        self.counters["loads"] += len(plan.loads)
+
+    def _push(self, seq: Seq) -> None:
+        """A token was sampled for the sequence."""
+        record = self.records[self._index(seq)]
+        seq.tokens.append(self._index(seq))
+        if record.first_token is None:
+            record.first_token = self.now
+        if seq.output_len == seq.max_tokens:
+            record.finished = self.now
+            record.preemptions = seq.preemptions
+            self.scheduler.remove(seq)
+
+    def _work(self, plan: StepPlan) -> StepWork:
+        decode = [c for c in plan.chunks if c.length == 1]
+        prompt = [c for c in plan.chunks if c.length > 1]
+        used = {self.records[self._index(c.seq)].request.adapter for c in plan.chunks}
+        return StepWork(
+            decode_tokens=len(decode),
+            prompt_tokens=sum(c.length for c in prompt),
+            decode_context=sum(c.start + 1 for c in decode),
+            prompt_context=sum(c.length * c.start + c.length * (c.length + 1) // 2 for c in prompt),
+            adapter_bytes=sum(self.adapters[a][1] for a in used if a is not None),
+            load_bytes=sum(use.num_pages for use in plan.loads) * self.sim.page_bytes,
+        )
