@@ -302,4 +302,13 @@ def _engine_options(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="memory for KV cache and adapters, for instance 512M or 40G (default: what the GPU has free, 1G on a CPU)",
     )
+    group.add_argument(
+        "--tp", type=int, metavar="N", default=1, help="devices that the model is spread over (default: 1)"
+    )
+    group.add_argument(
+        "--lora-layout",
+        choices=("auto", "s-lora", "comm-free"),
+        default="auto",
+        help="how adapters are cut for several devices (default: the cheaper one for each group of projections)",
+    )
     group.add_argument("--quiet", action="store_true", help="show no progress")
