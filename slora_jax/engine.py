@@ -154,15 +154,17 @@ class Engine:
 
         Every request is checked before any is queued: RequestError or AdapterError names the first bad one. A failure
         later on ends that request alone, with finish_reason "error". on_delta: called with each piece of every answer,
-        on the engine's thread.
+        on the engine's thread; what it raises is logged and changes no answer.
         """
         finished: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
 
         def sink(delta: Delta) -> None:
-            if on_delta:
-                on_delta(delta)
-            if delta.output:
-                finished.put(delta.output)
+            try:
+                if on_delta:
+                    on_delta(delta)
+            finally:
+                if delta.output:
+                    finished.put(delta.output)
 
         jobs = [self._admission.job(r, sink) for r in requests]
         self._loop.call(lambda: self._start(jobs))

@@ -1,6 +1,7 @@
 """A request in flight: its sequences, its growing texts, and where the pieces go."""
 
 from collections.abc import Callable
+import logging
 import time
 
 from slora_jax.adapters import Adapter
@@ -9,6 +10,8 @@ from slora_jax.sampling_batch import RowSampling
 from slora_jax.sampling_params import SamplingParams
 from slora_jax.sequence import Sequence
 from slora_jax.text_stream import TextStream
+
+logger = logging.getLogger(__name__)
 
 Sink = Callable[[Delta], object]  # what it returns is ignored
 
@@ -92,7 +95,11 @@ class Generation:
         logprobs = self.completion.logprobs
         if logprobs is not None:
             logprobs = logprobs[len(logprobs) - len(new_tokens) :]
-        job.sink(Delta(job.output.request_id, self.completion.index, text, new_tokens, reason, output, logprobs))
+        delta = Delta(job.output.request_id, self.completion.index, text, new_tokens, reason, output, logprobs)
+        try:
+            job.sink(delta)
+        except Exception:  # a caller's function: its error must not stop the engine, which serves others too
+            logger.exception("what takes the answer of request %s raised", job.output.request_id)
 
 
 class Job:

@@ -155,6 +155,17 @@ def test_streaming_gives_the_pieces_of_the_whole(engine):
     assert deltas[-1].output.timings.ttft <= deltas[-1].output.timings.latency
 
 
+def test_a_callback_that_raises_stops_nobody(engine, caplog):
+    def fail(delta):
+        raise RuntimeError("the caller is unwell")
+
+    request = Request(None, "a0", greedy(), PROMPT)
+    wanted = engine.generate([request])[0].token_ids
+    assert engine.generate([request], on_delta=fail)[0].token_ids == wanted
+    assert "the caller is unwell" in caplog.text
+    assert engine.generate([request])[0].token_ids == wanted
+
+
 def test_closing_a_stream_early_frees_its_pages(engine):
     stream = engine.stream(Request(None, "a2", greedy(400), PROMPT))
     next(stream)
