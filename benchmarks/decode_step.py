@@ -212,9 +212,8 @@ def main() -> None:
             flush=True,
         )
         for kernel in result.get("kernels", [])[:40]:
-            print(
-                f"    {kernel['ms']:8.3f} ms {kernel['launches']:6.0f} x {kernel['us_each']:8.2f} us  {kernel['name'][:90]}"
-            )
+            count = f"{kernel['launches']:6.0f} x {kernel['us_each']:8.2f} us"
+            print(f"    {kernel['ms']:8.3f} ms {count}  {kernel['name'][:90]}")
         if args.json:  # after every case: a run cut short leaves what it has
             args.json.write_text(
                 json.dumps(dict(environment=environment(), copy=copy, shape=args.shape, results=results), indent=1)
