@@ -60,7 +60,7 @@ def test_logits_equal_pefts_in_one_mixed_batch(base):
         np.testing.assert_allclose(logits, want, atol=1e-4, err_msg=name)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # PEFT's own
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::RuntimeWarning")  # PEFT's
 def test_logits_equal_those_of_the_peft_that_is_installed(tmp_path):
     """The same against a live PEFT, where torch and PEFT can be imported (this project does not install them)."""
     pytest.importorskip("torch")
