@@ -142,8 +142,10 @@ def kernel_times(run: Callable[[], Any]) -> dict[str, tuple[float, int]]:
 def measure(case: Case, config: ModelConfig, params, args, copy: float) -> dict[str, Any]:
     dtype = params["embed"].dtype
     batch, num_pages = make_batch(case, config)
-    ranks = max(case.ranks) if case.adapters else 8
-    step = make_batch_step(config, dtype=dtype, max_rank=ranks, implementation=args.implementation, loop=args.loop)
+    options: dict[str, Any] = dict(dtype=dtype, implementation=args.implementation, loop=args.loop)
+    if case.adapters:
+        options |= dict(max_rank=max(case.ranks), lora_groups=case.lora_spec(config).groups)
+    step = make_batch_step(config, **options)
     state = State(pages=random_pages(config, num_pages, dtype))
     batch = jax.device_put(batch)
     start = time.perf_counter()
@@ -152,13 +154,14 @@ def measure(case: Case, config: ModelConfig, params, args, copy: float) -> dict[
     memory = compiled.memory_analysis()
 
     def run(steps: int) -> float:
-        nonlocal state
+        nonlocal state, output
         start = time.perf_counter()
         for _ in range(steps):
             state, output = compiled(params, state, batch)
         jax.block_until_ready(output)
         return (time.perf_counter() - start) / steps
 
+    output = None
     run(3)
     times = [run(args.steps) for _ in range(5)]
     seconds = float(np.median(times))
@@ -173,6 +176,7 @@ def measure(case: Case, config: ModelConfig, params, args, copy: float) -> dict[
         bytes=moved,
         compile_seconds=compile_seconds,
         temp_bytes=memory.temp_size_in_bytes if memory else None,
+        tokens=np.asarray(output.tokens).tolist(),  # to compare variants
     )
     if args.profile:
         kernels = kernel_times(lambda: run(3))

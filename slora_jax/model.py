@@ -12,7 +12,7 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import AdapterTable, Implementation, lora_expand, lora_shrink, paged_attention, write_kv
+from pallas_kernels import GROUPS, AdapterTable, Implementation, lora_expand, lora_shrink, paged_attention, write_kv
 from sharding import Layout, ShardedTable, embed, join_logits, project
 from slora_jax.batch import Batch
 from slora_jax.model_config import ModelConfig, RopeScaling, param_specs
@@ -58,6 +58,7 @@ class Llama(nn.Module):
     loop: "unroll" lays the layers out one after another, which GPUs need (a loop copies each layer's weights before
     using them); "scan" compiles one layer, which makes compilation short and costs little on a CPU.
     max_rank: bound on the rank of a module of any adapter (sizes an intermediate, nothing else).
+    lora_groups: groups of projections that any adapter targets; the others get no LoRA launch.
     layout: None for a whole model; otherwise `config` is one device's part (see slora_jax/parallel.py) and the module
     runs inside shard_map.
     """
@@ -65,6 +66,7 @@ class Llama(nn.Module):
     config: ModelConfig
     dtype: jnp.dtype = jnp.dtype("bfloat16")
     max_rank: int = 64
+    lora_groups: tuple[str, ...] = tuple(GROUPS)
     implementation: Implementation = "auto"
     loop: Literal["unroll", "scan"] = "unroll"
     layout: Layout | None = None
@@ -121,11 +123,12 @@ class Llama(nn.Module):
         options: dict[str, Any] = dict(
             layer=layer, group=group, max_rank=self.max_rank, implementation=self.implementation
         )
+        adapted = batch.use_adapters and group in self.lora_groups
         if self.layout is not None:
             assert isinstance(batch.adapters, ShardedTable), "the batch was built for one device"
-            table = batch.adapters if batch.use_adapters else None
+            table = batch.adapters if adapted else None
             return project(x, base, pages, table, batch.seg_start, batch.seg_adapter, layout=self.layout, **options)
-        if not batch.use_adapters:
+        if not adapted:
             return base
         assert isinstance(batch.adapters, AdapterTable), "the batch was built for several devices"
         options["geometry"] = self.config.geometry

@@ -1,6 +1,6 @@
 """The step: one pure, jittable function from parameters, state and batch to new state and output."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any, Literal
 
@@ -8,7 +8,7 @@ import jax
 from jax import numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels import Implementation
+from pallas_kernels import GROUPS, Implementation
 from slora_jax.batch import Batch, Output, State
 from slora_jax.model import Llama
 from slora_jax.model_config import ModelConfig
@@ -25,6 +25,7 @@ def make_forward(
     *,
     dtype: DTypeLike = jnp.bfloat16,
     max_rank: int = 64,
+    lora_groups: Sequence[str] = tuple(GROUPS),
     implementation: Implementation = "auto",
     loop: Literal["unroll", "scan"] = "unroll",
     parallel: Parallel | None = None,
@@ -38,6 +39,7 @@ def make_forward(
         local_config(config, layout) if layout else config,
         dtype=jnp.dtype(dtype),
         max_rank=max_rank,
+        lora_groups=tuple(lora_groups),
         implementation=implementation,
         loop=loop,
         layout=layout,
@@ -59,6 +61,7 @@ def make_batch_step(config: ModelConfig, **options) -> BatchStep:
     ``donate_argnums=1`` so that the pool is updated in place.
 
     dtype: of parameters and pool. max_rank: largest rank of one module that an adapter may have.
+    lora_groups: groups of projections ("qkv", "o", "gu", "down") that adapters may target; fewer make a faster step.
     implementation: "auto", "mosaic" or "xla" kernels. loop: "unroll" or "scan", see Llama.
     parallel: devices to spread the step over, see make_parallel; None for one. Works inside a program of your own that
     uses the same mesh.
