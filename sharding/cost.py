@@ -11,10 +11,12 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
+import numpy as np
 
 from pallas_kernels.geometry import GROUPS, Geometry
 from sharding.layout import ROW_GROUPS, LoraLayout
-from sharding.mesh import AXIS, WHOLE
+from sharding.mesh import AXIS, WHOLE, partition
 
 _CHAIN = 64  # collectives in a row, so that the call itself does not count
 
@@ -64,14 +66,26 @@ def choose_layout(
     )
 
 
-def measure_latency(mesh: Mesh) -> float:
-    """Seconds that a small all-reduce over the mesh takes."""
+def measure_latency(mesh: Mesh, shape: tuple[int, ...] = (256,), dtype: DTypeLike = jnp.float32) -> float:
+    """Seconds of one all-reduce over the mesh, in a program that has many in a row: the fastest of a few runs.
 
-    def chain(x):
-        return lax.fori_loop(0, _CHAIN, lambda _, x: lax.psum(x, AXIS) / mesh.shape[AXIS], x)
+    shape, dtype: of the array that every device adds up; the default is as small as a collective gets.
+    """
+    devices = mesh.shape[AXIS]
 
-    run = jax.jit(jax.shard_map(chain, mesh=mesh, in_specs=WHOLE, out_specs=WHOLE, check_vma=False))
-    x = jax.block_until_ready(run(jnp.ones(256)))
-    start = time.perf_counter()
-    jax.block_until_ready(run(x))
-    return (time.perf_counter() - start) / _CHAIN
+    def chain(x, scale):
+        for _ in range(_CHAIN):
+            # by a factor that only the device knows, or XLA would see that the next sum has equal terms
+            x = lax.psum(x, AXIS) * scale[0]
+        return x
+
+    specs = (WHOLE, partition("device"))
+    run = jax.jit(jax.shard_map(chain, mesh=mesh, in_specs=specs, out_specs=WHOLE, check_vma=False))
+    args = (np.ones(shape, dtype), np.full(devices, 1 / devices, dtype))
+    jax.block_until_ready(run(*args))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        jax.block_until_ready(run(*args))
+        times.append(time.perf_counter() - start)
+    return min(times) / _CHAIN

@@ -12,13 +12,13 @@ The base projection is this device's part; `project` adds the deltas and, for o 
 
 from typing import Any
 
-import jax
 from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import GROUPS, Implementation, lora_expand, lora_shrink
 from pallas_kernels.geometry import TILE_RANKS, ceil_div
+from pallas_kernels.lora import from_token_rows, pair_implementation, to_token_rows
 from sharding.collectives import sum_rows
 from sharding.layout import ROW_GROUPS, Layout
 from sharding.mesh import AXIS
@@ -41,25 +41,28 @@ def project(
 ) -> Float[Array, "T d"]:
     """`base` with every token's delta. table: None leaves the adapters out. Otherwise as lora_shrink."""
     row = group in ROW_GROUPS
-    if table is not None:
-        scattered = layout.lora_layout(group) == "s-lora"
-        # between the collectives y must be [T, stacked ranks], which is the XLA implementation's layout
-        options: dict[str, Any] = dict(
-            layer=layer, group=group, max_rank=max_rank, implementation="xla" if scattered else implementation
-        )
-        y = lora_shrink(x, pages, table.shrink(), seg_start, seg_adapter, geometry=layout.shrink, **options)
-        if scattered and row:
-            y = lax.psum(y, AXIS)
-        elif scattered:
-            granules = table.granules[:, layer][:, jnp.array(GROUPS[group])].sum(axis=1)
-            y = _gather_ranks(y, granules, seg_start, seg_adapter, layout.devices)
-        args = (y, pages, table.expand(), seg_start, seg_adapter)
-        options |= dict(geometry=layout.expand)
-        if scattered and row:
-            base = _expand_slice(base, *args, devices=layout.devices, **options)
+    if table is None:
+        return sum_rows(base) if row else base
+    scattered = layout.lora_layout(group) == "s-lora"
+    part = _own_slice(base, layout.expand.out_sizes[GROUPS[group][0]], layout.devices) if scattered and row else base
+    options: dict[str, Any] = dict(group=group, max_rank=max_rank)
+    options["implementation"] = pair_implementation(
+        x, part, pages, shrink=layout.shrink, expand=layout.expand, implementation=implementation, **options
+    )
+    options["layer"] = layer
+    y = lora_shrink(x, pages, table.shrink(), seg_start, seg_adapter, geometry=layout.shrink, **options)
+    if scattered:
+        ranks = to_token_rows(y, seg_start, seg_adapter, num_tokens=len(x), group=group, max_rank=max_rank)
+        if row:
+            ranks = lax.psum(ranks, AXIS)
         else:
-            base = lora_expand(base, *args, **options)
-    return sum_rows(base) if row else base
+            granules = table.granules[:, layer][:, jnp.array(GROUPS[group])].sum(axis=1)
+            ranks = _gather_ranks(ranks, granules, seg_start, seg_adapter, layout.devices)
+        y = from_token_rows(ranks, y, seg_start, seg_adapter)
+    part = lora_expand(part, y, pages, table.expand(), seg_start, seg_adapter, geometry=layout.expand, **options)
+    if scattered and row:
+        part = _put_own_slice(base, part, layout.devices)
+    return sum_rows(part) if row else part
 
 
 def run_length(granules: Any, devices: int) -> Any:
@@ -80,23 +83,43 @@ def _gather_ranks(
     one gather closes them, token by token, because adapters differ in rank.
     granules: stacked granules of each adapter in this group and layer.
     """
-    tokens, columns = y.shape[0], y.shape[1] // TILE_RANKS
-    most = ceil_div(columns, devices)
+    most = ceil_div(y.shape[1] // TILE_RANKS, devices)
     joined = lax.all_gather(y[:, : most * TILE_RANKS], AXIS, axis=1, tiled=True)
+    return close_gaps(joined, granules, seg_start, seg_adapter, columns=y.shape[1], devices=devices)
+
+
+def close_gaps(
+    joined: Float[Array, "T G"],
+    granules: Int[Array, "A"],
+    seg_start: Int[Array, "S1"],
+    seg_adapter: Int[Array, "S"],
+    *,
+    columns: int,
+    devices: int,
+) -> Float[Array, "T R"]:
+    """`columns` stacked ranks of every token from the devices' parts side by side, each as wide as the longest run of
+    any adapter.
+    """
+    tokens, most = joined.shape[0], joined.shape[1] // (devices * TILE_RANKS)
     row = jnp.arange(tokens, dtype=jnp.int32)
-    segment = jnp.minimum(jnp.searchsorted(seg_start[1:], row, side="right"), seg_adapter.shape[0] - 1)
+    # a sum over a mask, because a search is a loop, which would break a GPU's command graph
+    segment = jnp.sum(seg_start[None, 1:] <= row[:, None], axis=1, dtype=jnp.int32)
+    segment = jnp.minimum(segment, seg_adapter.shape[0] - 1)
     run = jnp.maximum(run_length(granules[jnp.maximum(seg_adapter[segment], 0)], devices), 1)[:, None]
-    column = jnp.arange(columns, dtype=jnp.int32)
+    column = jnp.arange(columns // TILE_RANKS, dtype=jnp.int32)
     source = jnp.minimum(column // run * most + column % run, devices * most - 1)
     parts = joined.reshape(tokens, devices * most, TILE_RANKS)
-    return jnp.take_along_axis(parts, source[:, :, None], axis=1).reshape(y.shape)
+    return jnp.take_along_axis(parts, source[:, :, None], axis=1).reshape(tokens, columns)
 
 
-def _expand_slice(base: Float[Array, "T H"], *args, devices, geometry, group, **options) -> jax.Array:
-    """Adds this device's slice of the outputs to a partial sum of all outputs."""
-    hidden, width = base.shape[1], geometry.out_sizes[GROUPS[group][0]]
+def _own_slice(base: Float[Array, "T H"], width: int, devices: int) -> Float[Array, "T h"]:
+    """This device's `width` columns; zeros where they end past the last one."""
+    padded = jnp.pad(base, ((0, 0), (0, devices * width - base.shape[1])))
+    return lax.dynamic_slice_in_dim(padded, lax.axis_index(AXIS) * width, width, axis=1)
+
+
+def _put_own_slice(base: Float[Array, "T H"], part: Float[Array, "T h"], devices: int) -> Float[Array, "T H"]:
+    """`base` with this device's columns replaced."""
+    hidden, width = base.shape[1], part.shape[1]
     padded = jnp.pad(base, ((0, 0), (0, devices * width - hidden)))
-    start = lax.axis_index(AXIS) * width
-    part = lax.dynamic_slice_in_dim(padded, start, width, axis=1)
-    part = lora_expand(part, *args, geometry=geometry, group=group, **options)
-    return lax.dynamic_update_slice_in_dim(padded, part, start, axis=1)[:, :hidden]
+    return lax.dynamic_update_slice_in_dim(padded, part, lax.axis_index(AXIS) * width, axis=1)[:, :hidden]

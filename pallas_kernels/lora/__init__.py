@@ -14,8 +14,38 @@ from pallas_kernels.dispatch import Implementation, use_mosaic
 from pallas_kernels.geometry import Geometry
 from pallas_kernels.lora import kernel_sm90, reference
 from pallas_kernels.lora.table import AdapterTable, empty_table
+from pallas_kernels.lora.token_rows import from_token_rows, to_token_rows
 
-__all__ = ["AdapterTable", "empty_table", "lora_expand", "lora_shrink"]
+__all__ = [
+    "AdapterTable",
+    "empty_table",
+    "from_token_rows",
+    "lora_expand",
+    "lora_shrink",
+    "pair_implementation",
+    "to_token_rows",
+]
+
+
+def pair_implementation(
+    x: Float[Array, "T c"],
+    out: Float[Array, "T d"],
+    pages: Float[Array, "L P E"],
+    *,
+    group: str,
+    shrink: Geometry,
+    expand: Geometry,
+    max_rank: int,
+    implementation: Implementation = "auto",
+) -> Implementation:
+    """Which implementation both lora_shrink of `x` and lora_expand into `out` can take, each with its geometry."""
+
+    def unsupported() -> str | None:
+        options: dict[str, Any] = dict(group=group, max_rank=max_rank)
+        reason = kernel_sm90.unsupported(x, pages, geometry=shrink, **options)
+        return reason or kernel_sm90.unsupported(out, pages, geometry=expand, **options)
+
+    return "mosaic" if use_mosaic("LoRA", implementation, unsupported) else "xla"
 
 
 def lora_shrink(

@@ -61,6 +61,14 @@ def max_rank_blocks(group: str, max_rank: int) -> int:
     return ceil_div(len(GROUPS[group]) * ceil_div(max_rank, 8), BLOCK_GRANULES)
 
 
+def token_blocks(seg_start: Int[Array, "S1"], seg_adapter: Int[Array, "S"], block_tokens: int) -> Int[Array, "S1"]:
+    """First token block of every segment, and where the last one's end."""
+    blocks = jnp.where(seg_adapter >= 0, -(-(seg_start[1:] - seg_start[:-1]) // block_tokens), 0)
+    # A sum over a mask is one small kernel, where a scan would be several.
+    order = jnp.arange(seg_adapter.shape[0] + 1)
+    return jnp.sum(jnp.where(order[None, :-1] < order[:, None], blocks[None, :], 0), axis=1, dtype=jnp.int32)
+
+
 def _record_terms(geometry: Geometry) -> tuple[Int[Array, "R 7"], Bool[Array, "R"]]:
     """A record as a linear function of the seven modules' granules, and which fields count from a layer's tiles."""
     unit = np.eye(len(MODULES), dtype=np.int32)
@@ -92,15 +100,12 @@ def make_plan(
     num_segments = seg_adapter.shape[0]
     limit = max_token_blocks(num_tokens, num_segments, block_tokens)
     lengths = seg_start[1:] - seg_start[:-1]
-    blocks = jnp.where(seg_adapter >= 0, -(-lengths // block_tokens), 0)
-    # Sums over masks: one small kernel each, where a scan and a binary search would be several.
-    order = jnp.arange(num_segments)
-    ends = jnp.sum(jnp.where(order[None, :] <= order[:, None], blocks[None, :], 0), axis=1, dtype=jnp.int32)
+    first_block = token_blocks(seg_start, seg_adapter, block_tokens)
     index = jnp.arange(limit, dtype=jnp.int32)
-    seg = jnp.sum(ends[None, :] <= index[:, None], axis=1, dtype=jnp.int32)
+    seg = jnp.sum(first_block[None, 1:] <= index[:, None], axis=1, dtype=jnp.int32)
     seg = jnp.minimum(seg, num_segments - 1)
     adapter = jnp.maximum(seg_adapter[seg], 0)
-    before = (index - (ends - blocks)[seg]) * block_tokens
+    before = (index - first_block[seg]) * block_tokens
     granules = table.granules[adapter].swapaxes(0, 1)[:, :, None]  # [L, NT, 1, 7]
     linear, is_tile = _record_terms(geometry)
     own = jnp.stack(
@@ -111,10 +116,10 @@ def make_plan(
     records += jnp.pad(own.T, ((0, 0), (0, RECORD - _GROUP_FIELDS)))
     groups = linear[jnp.array([group_fields(g)[1] for g in GROUPS])]
     rank_blocks = -(-jnp.sum(granules * groups, axis=3, dtype=jnp.int32) // BLOCK_GRANULES)
-    used = (index < ends[-1])[:, None]
+    used = (index < first_block[-1])[:, None]
     counts = jnp.max(jnp.where(used, jnp.pad(rank_blocks, ((0, 0), (0, 0), (1, 0))), 0), axis=1)
     return Plan(
-        counts=counts + jnp.where(jnp.arange(counts.shape[1]) == 0, ends[-1], 0),
+        counts=counts + jnp.where(jnp.arange(counts.shape[1]) == 0, first_block[-1], 0),
         records=records,
         scaling=table.scaling[adapter].swapaxes(0, 1),
     )
