@@ -82,6 +82,10 @@ class Tokenizer:
             shutil.rmtree(path)
             raise ModelError(f"{self.name}: the tokenizer cannot be saved as tokenizer.json")
 
+    def to_json(self) -> str:
+        """The contents of its tokenizer.json."""
+        return self._backend.to_str()
+
     def encode(self, text: Any, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt, with the model's start token where it has one. RequestError if it is no text."""
         if not isinstance(text, str):

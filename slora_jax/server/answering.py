@@ -13,6 +13,7 @@ from slora_jax.server.errors import ApiError, unknown_model
 from slora_jax.server.sampling import bad_request
 from slora_jax.server.service import Service
 from slora_jax.server.tenants import Tenant
+from slora_jax.structured import StructuredOutputError
 from slora_jax.tokenizer import Tokenizer
 
 
@@ -70,8 +71,13 @@ class Answers:
         self._deltas: AsyncDeltas | None = None
         self._places = contextlib.ExitStack()
 
-    async def start(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Self:
-        """Queues the prompts. ApiError 400, 404, 429 or 503 if they cannot be answered; nothing is queued then."""
+    async def start(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, form: str = "response_format"
+    ) -> Self:
+        """Queues the prompts. ApiError 400, 404, 429 or 503 if they cannot be answered; nothing is queued then.
+
+        form: the call's field that asks for params.structured.
+        """
         config = self._service.config
         if len(prompts) > config.max_prompts:
             raise ApiError(400, f"a call may have {config.max_prompts} prompts, not {len(prompts)}", param="prompt")
@@ -99,6 +105,8 @@ class Answers:
             self._places.close()
             if isinstance(error, AdapterError):  # unloaded since it was looked up
                 raise unknown_model(self._adapter or "") from None
+            if isinstance(error, StructuredOutputError):
+                raise ApiError(400, str(error), param=form) from None
             if isinstance(error, RequestError | CapacityError):
                 raise bad_request(error, "prompt") from None
             raise

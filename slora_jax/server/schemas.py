@@ -18,6 +18,45 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None  # a padding of OpenAI's against eavesdroppers; there is none here
 
 
+class TextFormat(Body):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Body):
+    type: Literal["json_object"]
+
+
+JsonSchema = dict[str, Any] | bool
+
+
+class NamedSchema(Body):
+    """name, description and strict are for OpenAI's own models; a schema is always enforced here."""
+
+    name: str = Field(max_length=64)
+    description: str | None = Field(None, max_length=4096)
+    schema_: JsonSchema = Field(alias="schema")
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Body):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+Choices = Annotated[list[str], Field(min_length=1, max_length=1024)]
+
+
+class StructuredOutputs(Body):
+    """vLLM's form; exactly one."""
+
+    json_schema: JsonSchema | str | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: str | None = None
+
+
 class SamplingFields(Body):
     """What chat and completions have in common. None: the client leaves it to the server."""
 
@@ -39,6 +78,13 @@ class SamplingFields(Body):
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    response_format: ResponseFormat | None = None
+    # vLLM's, and its older names
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: JsonSchema | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
     # what OpenAI's service keeps for its own books; it changes no answer
     metadata: dict[str, Any] | None = None
     prompt_cache_key: str | None = None
@@ -93,16 +139,11 @@ class ChatMessage(Body):
         }
 
 
-class ResponseFormat(Body):
-    type: Literal["text"]
-
-
 class ChatBody(SamplingFields):
     messages: list[ChatMessage] = Field(min_length=1, max_length=4096)
     logprobs: bool | None = None
     max_completion_tokens: int | None = None
     parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
     tool_choice: Literal["none", "auto"] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
