@@ -112,7 +112,7 @@ class Admission:
             self._check_fits(seq)
             completion = Completion(index, logprobs=[] if params.logprobs is not None else None)
             output.completions.append(completion)
-            stream = TextStream(tokenizer.stream() if tokenizer else None, params.stop)
+            stream = TextStream(tokenizer.stream(params.skip_special_tokens) if tokenizer else None, params.stop)
             job.generations.append(Generation(job, seq, completion, stream, seed + index, end_ids, constraint))
         return job
 

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 import contextlib
-from typing import Self
+from typing import Any, Self
 
 from slora_jax.async_deltas import AsyncDeltas
 from slora_jax.errors import AdapterError, CapacityError, RequestError
@@ -50,12 +50,15 @@ async def encode_prompts(
 
 
 async def encode_chat(
-    service: Service, messages: Sequence[dict[str, str]], generation_prompt: bool = True
+    service: Service,
+    messages: Sequence[dict[str, Any]],
+    generation_prompt: bool = True,
+    tools: Sequence[dict[str, Any]] | None = None,
 ) -> list[int]:
     """Token ids of a chat, through the model's template."""
     tokenizer = tokenizer_of(service)
     try:
-        return await asyncio.to_thread(tokenizer.chat, list(messages), generation_prompt)
+        return await asyncio.to_thread(tokenizer.chat, list(messages), generation_prompt, tools)
     except RequestError as error:
         raise bad_request(error, "messages") from None
 

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from slora_jax.server.answering import Answers, choose_adapter, encode_chat, encode_prompts
+from slora_jax.server.answering import Answers, choose_adapter, encode_chat, encode_prompts, tokenizer_of
 from slora_jax.server.depends import ServiceDep, TenantDep, log_field
 from slora_jax.server.events import EventStream, answer_unless_gone, event
 from slora_jax.server.logprobs import TokenTexts
@@ -15,6 +15,7 @@ from slora_jax.server.openai_format import ChatFormat, CompletionFormat
 from slora_jax.server.sampling import chat_params, completion_params, room_for
 from slora_jax.server.schemas import ChatBody, CompletionBody, SamplingFields
 from slora_jax.server.structured import structured_output
+from slora_jax.server.tool_choice import choose_tools
 
 router = APIRouter()
 
@@ -24,13 +25,18 @@ async def chat_completions(body: ChatBody, request: Request, service: ServiceDep
     service.check_accepting()
     adapter = choose_adapter(service, tenant, body.model)
     log_field(request, model=body.model)
-    ids = await encode_chat(service, [message.plain() for message in body.messages])
     form, form_param = structured_output(body)
+    tools = choose_tools(body, tokenizer_of(service).chat_template)
+    ids = await encode_chat(service, [m.plain() for m in body.messages], tools=tools.described if tools else None)
     room = room_for(service.engine, [ids], adapter, service.config.max_answer_tokens)
     params = dataclasses.replace(chat_params(body, room), structured=form)
+    if tools is not None:
+        skip_special = params.skip_special_tokens and tools.skip_special
+        params = dataclasses.replace(params, structured=tools.structured or form, skip_special_tokens=skip_special)
+        form_param = "tools" if tools.structured else form_param
     response_id = f"chatcmpl-{request.state.request_id}"
     texts = TokenTexts(service.engine.model.tokenizer, body.return_tokens_as_token_ids)
-    written = ChatFormat(response_id, body.model, texts)
+    written = ChatFormat(response_id, body.model, texts, tools)
     answers = Answers(service, tenant, adapter, response_id)
 
     async def whole() -> dict[str, Any]:
@@ -41,8 +47,8 @@ async def chat_completions(body: ChatBody, request: Request, service: ServiceDep
     async def pieces() -> AsyncGenerator[bytes]:
         yield event(_no_usage(body, written.first(answers.outputs[0])))
         async for _, delta in answers:
-            if delta.text or delta.logprobs or delta.finish_reason:
-                yield event(_no_usage(body, written.chunk(delta, answers.outputs[0])))
+            if chunk := written.chunk(delta, answers.outputs[0]):
+                yield event(_no_usage(body, chunk))
         if body.stream_options and body.stream_options.include_usage:
             yield event(written.usage_chunk(answers.outputs))
         yield event("[DONE]")
