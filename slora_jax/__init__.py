@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from slora_jax.requests import Completion, Delta, Request, RequestOutput, Timings, TokenLogprob
     from slora_jax.sampling_params import SamplingParams
     from slora_jax.step import make_batch_step, make_forward
+    from slora_jax.structured import StructuredOutput
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ __all__ = [
     "State",
     "Timings",
     "TokenLogprob",
+    "StructuredOutput",
     "make_batch_step",
     "make_forward",
     "param_specs",
@@ -60,6 +62,7 @@ _MODULES = {
     "policies": ("Quota",),
     "requests": ("Completion", "Delta", "Request", "RequestOutput", "Timings", "TokenLogprob"),
     "sampling_params": ("SamplingParams",),
+    "structured": ("StructuredOutput",),
     "step": ("make_batch_step", "make_forward"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

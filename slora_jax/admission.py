@@ -7,6 +7,7 @@ import time
 
 from slora_jax.adapters import Adapter
 from slora_jax.errors import CapacityError, RequestError
+from slora_jax.grammar import Grammars
 from slora_jax.jobs import Generation, Job, Sink
 from slora_jax.loading import LoadedModel
 from slora_jax.requests import Completion, Request, RequestOutput, Timings
@@ -34,7 +35,12 @@ class Admission:
         self._scheduler = scheduler
         self._find_adapter = find_adapter
         self._adapter_use = adapter_use
+        self._grammars = Grammars(model.tokenizer, model.eos_token_ids, model.config.vocab_size)
         self._ids = itertools.count()
+
+    def close(self) -> None:
+        """Ends what helps to check requests."""
+        self._grammars.close()
 
     def prompt_ids(self, request: Request) -> list[int]:
         """Token ids of a request's prompt. Raises RequestError if it is empty, too long or not of the vocabulary."""
@@ -73,6 +79,7 @@ class Admission:
             raise RequestError(
                 f"{self._model.name} has no tokenizer, so stop strings cannot be found; use stop_token_ids"
             )
+        constraints = self._grammars.start(params.structured, params.n) if params.structured else [None] * params.n
         output = RequestOutput(
             request_id=request.request_id or f"req-{next(self._ids)}-{secrets.token_hex(4)}",
             prompt=request.prompt,
@@ -89,7 +96,7 @@ class Admission:
         end_ids = frozenset(params.stop_token_ids) | (
             frozenset() if params.ignore_eos else frozenset(self._model.eos_token_ids)
         )
-        for index in range(params.n):
+        for index, constraint in enumerate(constraints):
             seq = Sequence(
                 seq_id=(output.request_id, index, next(self._ids)),
                 tokens=list(ids),
@@ -105,8 +112,8 @@ class Admission:
             self._check_fits(seq)
             completion = Completion(index, logprobs=[] if params.logprobs is not None else None)
             output.completions.append(completion)
-            stream = TextStream(tokenizer.stream() if tokenizer else None, params.stop)
-            job.generations.append(Generation(job, seq, completion, stream, seed + index, end_ids))
+            stream = TextStream(tokenizer.stream(params.skip_special_tokens) if tokenizer else None, params.stop)
+            job.generations.append(Generation(job, seq, completion, stream, seed + index, end_ids, constraint))
         return job
 
     def _check_fits(self, seq: Sequence) -> None:

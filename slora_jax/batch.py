@@ -51,6 +51,7 @@ class Sampling:
     output_start: Leaf  # int32 [R]: where the output begins in `history`
     bias_ids: Leaf  # int32 [R, Nb]: -1 pads
     bias_values: Leaf  # float32 [R, Nb]
+    allowed: Leaf  # uint32 [R, W]: bit v % 32 of word v // 32 = token v may be chosen; W = 0 = every token may
     targets: Leaf  # int32 [R]: token whose log-probability is asked for (prompt_logprobs); -1 = the one sampled
     mode: str = _static(default="greedy")
     top_logprobs: int = _static(default=0)  # how many of the best tokens to return

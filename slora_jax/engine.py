@@ -337,6 +337,7 @@ class Engine:
     def close(self) -> None:
         """Aborts what is in flight and stops the engine's thread. The engine takes no requests afterwards."""
         self._loop.close()
+        self._admission.close()
 
     def __enter__(self) -> "Engine":
         return self

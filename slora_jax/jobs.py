@@ -5,6 +5,7 @@ import logging
 import time
 
 from slora_jax.adapters import Adapter
+from slora_jax.grammar import Constraint
 from slora_jax.requests import Completion, Delta, Request, RequestOutput, TokenLogprob
 from slora_jax.sampling_batch import RowSampling
 from slora_jax.sampling_params import SamplingParams
@@ -20,7 +21,14 @@ class Generation:
     """One completion of a job."""
 
     def __init__(
-        self, job: "Job", seq: Sequence, completion: Completion, stream: TextStream, seed: int, end_ids: frozenset[int]
+        self,
+        job: "Job",
+        seq: Sequence,
+        completion: Completion,
+        stream: TextStream,
+        seed: int,
+        end_ids: frozenset[int],
+        constraint: Constraint | None = None,
     ):
         self.job = job
         self.seq = seq
@@ -28,10 +36,16 @@ class Generation:
         self.stream = stream
         self.seed = seed
         self.end_ids = end_ids  # token ids that end the text
+        self.constraint = constraint  # of structured output
 
     @property
     def finished(self) -> bool:
         return self.completion.finish_reason is not None
+
+    @property
+    def needs_host_tokens(self) -> bool:
+        """Whether its next token cannot be chosen before the host has seen the last one."""
+        return self.constraint is not None
 
     def row_sampling(self, position: int) -> RowSampling:
         """Sampling for the row of logits that predicts the token after `position`."""
@@ -43,6 +57,7 @@ class Generation:
                 tokens=self.seq.tokens,
                 prompt_len=self.seq.prompt_len,
                 top_logprobs=p.logprobs,
+                constraint=self.constraint,
             )
         return RowSampling(params=None, target=self.seq.tokens[position + 1], top_logprobs=p.prompt_logprobs)
 
@@ -56,11 +71,17 @@ class Generation:
             done.logprobs.append(logprob)
         timings = self.job.output.timings
         timings.first_token = timings.first_token or now
+        if self.constraint is not None and (error := self.constraint.advance(token)):
+            self.finish("error", error=error, new_tokens=(token,))
+            return
         if token in self.end_ids:
             stop: str | int | None = self.stream.flush() or token
             self.finish("stop", stop, new_tokens=(token,))
             return
         stop = self.stream.push(token)
+        if stop is None and self.constraint is not None and self.constraint.done:
+            self.finish("stop", self.stream.flush(), new_tokens=(token,))
+            return
         if stop is None and self.seq.output_len >= self.seq.max_tokens:
             stop = self.stream.flush()
             if stop is None:

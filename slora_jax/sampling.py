@@ -6,7 +6,7 @@ A draw depends on the request's seed and on how many tokens it has, never on the
 import jax
 from jax import lax
 from jax import numpy as jnp
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from slora_jax.batch import Output, Sampling
 
@@ -61,6 +61,12 @@ def _penalise(logits: Float[Array, "R V"], s: Sampling) -> Float[Array, "R V"]:
     return logits - s.frequency[:, None] * counts - s.presence[:, None] * (counts > 0)
 
 
+def _unpack(words: UInt[Array, "R W"], size: int) -> Bool[Array, "R V"]:
+    """The first `size` bits of each row, the lowest bit of a word first."""
+    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return bits.reshape(words.shape[0], -1)[:, :size].astype(bool)
+
+
 def _noise(s: Sampling, vocab: int) -> Float[Array, "R V"]:
     def one(seed: UInt[Array, ""], draw: Int[Array, ""]):
         return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), draw), (vocab,), jnp.float32)
@@ -79,6 +85,8 @@ def sample(logits: Float[Array, "R V"], s: Sampling) -> Output:
         rows = jnp.arange(logits.shape[0])[:, None]
         ids = jnp.where(s.bias_ids >= 0, s.bias_ids, logits.shape[1])
         logits = logits.at[rows, ids].add(s.bias_values, mode="drop")
+    if s.allowed.shape[1]:
+        logits = jnp.where(_unpack(s.allowed, logits.shape[1]), logits, -jnp.inf)
     tokens = jnp.argmax(logits, axis=-1)
     if s.mode != "greedy":
         scaled = logits / jnp.where(s.temperature > 0, s.temperature, 1.0)[:, None]

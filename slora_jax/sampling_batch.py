@@ -6,6 +6,7 @@ import dataclasses
 import numpy as np
 
 from slora_jax.batch import Sampling
+from slora_jax.grammar import Constraint, token_masks
 from slora_jax.sampling_params import SamplingParams
 
 
@@ -19,6 +20,7 @@ class RowSampling:
     prompt_len: int = 0
     target: int = -1
     top_logprobs: int | None = None
+    constraint: Constraint | None = None
 
 
 def _bucket(n: int) -> int:
@@ -86,6 +88,7 @@ def build_sampling(rows: Sequence[RowSampling], size: int) -> Sampling:
         output_start=output_start,
         bias_ids=bias_ids,
         bias_values=bias_values,
+        allowed=token_masks({i: r.constraint for i, r in enumerate(rows) if r.constraint}, size),
         targets=targets,
         mode=mode,
         logprobs=bool(wanted),

@@ -5,6 +5,7 @@ import dataclasses
 import math
 
 from slora_jax.errors import RequestError
+from slora_jax.structured import StructuredOutput
 
 
 def _need(ok: bool, message: str) -> None:
@@ -24,6 +25,9 @@ class SamplingParams:
     stop_token_ids: token ids that end it. ignore_eos: run past the model's end token.
     logprobs: None, or how many of the best tokens to report at each step (0 = only the chosen one).
     prompt_logprobs: the same for the prompt's tokens. n: completions per prompt.
+    skip_special_tokens: leave tokens such as a turn's marks out of the text.
+    structured: the form that the text must have; where it is complete, the text ends. Only stop, stop_token_ids and
+    max_tokens can cut it short.
 
     Raises RequestError naming the field if a value is out of range.
     """
@@ -44,6 +48,8 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     n: int = 1
+    skip_special_tokens: bool = True
+    structured: StructuredOutput | None = None
 
     def __post_init__(self):
         if isinstance(self.stop, str):

@@ -82,6 +82,10 @@ class Tokenizer:
             shutil.rmtree(path)
             raise ModelError(f"{self.name}: the tokenizer cannot be saved as tokenizer.json")
 
+    def to_json(self) -> str:
+        """The contents of its tokenizer.json."""
+        return self._backend.to_str()
+
     def encode(self, text: Any, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt, with the model's start token where it has one. RequestError if it is no text."""
         if not isinstance(text, str):
@@ -100,25 +104,34 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._fast.chat_template)
 
-    def render(self, messages: Any, add_generation_prompt: bool = True) -> str:
+    @property
+    def chat_template(self) -> str:
+        """The text of the template, of all its variants if it has several."""
+        return str(self._fast.chat_template or "")
+
+    def render(self, messages: Any, add_generation_prompt: bool = True, tools: Sequence[Any] | None = None) -> str:
         """The prompt text that the model's chat template makes of ``messages``.
 
-        messages: a list of mappings with the strings ``role`` and ``content``. Raises RequestError where there is no
-        template, where messages are malformed, or where the template refuses them.
+        messages: a list of mappings with the strings ``role`` and ``content``. tools: functions that the model may
+        call, as OpenAI's API describes them. Raises RequestError where there is no template, where messages are
+        malformed, or where the template refuses them.
         """
         if not self.has_chat_template:
             raise RequestError(f"{self.name} has no chat template; send a plain prompt instead of messages")
         _check_messages(messages)
         try:
             return self._fast.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+                [dict(message) for message in messages],
+                tools=list(tools) if tools else None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
         except Exception as error:  # noqa: BLE001 - templates raise their own errors through jinja2
             raise RequestError(f"the chat template refuses these messages: {_one_line(error)}") from None
 
-    def chat(self, messages: Any, add_generation_prompt: bool = True) -> list[int]:
+    def chat(self, messages: Any, add_generation_prompt: bool = True, tools: Sequence[Any] | None = None) -> list[int]:
         """Token ids of ``render(...)``. The template writes the special tokens itself, so none are added."""
-        return self.encode(self.render(messages, add_generation_prompt), add_special_tokens=False)
+        return self.encode(self.render(messages, add_generation_prompt, tools), add_special_tokens=False)
 
     def stream(self, skip_special: bool = True) -> "TokenDecoder":
         """A new incremental decoder for one answer."""

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 import contextlib
-from typing import Self
+from typing import Any, Self
 
 from slora_jax.async_deltas import AsyncDeltas
 from slora_jax.errors import AdapterError, CapacityError, RequestError
@@ -13,6 +13,7 @@ from slora_jax.server.errors import ApiError, unknown_model
 from slora_jax.server.sampling import bad_request
 from slora_jax.server.service import Service
 from slora_jax.server.tenants import Tenant
+from slora_jax.structured import StructuredOutputError
 from slora_jax.tokenizer import Tokenizer
 
 
@@ -49,12 +50,15 @@ async def encode_prompts(
 
 
 async def encode_chat(
-    service: Service, messages: Sequence[dict[str, str]], generation_prompt: bool = True
+    service: Service,
+    messages: Sequence[dict[str, Any]],
+    generation_prompt: bool = True,
+    tools: Sequence[dict[str, Any]] | None = None,
 ) -> list[int]:
     """Token ids of a chat, through the model's template."""
     tokenizer = tokenizer_of(service)
     try:
-        return await asyncio.to_thread(tokenizer.chat, list(messages), generation_prompt)
+        return await asyncio.to_thread(tokenizer.chat, list(messages), generation_prompt, tools)
     except RequestError as error:
         raise bad_request(error, "messages") from None
 
@@ -70,8 +74,13 @@ class Answers:
         self._deltas: AsyncDeltas | None = None
         self._places = contextlib.ExitStack()
 
-    async def start(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Self:
-        """Queues the prompts. ApiError 400, 404, 429 or 503 if they cannot be answered; nothing is queued then."""
+    async def start(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, form: str = "response_format"
+    ) -> Self:
+        """Queues the prompts. ApiError 400, 404, 429 or 503 if they cannot be answered; nothing is queued then.
+
+        form: the call's field that asks for params.structured.
+        """
         config = self._service.config
         if len(prompts) > config.max_prompts:
             raise ApiError(400, f"a call may have {config.max_prompts} prompts, not {len(prompts)}", param="prompt")
@@ -99,6 +108,8 @@ class Answers:
             self._places.close()
             if isinstance(error, AdapterError):  # unloaded since it was looked up
                 raise unknown_model(self._adapter or "") from None
+            if isinstance(error, StructuredOutputError):
+                raise ApiError(400, str(error), param=form) from None
             if isinstance(error, RequestError | CapacityError):
                 raise bad_request(error, "prompt") from None
             raise

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 import time
 from typing import Any
 
-from slora_jax.requests import Completion, Delta, RequestOutput, TokenLogprob
+from slora_jax.requests import Delta, RequestOutput, TokenLogprob
 from slora_jax.server.logprobs import CompletionLogprobs, TokenTexts, chat_logprobs
+from slora_jax.server.tool_choice import Tools
+from slora_jax.server.tools import ToolParser
 
 
 def usage(outputs: Sequence[RequestOutput], score_only: bool = False) -> dict[str, int]:
@@ -40,23 +42,48 @@ class _Format:
 
 
 class ChatFormat(_Format):
-    """Chat completions."""
+    """Chat completions. tools: what finds calls of tools in an answer, None if there are no tools."""
 
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
+    def __init__(self, response_id: str, model: str, texts: TokenTexts, tools: Tools | None):
+        super().__init__(response_id, model, texts)
+        self._tools = tools
+        self._parsers: dict[int, ToolParser] = {}  # by index of the choice
+        self._calls: dict[int, int] = {}  # how many each choice has made
+
     def whole(self, output: RequestOutput) -> dict[str, Any]:
         choices = [
-            self._choice(c)
-            | {
-                "message": {"role": "assistant", "content": c.text, "refusal": None},
+            {
+                "index": c.index,
+                "message": {"role": "assistant", "refusal": None} | self._said(c.index, c.text, True, False),
                 "logprobs": None if c.logprobs is None else chat_logprobs(c.logprobs, self._texts),
+                "finish_reason": self._reason(c.index, c.finish_reason),
+                "stop_reason": c.stop_reason,
             }
             for c in output.completions
         ]
         return self._envelope(self.kind, choices, output.adapter_digest) | {"usage": usage([output])}
 
-    def _choice(self, done: Completion) -> dict[str, Any]:
-        return {"index": done.index, "finish_reason": done.finish_reason, "stop_reason": done.stop_reason}
+    def _said(self, index: int, text: str, final: bool, streamed: bool) -> dict[str, Any]:
+        """Text of a choice as the fields of a message, or of what a chunk adds to one."""
+        if self._tools is None:
+            return {"content": text} if text or not streamed else {}
+        parser = self._parsers.setdefault(index, self._tools.parser())
+        said, calls = parser.push(text, final)
+        before = self._calls.get(index, 0)
+        self._calls[index] = before + len(calls)
+        fields: dict[str, Any] = {"content": said} if said or not (calls or streamed) else {}
+        if not streamed:
+            fields.setdefault("content", None)
+        if calls:
+            fields["tool_calls"] = [c.as_json(before + i if streamed else None) for i, c in enumerate(calls)]
+        return fields
+
+    def _reason(self, index: int, reason: str | None) -> str | None:
+        """Why a choice ended. OpenAI says "stop" where the caller chose the function itself."""
+        called = self._calls.get(index) and self._tools is not None and self._tools.form != "forced_arguments"
+        return "tool_calls" if reason == "stop" and called else reason
 
     def first(self, output: RequestOutput) -> dict[str, Any]:
         """The chunk before any text, which names the speaker of every choice."""
@@ -66,12 +93,16 @@ class ChatFormat(_Format):
         ]
         return self._envelope(self.chunk_kind, choices, output.adapter_digest)
 
-    def chunk(self, delta: Delta, output: RequestOutput) -> dict[str, Any]:
+    def chunk(self, delta: Delta, output: RequestOutput) -> dict[str, Any] | None:
+        """None where there is nothing to say yet."""
+        added = self._said(delta.index, delta.text, delta.finish_reason is not None, True)
+        if not added and not delta.logprobs and delta.finish_reason is None:
+            return None
         choice = {
             "index": delta.index,
-            "delta": {"content": delta.text} if delta.text else {},
+            "delta": added,
             "logprobs": None if delta.logprobs is None else chat_logprobs(delta.logprobs, self._texts),
-            "finish_reason": delta.finish_reason,
+            "finish_reason": self._reason(delta.index, delta.finish_reason),
         }
         if delta.finish_reason is not None:
             choice["stop_reason"] = output.completions[delta.index].stop_reason

@@ -1,18 +1,21 @@
 """OpenAI's calls: chat, completions, models."""
 
 from collections.abc import AsyncGenerator
+import dataclasses
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from slora_jax.server.answering import Answers, choose_adapter, encode_chat, encode_prompts
+from slora_jax.server.answering import Answers, choose_adapter, encode_chat, encode_prompts, tokenizer_of
 from slora_jax.server.depends import ServiceDep, TenantDep, log_field
 from slora_jax.server.events import EventStream, answer_unless_gone, event
 from slora_jax.server.logprobs import TokenTexts
 from slora_jax.server.openai_format import ChatFormat, CompletionFormat
 from slora_jax.server.sampling import chat_params, completion_params, room_for
 from slora_jax.server.schemas import ChatBody, CompletionBody, SamplingFields
+from slora_jax.server.structured import structured_output
+from slora_jax.server.tool_choice import choose_tools
 
 router = APIRouter()
 
@@ -22,31 +25,37 @@ async def chat_completions(body: ChatBody, request: Request, service: ServiceDep
     service.check_accepting()
     adapter = choose_adapter(service, tenant, body.model)
     log_field(request, model=body.model)
-    ids = await encode_chat(service, [message.plain() for message in body.messages])
-    params = chat_params(body, room_for(service.engine, [ids], adapter, service.config.max_answer_tokens))
+    form, form_param = structured_output(body)
+    tools = choose_tools(body, tokenizer_of(service).chat_template)
+    ids = await encode_chat(service, [m.plain() for m in body.messages], tools=tools.described if tools else None)
+    room = room_for(service.engine, [ids], adapter, service.config.max_answer_tokens)
+    params = dataclasses.replace(chat_params(body, room), structured=form)
+    if tools is not None:
+        skip_special = params.skip_special_tokens and tools.skip_special
+        params = dataclasses.replace(params, structured=tools.structured or form, skip_special_tokens=skip_special)
+        form_param = "tools" if tools.structured else form_param
     response_id = f"chatcmpl-{request.state.request_id}"
     texts = TokenTexts(service.engine.model.tokenizer, body.return_tokens_as_token_ids)
-    form = ChatFormat(response_id, body.model, texts)
+    written = ChatFormat(response_id, body.model, texts, tools)
     answers = Answers(service, tenant, adapter, response_id)
 
     async def whole() -> dict[str, Any]:
         async with answers:
-            await answers.start([ids], params)
-            output = (await answers.collect())[0]
-            return form.whole(output)
+            await answers.start([ids], params, form_param)
+            return written.whole((await answers.collect())[0])
 
     async def pieces() -> AsyncGenerator[bytes]:
-        yield event(_no_usage(body, form.first(answers.outputs[0])))
+        yield event(_no_usage(body, written.first(answers.outputs[0])))
         async for _, delta in answers:
-            if delta.text or delta.logprobs or delta.finish_reason:
-                yield event(_no_usage(body, form.chunk(delta, answers.outputs[0])))
+            if chunk := written.chunk(delta, answers.outputs[0]):
+                yield event(_no_usage(body, chunk))
         if body.stream_options and body.stream_options.include_usage:
-            yield event(form.usage_chunk(answers.outputs))
+            yield event(written.usage_chunk(answers.outputs))
         yield event("[DONE]")
 
     if not body.stream:
         return await answer_unless_gone(request, whole())
-    await answers.start([ids], params)
+    await answers.start([ids], params, form_param)
     return EventStream(pieces(), service.config.write_seconds, answers.close)
 
 
@@ -56,6 +65,8 @@ async def completions(body: CompletionBody, request: Request, service: ServiceDe
     adapter = choose_adapter(service, tenant, body.model)
     log_field(request, model=body.model)
     params, score_only = completion_params(body)
+    form, form_param = structured_output(body)
+    params = dataclasses.replace(params, structured=form)
     prompts = await encode_prompts(service, body.prompts(), body.add_special_tokens)
     tokenizer = service.engine.model.tokenizer
     echoed = None
@@ -64,25 +75,25 @@ async def completions(body: CompletionBody, request: Request, service: ServiceDe
         echoed = [p if isinstance(p, str) else tokenizer.decode(ids) if tokenizer else "" for p, ids in given]
     response_id = f"cmpl-{request.state.request_id}"
     texts = TokenTexts(tokenizer, body.return_tokens_as_token_ids)
-    form = CompletionFormat(response_id, body.model, texts, params.n, echoed, score_only)
+    written = CompletionFormat(response_id, body.model, texts, params.n, echoed, score_only)
     answers = Answers(service, tenant, adapter, response_id)
 
     async def whole() -> dict[str, Any]:
         async with answers:
-            await answers.start(prompts, params)
-            return form.whole(await answers.collect())
+            await answers.start(prompts, params, form_param)
+            return written.whole(await answers.collect())
 
     async def pieces() -> AsyncGenerator[bytes]:
         async for index, delta in answers:
             if delta.text or delta.logprobs or delta.finish_reason:
-                yield event(_no_usage(body, form.chunk(index, delta, answers.outputs[index])))
+                yield event(_no_usage(body, written.chunk(index, delta, answers.outputs[index])))
         if body.stream_options and body.stream_options.include_usage:
-            yield event(form.usage_chunk(answers.outputs, score_only))
+            yield event(written.usage_chunk(answers.outputs, score_only))
         yield event("[DONE]")
 
     if not body.stream:
         return await answer_unless_gone(request, whole())
-    await answers.start(prompts, params)
+    await answers.start(prompts, params, form_param)
     return EventStream(pieces(), service.config.write_seconds, answers.close)
 
 

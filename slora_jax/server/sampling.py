@@ -83,6 +83,7 @@ def _common(body: SamplingFields) -> dict[str, Any]:
     fields["top_k"] = 0 if body.top_k is None or body.top_k == -1 else body.top_k  # -1 is off in vLLM
     fields["stop"] = () if body.stop is None else body.stop
     fields["ignore_eos"] = body.ignore_eos
+    fields["skip_special_tokens"] = body.skip_special_tokens
     try:
         fields["logit_bias"] = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
     except ValueError:

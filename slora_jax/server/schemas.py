@@ -1,6 +1,7 @@
 """Bodies of calls. A field that is not known, or not supported, is refused by name and never passed over."""
 
 from collections.abc import Sequence
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -18,12 +19,52 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None  # a padding of OpenAI's against eavesdroppers; there is none here
 
 
+class TextFormat(Body):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Body):
+    type: Literal["json_object"]
+
+
+JsonSchema = dict[str, Any] | bool
+
+
+class NamedSchema(Body):
+    """name, description and strict are for OpenAI's own models; a schema is always enforced here."""
+
+    name: str = Field(max_length=64)
+    description: str | None = Field(None, max_length=4096)
+    schema_: JsonSchema = Field(alias="schema")
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Body):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+Choices = Annotated[list[str], Field(min_length=1, max_length=1024)]
+
+
+class StructuredOutputs(Body):
+    """vLLM's form; exactly one."""
+
+    json_schema: JsonSchema | str | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: str | None = None
+
+
 class SamplingFields(Body):
     """What chat and completions have in common. None: the client leaves it to the server."""
 
     model: str = Field(max_length=256)
     frequency_penalty: float | None = None
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
     logit_bias: dict[str, float] | None = Field(None, max_length=1024)
     max_tokens: int | None = None
     min_p: float | None = None
@@ -39,6 +80,13 @@ class SamplingFields(Body):
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    response_format: ResponseFormat | None = None
+    # vLLM's, and its older names
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: JsonSchema | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
     # what OpenAI's service keeps for its own books; it changes no answer
     metadata: dict[str, Any] | None = None
     prompt_cache_key: str | None = None
@@ -72,8 +120,29 @@ class TextPart(Body):
     text: str
 
 
+class CalledFunction(Body):
+    name: str = Field(max_length=64)
+    arguments: str
+
+
+class CalledTool(Body):
+    id: str = Field(max_length=64)
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+    def plain(self) -> dict[str, Any]:
+        """With the arguments as a mapping, if that is what they are."""
+        try:
+            arguments = json.loads(self.function.arguments)
+        except (ValueError, RecursionError):
+            arguments = self.function.arguments
+        return {"id": self.id, "type": self.type, "function": {"name": self.function.name, "arguments": arguments}}
+
+
 class ChatMessage(Body):
-    """A message of text. The fields that are null stand in what the openai package gives back as a message."""
+    """A message of text, or calls of tools. The fields that are null stand in what the openai package gives back as a
+    message.
+    """
 
     role: str = Field(max_length=64)
     content: str | list[TextPart] | None = None
@@ -82,19 +151,42 @@ class ChatMessage(Body):
     audio: None = None
     function_call: None = None
     refusal: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_call_id: str | None = Field(None, max_length=64)
+    tool_calls: Annotated[list[CalledTool], Field(max_length=128)] | None = None
 
-    def plain(self) -> dict[str, str]:
-        """Role and content alone, as chat templates take them."""
+    def plain(self) -> dict[str, Any]:
+        """What chat templates take."""
         content = self.content or ""
-        return {
+        plain: dict[str, Any] = {
             "role": self.role,
             "content": content if isinstance(content, str) else "".join(part.text for part in content),
         }
+        if self.tool_calls:
+            plain["tool_calls"] = [call.plain() for call in self.tool_calls]
+        if self.role == "tool":
+            plain |= {"tool_call_id": self.tool_call_id, "name": self.name}
+        return plain
 
 
-class ResponseFormat(Body):
-    type: Literal["text"]
+class Function(Body):
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Body):
+    name: str = Field(max_length=64)
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class ChatBody(SamplingFields):
@@ -102,9 +194,8 @@ class ChatBody(SamplingFields):
     logprobs: bool | None = None
     max_completion_tokens: int | None = None
     parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
 

@@ -6,19 +6,14 @@ import dataclasses
 from pathlib import Path
 
 from adapter_files import qv_tensors, write_adapter
+from byte_tokenizer import byte_tokenizer
 import httpx
 import pytest
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from slora_jax import Engine, EngineConfig
 from slora_jax.loading import load_model
 from slora_jax.memory import page_bytes
 from slora_jax.server import ServerConfig, Service, create_app
-from slora_jax.tokenizer import Tokenizer
-
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
 
 class SharedEngine(Engine):
@@ -32,15 +27,6 @@ class SharedEngine(Engine):
 
     def close_at_last(self) -> None:
         super().close()
-
-
-def byte_tokenizer() -> Tokenizer:
-    """Every byte is a token, so that a random model's text is full of broken characters."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Backend(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=TEMPLATE), name="bytes")
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ import pytest
 
 COMPLETION = {"model": "tiny", "prompt": "hello", "max_tokens": 2}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+TOOL = {"type": "function", "function": {"name": "f"}}
+BAD_TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "frob"}}}
 TRAVERSALS = ["../one", "..", "/etc/passwd", "one/../two", "./one", "one\x00", "..\\one", "%2e%2e/one", "one/"]
 
 
@@ -53,8 +55,17 @@ TRAVERSALS = ["../one", "..", "/etc/passwd", "one/../two", "./one", "one\x00", "
         ({"prompt": None}, "prompt"),
         ({"prompt": "x" * 513}, "prompt"),
         ({"prompt": ["a"] * 65}, "prompt"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"guided_json": {}}, "guided_json"),
+        ({"response_format": {"type": "json"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "response_format"),
+        ({"guided_json": {"type": "frob"}}, "guided_json"),
+        ({"guided_regex": "("}, "guided_regex"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"guided_grammar": "start: x"}, "guided_grammar"),
+        ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice"),
+        ({"guided_regex": "a" * 70_000}, "guided_regex"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+        ({"structured_outputs": {"json": {"$ref": "file:///etc/passwd"}}}, "structured_outputs"),
         ({"lora_path": "/etc"}, "lora_path"),
         ({"model": 5}, "model"),
     ],
@@ -82,6 +93,13 @@ def test_a_bad_completion_names_the_parameter(serving, change, param):
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
         ({"messages": [{"role": "user", "content": "x" * 600}]}, "prompt"),
         ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
+        ({"tools": [TOOL]}, "tools"),  # the template of this model teaches none
+        ({"tools": [TOOL, TOOL], "tool_choice": "required"}, "tools"),
+        ({"tools": [TOOL], "tool_choice": "required", "response_format": {"type": "json_object"}}, "tools"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [BAD_TOOL], "tool_choice": "required"}, "tools"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 99}, "top_logprobs"),
