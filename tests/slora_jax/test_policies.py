@@ -71,8 +71,13 @@ def test_early_abort_estimates_from_measured_steps():
     assert not policy.drop(View(3.9, [long], [], 64))
 
 
-def test_early_abort_serves_the_newest_first_while_more_arrive_than_are_admitted():
+def test_early_abort_serves_in_order_of_deadlines():
     policy = EarlyAbort()
+    assert order(policy, [seq(name, i / 100) for i, name in enumerate("abcdefgh")]) == "abcdefgh"
+
+
+def test_early_abort_serves_the_newest_first_while_more_arrive_than_are_admitted_as_s_lora_does():
+    policy = EarlyAbort(slack=0.5)
     burst = [seq(name, i / 100) for i, name in enumerate("abcdefgh")]
     first = next(iter(policy.order(View(0.1, burst, [], 64))))
     assert first.seq_id == "h"

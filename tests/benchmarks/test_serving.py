@@ -1,0 +1,145 @@
+"""``slora-jax bench`` on a tiny model: every workload runs, and what it says of a run is what happened."""
+
+import importlib.util
+import json
+
+import pytest
+
+from benchmarks.serving.probe import draw
+from benchmarks.serving.session import Session
+from slora_jax.cli import main
+from slora_jax.cli.parser import parse_arguments
+from slora_jax.errors import SloraError
+from slora_jax.shapes import named_shape
+from slora_jax.traces import Setting, TraceRequest, burst, synthetic_trace
+from slora_jax.twin import Simulation, StepLog, ideal_cost, simulate
+
+# one size of everything, so that the programs are compiled once for the whole file
+MODEL = (
+    "--shape tiny-llama --rank 16 --rank 8 --page-pool 2M --max-seqs 2 --max-step-tokens 64 --max-model-len 64 --quiet"
+)
+TRACE = "--adapters 3 --requests 6 --lengths 4,12 --rate 1000"
+
+
+def bench(capsys, line: str) -> str:
+    assert main(["bench", *line.split()]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def test_a_sweep_from_the_command_line_to_its_calibration(capsys, tmp_path):
+    out, plots = tmp_path / "out.json", tmp_path / "plots"
+    draws = importlib.util.find_spec("matplotlib") is not None
+    drawing = f"--plots {plots}" if draws else ""
+    table = bench(capsys, f"{MODEL} {TRACE} --rate 500,1000 --requests 30 --json {out} {drawing}")
+    for words in (
+        "== n 3, alpha 1.0, cv 1.0, rate 500.0",
+        "30 finished",
+        "by bytes and operations",
+        "2 running at most",
+    ):
+        assert words in table
+    result = json.loads(out.read_text())
+    assert result["environment"]["versions"]["jax"] and result["system"] == "slora-jax"
+    assert "share one buffer" in result["adapters"] and result["setting"]["ranks"] == [16, 8]
+    assert [p["rate"] for p in result["points"]] == [500, 1000]
+    for point in result["points"]:
+        trace = synthetic_trace(adapters=3, rate=point["rate"], requests=30, lengths=(4, 12))
+        assert point["figures"]["finished"] == 30 and point["compiles"] == 0 and 0 < point["of_floor"] < 1
+        assert point["counters"]["loads"] == 3  # each point starts cold
+        assert point["counters"]["prompt_tokens"] == sum(r.prompt_len for r in trace)
+        assert point["counters"]["generated_tokens"] == sum(r.output_len for r in trace)
+        steps = StepLog.from_json(point["steps"])
+        assert len(steps) == point["counters"]["steps"] and sum(w.load_bytes > 0 for w in steps.work) <= 3
+        computed = sum(w.decode_tokens + w.prompt_tokens for w in steps.work)
+        assert computed == sum(r.prompt_len + r.output_len - 1 for r in trace)
+        assert len(point["requests"]["rows"]) == 30 and point["pages"] and len(point["page_map"]) == len(point["pages"])
+        assert {w.padded_tokens for w in steps.work} <= {1, 2, 64}
+    if draws:
+        names = {path.name for path in plots.iterdir()}
+        assert names == {"throughput-rate.png", "latency-rate.png", "pages-0.png", "pages-1.png"}
+    argv = f"simulate --calibrate {out} --adapters 3 --requests 30 --rate 500 --lengths 4,12".split()
+    assert main(argv) == 0
+    table = capsys.readouterr().out
+    assert "30 finished" in table and "cost model 'measured, out.json'" in table and "of the mean step" in table
+
+
+@pytest.mark.parametrize(
+    ("workload", "words"),
+    [
+        ("overhead", ["== batch 2, distinct 2", "decode_tokens_per_second_of_base"]),
+        ("churn", ["== case churn, n 3", "bystander_tpot"]),
+        ("noisy --policy fair", ["== case beside a noisy tenant, policy fair", "p99_of_alone"]),
+        ("prefixes --prefix 32", ["== case shared, prefix 32", "prefixes 0.0% of prompt tokens"]),
+        ("replace", ["wrong_digest   0", "wrong_tokens   0"]),
+    ],
+)
+def test_the_other_workloads(capsys, workload, words):
+    table = bench(capsys, f"{workload} {MODEL} {TRACE}")
+    for text in words:
+        assert text in table
+    if workload.startswith("prefixes"):  # three of six find the 32 shared tokens of theirs
+        assert table.count("prefixes 0.0% of prompt tokens") == 1
+
+
+def test_the_floor_needs_no_engine(capsys):
+    table = bench(capsys, f"{MODEL} --adapters 0,3 --rate 1000 --requests 6 --twin")
+    assert table.count("requests/s, first token p99") == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--slots 0", "slots must be at least 1"),
+        ("--max-seqs 8 --max-step-tokens 4", "max_step_tokens 4 is less than max_seqs 8"),
+        ("--json no/such/dir/x.json", "its directory does not exist"),
+        ("noisy --twin", "--twin goes with the workload trace only"),
+        ("churn --system merged", "measured under the workload trace only"),
+        ("--policy best", "policy must be one of"),
+        ("--shape nothing", "no model shape is called 'nothing'"),
+        ("--seconds 1 --requests 5", "give either --seconds or --requests"),
+        ("--rate 0", "must be positive"),
+        ("--slo 0", "slo must be positive"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_made(capsys, line, words):
+    assert main(["bench", "--quiet", *line.split()]) == 2
+    assert words in capsys.readouterr().err
+
+
+def _session(**options):
+    options = dict(adapters=3, longest=40) | options
+    args = parse_arguments(["bench", *MODEL.split()])
+    return Session(args, Setting("tiny-llama", (16, 8)), **options)
+
+
+def test_the_twin_does_the_same_steps_and_a_compilation_is_no_measurement():
+    trace = burst(synthetic_trace(adapters=3, rate=10, requests=20, lengths=(4, 20)))
+    with _session() as session:
+        _, run = session.measure(trace, {})
+        config = named_shape("tiny-llama")
+        buckets = session.engine._core.runner.builder.buckets
+        twin = simulate(
+            Simulation(
+                config=config,
+                setting=session.setting,
+                cost=ideal_cost(config),
+                buckets=buckets,
+                log_steps=True,
+                **session.limits(),
+            ),
+            trace,
+        )
+        for name in ("prompt_tokens", "decode_tokens", "adapter_bytes", "decode_context"):
+            measured, simulated = (sum(getattr(w, name) for w in log.work) for log in (run.steps, twin.steps))
+            assert simulated == pytest.approx(measured, rel=0.1), name
+        assert sum(w.load_bytes for w in twin.steps.work) == sum(w.load_bytes for w in run.steps.work)
+        assert len(twin.steps) == pytest.approx(len(run.steps), rel=0.1)
+        assert [r.preemptions for r in twin.records] == [r.preemptions for r in run.records]
+        # nobody said that requests for the base model would come, so their steps are not compiled
+        with pytest.raises(SloraError, match="compiled during the measurement"):
+            session.measure([TraceRequest(0.0, None, 5, 5)], {})
+
+
+def test_a_page_map_shows_what_most_of_a_group_holds():
+    assert draw([None, "kv", "digest"]) == ".ka"
+    assert draw((["kv"] * 3 + [None]) * 256) == "k" * 256
