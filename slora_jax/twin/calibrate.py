@@ -24,8 +24,8 @@ def fit_cost(log: StepLog, name: str = "measured") -> tuple[CostModel, float]:
     """Non-negative least squares of the steps' seconds on what they had to do.
 
     ``max(weights, token * tokens)`` is linear on either side of the number of tokens at which the two are equal; that
-    number is found by trying, ever finer. Returns the model and its relative error: the mean absolute one of a step over the mean
-    step. Raises SloraError where there are too few steps.
+    number is found by trying, ever finer. Returns the model and its relative error: the mean absolute one of a step
+    over the mean step. Raises SloraError where there are too few steps.
     """
     if len(log) < _LEAST_STEPS:
         raise SloraError(f"{len(log)} steps are too few to calibrate a cost model; measure at least {_LEAST_STEPS}")
@@ -49,13 +49,14 @@ def fit_cost(log: StepLog, name: str = "measured") -> tuple[CostModel, float]:
         knees = np.linspace(knees[max(at - 1, 0)], knees[min(at + 1, len(knees) - 1)], _KNEES)
     _, knee, solution = min(map(fit, knees.tolist()), key=lambda result: result[0])
     step, token, prompt_step, *rest = map(float, solution)
+    fields: dict[str, Any] = {_FIELD.get(field, field): value for field, value in zip(_LINEAR, rest, strict=True)}
     model = CostModel(
         name=name,
         step=step,
         prompt_step=prompt_step,
         weights=token * knee,
         token=token,
-        **{_FIELD.get(field, field): value for field, value in zip(_LINEAR, rest, strict=True)},
+        **fields,
     )
     predicted = np.array([model.seconds(w) for w in log.work])
     return model, float(np.abs(predicted - seconds).mean() / seconds.mean())
