@@ -41,14 +41,15 @@ def make_adapters(model: LoadedModel, setting: Setting, count: int) -> dict[str,
     return {adapter_name(i): clone(first[setting.ranks[i % len(setting.ranks)]], i) for i in range(count)}
 
 
-EngineMaker = Callable[[LoadedModel, EngineConfig, Mapping[str, Adapter]], Engine]
+EngineMaker = Callable[[LoadedModel, EngineConfig, Mapping[str, Adapter], contextlib.ExitStack], Engine]
 
 
 class Session:
     """An engine that is compiled and ready.
 
-    adapters: how many. longest: tokens of the longest prompt with its answer. make: builds the engine, for systems that
-    differ from it. base: whether requests without an adapter come too.
+    adapters: how many. longest: tokens of the longest prompt with its answer. base: whether requests without an adapter
+    come too. make: builds the engine, for systems that differ from it; what it changes for the session's time it undoes
+    by the ExitStack. prepare: changes model and adapters before that.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Session:
         adapters: int,
         longest: int,
         base: bool = False,
-        make: EngineMaker = Engine,
+        make: EngineMaker = lambda model, config, adapters, stack: Engine(model, config, adapters),
         prepare: Callable[[LoadedModel, dict[str, Adapter]], tuple[LoadedModel, dict[str, Adapter]]] | None = None,
     ):
         self.args = args
@@ -87,8 +88,10 @@ class Session:
             model, self.adapters = prepare(model, self.adapters)
         self.model = model
         self.settings = config
-        self.engine = make(model, config, self.adapters)
+        self._stack = contextlib.ExitStack()
         try:
+            self.engine = make(model, config, self.adapters, self._stack)
+            self._stack.callback(self.engine.close)
             self.bytes = adapter_bytes(self.adapters.values(), self.engine)
             self._warm_up(base or not self.adapters)
         except BaseException:
@@ -102,7 +105,7 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        self.engine.close()
+        self._stack.close()
 
     def _warm_up(self, base: bool) -> None:
         """Compiles everything that a measurement may run: all steps, and what a few real requests need besides."""

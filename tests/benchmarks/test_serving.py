@@ -1,15 +1,24 @@
 """``slora-jax bench`` on a tiny model: every workload runs, and what it says of a run is what happened."""
 
+import functools
+import importlib
 import importlib.util
 import json
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import numpy as jnp
+import numpy as np
 import pytest
 
+from benchmarks.serving.baselines import one_hot, ragged_dot
+from benchmarks.serving.baselines.split_pool import SplitPool
 from benchmarks.serving.probe import draw
 from benchmarks.serving.session import Session
 from slora_jax.cli import main
 from slora_jax.cli.parser import parse_arguments
 from slora_jax.errors import SloraError
+from slora_jax.scheduler import adapter_owner
 from slora_jax.shapes import named_shape
 from slora_jax.traces import Setting, TraceRequest, burst, synthetic_trace
 from slora_jax.twin import Simulation, StepLog, ideal_cost, simulate
@@ -79,6 +88,70 @@ def test_the_other_workloads(capsys, workload, words):
         assert text in table
     if workload.startswith("prefixes"):  # three of six find the 32 shared tokens of theirs
         assert table.count("prefixes 0.0% of prompt tokens") == 1
+
+
+@pytest.mark.parametrize("system", ["no-adapters", "fixed-slots", "ragged-dot", "one-hot"])
+def test_systems_to_compare_with(capsys, tmp_path, system):
+    out = tmp_path / "out.json"
+    bench(capsys, f"{MODEL} {TRACE} --system {system} --slots 2 --json {out}")
+    result = json.loads(out.read_text())
+    (point,) = result["points"]
+    assert result["system"] == system and result["note"] and point["figures"]["finished"] == 6
+    assert point["counters"]["loads"] >= (0 if system == "no-adapters" else 3)  # three adapters take turns in two slots
+
+
+@pytest.mark.parametrize("delta", [ragged_dot.delta, one_hot.delta])
+def test_other_ways_to_compute_lora_are_right(delta):
+    rng = np.random.default_rng(0)
+    slot = np.array([2, -1, 0, 2, 1, -1, 0])
+    x, a, b = (rng.standard_normal(s, np.float32) for s in ((7, 12), (3, 12, 4), (3, 4, 10)))
+    want = [x[t] @ a[s] @ b[s] if s >= 0 else np.zeros(10) for t, s in enumerate(slot)]
+    np.testing.assert_allclose(delta(jnp.array(x), jnp.array(a), jnp.array(b), jnp.array(slot)), want, atol=1e-4)
+
+
+@pytest.mark.parametrize("system", ["merged", "fixed_slots", "ragged_dot", "one_hot"])
+def test_systems_answer_as_the_engine_does(system):
+    args = parse_arguments(["bench", *MODEL.split(), "--slots", "2"])
+    ranks = (8,) if system == "merged" else (16, 16)
+    setting = Setting("tiny-llama", ranks)
+    baseline = importlib.import_module(f"benchmarks.serving.baselines.{system}")
+    answers = []
+    for open_session in (functools.partial(Session, args, setting), baseline.open_session(args, setting)):
+        with open_session(adapters=len(ranks), longest=40) as session:
+            trace = [TraceRequest(0.0, i % len(ranks), 9, 12) for i in range(4)]
+            _, run = session.measure(trace, {}, floor=False)
+            answers.append([o.token_ids for o in run.outputs])
+    assert answers[0] == answers[1]
+
+
+def test_only_one_adapter_can_be_merged(capsys):
+    assert main(["bench", *MODEL.split(), *TRACE.split(), "--system", "merged"]) == 2
+    assert "serves exactly one adapter, not 3; use --adapters 1" in capsys.readouterr().err
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["take", "retire", "release"]), st.integers(0, 6)), max_size=60))
+def test_adapters_take_slots_and_nothing_else(actions):
+    pool = SplitPool(40, slots=3, slot_pages=4)
+    for action, i in actions:
+        owner, seq = adapter_owner(f"a{i}"), ("seq", i)
+        if action == "take":
+            if pool.holds(owner):
+                if pool.is_idle(owner):
+                    pool.revive(owner)
+            elif pool.has_slot(f"a{i}"):
+                assert len(pool.allocate(owner, 3)) == 3
+            if not pool.holds(seq) and pool.available >= 5:
+                pool.allocate(seq, 5)
+        elif pool.holds(owner) and not (action == "retire" and pool.is_idle(owner)):
+            getattr(pool, action)(owner)
+        elif pool.holds(seq):
+            pool.release(seq)
+        pool.check_integrity()
+        held = [set(pool.pages(o)) for o in [adapter_owner(f"a{i}") for i in range(7)] if pool.holds(o)]
+        assert len(held) <= 3 and len(set().union(*held)) == sum(map(len, held))
+        assert all(page < 12 for pages in held for page in pages)
+        assert pool.available <= 28
 
 
 def test_the_floor_needs_no_engine(capsys):
