@@ -26,17 +26,14 @@ def run(args: argparse.Namespace) -> int:
     _check_outputs(args)
     if args.twin:
         return _twin(args)
-    result = measure_system(args)
-    result = dict(environment=environment()) | result
-    _save(args, result)  # before anything else can fail
-    if args.json != "-":
-        for point in result["points"]:
-            print("\n".join(_table(point)), flush=True)
     if args.compare:
-        result["compared"] = {name: _other_process(args, name) for name in args.compare}
-        _save(args, result)
+        result = _compare(args)
+    else:
+        result = dict(environment=environment()) | measure_system(args)
         if args.json != "-":
-            print("\n".join(_comparison(args.system, result)))
+            for point in result["points"]:
+                print("\n".join(_table(point)), flush=True)
+    _save(args, result)
     if args.json == "-":
         print(_text(result))
     if args.plots:
@@ -70,21 +67,36 @@ def _twin(args: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures a system and the others, each in a process of its own: GPU memory that JAX holds is given back only at
+    its end, so this process must not touch the GPU at all.
+    """
+    result = _other_process(args, args.system)
+    if "error" in result:
+        raise SloraError(f"{args.system} was not measured: {result['error']}")
+    _save(args, result)  # before anything else can fail
+    result["compared"] = {}
+    for name in args.compare:
+        other = result["compared"][name] = _other_process(args, name)
+        for point in other.get("points", ()):
+            for field in ("steps", "requests", "pages", "page_map"):
+                point.pop(field, None)
+        _save(args, result)
+    if args.json != "-":
+        print("\n".join(_comparison(args.system, result)))
+    return result
+
+
 def _other_process(args: argparse.Namespace, system: str) -> dict[str, Any]:
-    """Measures another system. A process of its own: GPU memory that JAX holds is given back only at its end."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
         argv = _without(args.argv, ("--compare", "--json", "--plots", "--system"))
         command = [sys.executable, "-m", "slora_jax", *argv, "--system", system, "--json", str(out)]
-        print(f"--- {system}", flush=True)
-        done = subprocess.run(command, check=False)
+        print(f"--- {system}", file=sys.stderr, flush=True)
+        done = subprocess.run(command, check=False, stdout=subprocess.DEVNULL if args.json == "-" else None)
         if done.returncode or not out.exists():
             return dict(error=f"exit status {done.returncode}")
-        result = json.loads(out.read_text())
-        for point in result["points"]:
-            for name in ("steps", "requests", "pages", "page_map"):
-                point.pop(name, None)
-        return result
+        return json.loads(out.read_text())
 
 
 def _without(argv: list[str], options: tuple[str, ...]) -> list[str]:

@@ -124,6 +124,26 @@ def test_systems_answer_as_the_engine_does(system):
     assert answers[0] == answers[1]
 
 
+def test_peft_serves_the_same_trace(capsys, tmp_path):
+    for name in ("torch", "peft"):
+        pytest.importorskip(name)
+    out = tmp_path / "out.json"
+    bench(capsys, f"{MODEL} {TRACE} --system peft --json {out}")
+    result = json.loads(out.read_text())
+    assert result["points"][0]["figures"]["finished"] == 6
+    assert result["points"][0]["figures"]["ttft"]["p50"] > 0
+
+
+def test_systems_are_compared_in_one_result(capfd, tmp_path):
+    out = tmp_path / "out.json"
+    bench_line = f"{MODEL} {TRACE} --compare no-adapters,merged --json {out}"
+    assert main(["bench", *bench_line.split()]) == 0
+    result, table = json.loads(out.read_text()), capfd.readouterr().out
+    assert result["compared"]["no-adapters"]["points"][0]["figures"]["finished"] == 6
+    assert "exit status 2" in result["compared"]["merged"]["error"]  # three adapters cannot be merged
+    assert "merged         failed: exit status 2" in table and "of slora-jax)" in table
+
+
 def test_only_one_adapter_can_be_merged(capsys):
     assert main(["bench", *MODEL.split(), *TRACE.split(), "--system", "merged"]) == 2
     assert "serves exactly one adapter, not 3; use --adapters 1" in capsys.readouterr().err
