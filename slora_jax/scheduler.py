@@ -137,7 +137,11 @@ class Scheduler:
                     chunks.append(Chunk(seq, seq.num_computed, length))
                     budget -= length
         chunks = [c for c in chunks if c.seq not in preempted]
-        loads = [] if preempted else self._admit_waiting(chunks, budget, now)
+        loads: list[AdapterUse] = []
+        if not preempted:
+            settled = list(self.running)
+            budget = self._admit_waiting(chunks, loads, budget, now)
+            chunks = self._make_way(settled, chunks, loads, budget, now, preempted)
         # a sequence preempted in this step goes before everything that was waiting, in its old order
         self._preempted.extendleft(preempted)
         chunks.sort(key=lambda c: (c.length > 1, c.seq.adapter.digest if c.seq.adapter else ""))
@@ -193,12 +197,11 @@ class Scheduler:
             self.remove(drop.seq)
         return dropped
 
-    def _admit_waiting(self, chunks: list[Chunk], budget: int, now: float) -> list[AdapterUse]:
-        """Starts what fits and adds its first chunks. Returns the adapters to load."""
-        loads: list[AdapterUse] = []
+    def _admit_waiting(self, chunks: list[Chunk], loads: list[AdapterUse], budget: int, now: float) -> int:
+        """Starts what fits, and adds its first chunks and the adapters to load. Returns the tokens left of `budget`."""
         refused: list[Sequence] = []
         if not budget or not self._has_room():
-            return loads
+            return budget
         for seq, first in self._candidates(now):
             if not self.quotas.admits(seq, now):
                 continue
@@ -212,7 +215,43 @@ class Scheduler:
             budget -= length
             if self._overtaken(refused) or not budget or not self._has_room():
                 break
-        return loads
+        return budget
+
+    def _make_way(
+        self,
+        settled: list[Sequence],
+        chunks: list[Chunk],
+        loads: list[AdapterUse],
+        budget: int,
+        now: float,
+        preempted: list[Sequence],
+    ) -> list[Chunk]:
+        """Preempts whom the policy names for a waiting sequence, and starts that one. Returns the step's chunks.
+
+        settled: whom it may name. What was started in this very step is not, because its adapter may be among `loads`.
+        """
+        while settled and self._queue:
+            pair = self.policy.make_way(View(now, list(self._queue), settled, self.max_step_tokens))
+            if pair is None or not self.quotas.admits(pair[1], now):
+                break
+            victim, seq = pair
+            budget += sum(c.length for c in chunks if c.seq is victim)
+            if not budget:
+                break
+            settled.remove(victim)
+            self._preempt(victim, preempted)
+            chunks = [c for c in chunks if c.seq is not victim]
+            if self._admit(seq, loads):
+                chunks.append(Chunk(seq, seq.num_computed, min(seq.num_pending, budget)))
+                budget -= chunks[-1].length
+        return chunks
+
+    def _preempt(self, victim: Sequence, preempted: list[Sequence]) -> None:
+        del self.running[victim]
+        self._give_back(victim)
+        victim.num_computed = 0
+        victim.preemptions += 1
+        preempted.append(victim)
 
     def _has_room(self) -> bool:
         return len(self.running) < self.max_seqs and self.pool.available > len(self.running)
@@ -251,11 +290,7 @@ class Scheduler:
                 return True
             except OutOfPages:
                 victim = self.policy.victim(self.running)
-                del self.running[victim]
-                self._give_back(victim)
-                victim.num_computed = 0
-                victim.preemptions += 1
-                preempted.append(victim)
+                self._preempt(victim, preempted)
                 if victim is seq:
                     return False
         return True
