@@ -3,17 +3,19 @@ the adapters, and the collectives that join the parts. Imports jax and pallas_ke
 other way.
 """
 
-from sharding.collectives import embed, join_logits, sum_rows
+from sharding.collectives import embed, sum_rows
 from sharding.cost import CostModel, choose_layout, measure_latency
 from sharding.layout import ROW_GROUPS, Layout, LoraLayout
 from sharding.lora import project, run_length
-from sharding.mesh import ADAPTER_IMAGE, AXIS, POOL, RULES, WHOLE, make_mesh, partition
+from sharding.mesh import ADAPTER_IMAGE, AXIS, LOGITS, POOL, RULES, WHOLE, make_mesh, partition
 from sharding.shards import Shards, take
 from sharding.table import ShardedTable
+from sharding.vocabulary import SplitVocabulary, Vocabulary
 
 __all__ = [
     "ADAPTER_IMAGE",
     "AXIS",
+    "LOGITS",
     "POOL",
     "ROW_GROUPS",
     "RULES",
@@ -23,9 +25,10 @@ __all__ = [
     "LoraLayout",
     "ShardedTable",
     "Shards",
+    "SplitVocabulary",
+    "Vocabulary",
     "choose_layout",
     "embed",
-    "join_logits",
     "make_mesh",
     "measure_latency",
     "partition",

@@ -11,6 +11,7 @@ import numpy as np
 from pallas_kernels.geometry import GROUPS
 from sharding import (
     AXIS,
+    LOGITS,
     POOL,
     RULES,
     WHOLE,
@@ -19,13 +20,14 @@ from sharding import (
     LoraLayout,
     ShardedTable,
     Shards,
+    SplitVocabulary,
     choose_layout,
     make_mesh,
     measure_latency,
     partition,
 )
 from slora_jax.adapters import Adapter
-from slora_jax.batch import Batch, State
+from slora_jax.batch import Batch, Output, Sampling, State
 from slora_jax.engine_config import ResolvedConfig
 from slora_jax.errors import SloraError
 from slora_jax.model_config import ModelConfig, ParamSpec, param_specs
@@ -137,7 +139,10 @@ def shard_params(config: ModelConfig, params: Mapping[str, jax.Array], parallel:
 
 
 def shard_forward(forward: Callable[..., Any], config: ModelConfig, parallel: Parallel) -> Callable[..., Any]:
-    """``forward(params, state, batch) -> (state, logits)`` of one device's part, run on all of them."""
+    """``forward(params, state, batch) -> (state, logits)`` of one device's part, run on all of them.
+
+    Logits are split over the vocabulary; where it does not divide, columns past its end hold -inf.
+    """
     params = {name: partition(*spec.axes) for name, spec in param_specs(config).items()}
     state = State(pages=POOL)
 
@@ -146,9 +151,25 @@ def shard_forward(forward: Callable[..., Any], config: ModelConfig, parallel: Pa
             forward,
             mesh=parallel.mesh,
             in_specs=(params, state, batch_specs(batch)),
-            out_specs=(state, WHOLE),
+            out_specs=(state, LOGITS),
             check_vma=False,
         )(given, old, batch)
+
+    return run
+
+
+def shard_sample(sample: Callable[..., Output], parallel: Parallel) -> Callable[[jax.Array, Sampling], Output]:
+    """``sample(logits, sampling)`` of logits that are split over the vocabulary."""
+    vocabulary = SplitVocabulary.of(parallel.layout)
+
+    def run(logits: jax.Array, sampling: Sampling) -> Output:
+        return jax.shard_map(
+            lambda part, s: sample(part, s, vocabulary),
+            mesh=parallel.mesh,
+            in_specs=(LOGITS, WHOLE),
+            out_specs=WHOLE,
+            check_vma=False,
+        )(logits, sampling)
 
     return run
 
