@@ -8,6 +8,7 @@ from sharding.cost import CostModel, choose_layout, measure_latency
 from sharding.layout import ROW_GROUPS, Layout, LoraLayout
 from sharding.lora import project, run_length
 from sharding.mesh import ADAPTER_IMAGE, AXIS, LOGITS, POOL, RULES, WHOLE, make_mesh, partition
+from sharding.processes import Processes, join
 from sharding.shards import Shards, take
 from sharding.table import ShardedTable
 from sharding.vocabulary import SplitVocabulary, Vocabulary
@@ -23,12 +24,14 @@ __all__ = [
     "CostModel",
     "Layout",
     "LoraLayout",
+    "Processes",
     "ShardedTable",
     "Shards",
     "SplitVocabulary",
     "Vocabulary",
     "choose_layout",
     "embed",
+    "join",
     "make_mesh",
     "measure_latency",
     "partition",

@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
@@ -81,10 +82,15 @@ def choose_parallel(config: ModelConfig, settings: ResolvedConfig, adapters: Col
 
     Raises SloraError if there are not enough devices, or if a device's part of a page is no whole number of tiles.
     """
-    if settings.tensor_parallel == 1:
+    if settings.tensor_parallel == 1 and jax.process_count() == 1:
         return None
     try:
         mesh = make_mesh(settings.tensor_parallel)
+        if {device.process_index for device in mesh.devices.flat} != set(range(jax.process_count())):
+            raise ValueError(
+                f"it leaves a process without a device; there are {jax.device_count()} devices in "
+                f"{jax.process_count()} processes"
+            )
         if settings.lora_layout != "auto":
             return make_parallel(config, mesh, settings.lora_layout)
         lora = choose_layout(
@@ -95,6 +101,9 @@ def choose_parallel(config: ModelConfig, settings: ResolvedConfig, adapters: Col
             rank=settings.max_lora_rank or max((a.max_rank for a in adapters), default=16),
             model=CostModel(latency=measure_latency(mesh)),
         )
+        if jax.process_count() > 1:  # each has measured for itself
+            first = multihost_utils.broadcast_one_to_all(np.array([layout == "s-lora" for layout in lora]))
+            lora = tuple("s-lora" if scattered else "comm-free" for scattered in first)
         return make_parallel(config, mesh, lora)
     except ValueError as error:
         raise SloraError(f"tensor_parallel {settings.tensor_parallel} is not possible: {error}") from None

@@ -125,6 +125,9 @@ class Runner:
         if progress:
             progress(len(shapes), len(shapes), "done")
 
+    def close(self) -> None:
+        """Ends what steps need; a Runner on its own needs nothing."""
+
     def temp_bytes(self, batch: Batch) -> int:
         """Temporary device memory of the compiled step of this batch's shape, in bytes."""
         compiled = self._forward.lower(self.params, self.state, batch).compile()

@@ -73,6 +73,9 @@ CASES = {
     "greedy, changed, with log-probabilities": sampling(PLAIN, changed=True, logprobs=5),
     "random": sampling(RANDOM, changed=True),
     "random, targets": sampling(RANDOM, logprobs=0, targets=True),
+    "random, structured": dataclasses.replace(
+        sampling(RANDOM), allowed=np.random.default_rng(2).integers(0, 1 << 32, (8, 8), np.uint32)
+    ),
     "filtered": sampling(FILTERED, changed=True, logprobs=20),
 }
 
