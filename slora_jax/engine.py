@@ -21,6 +21,7 @@ from slora_jax.core import EngineCore
 from slora_jax.engine_config import EngineConfig
 from slora_jax.engine_loop import EngineLoop
 from slora_jax.errors import AdapterError, CapacityError, SloraError
+from slora_jax.followers import make_runner
 from slora_jax.jobs import Job, Sink
 from slora_jax.loading import LoadedModel, load_config, load_model
 from slora_jax.memory import check_weights_fit, choose_num_pages, num_weights
@@ -32,7 +33,6 @@ from slora_jax.policies import Quotas, make_policy
 from slora_jax.progress import progress_bar
 from slora_jax.registry import AdapterRegistry
 from slora_jax.requests import Delta, Request, RequestOutput
-from slora_jax.runner import Runner
 from slora_jax.scheduler import Scheduler
 from slora_jax.sequence import AdapterUse
 
@@ -74,9 +74,9 @@ class Engine:
         num_pages = choose_num_pages(
             model.config, model.params, settings, buckets, self.max_model_len, rank, self.parallel
         )
-        runner = Runner(
-            model.config,
-            model.params,
+        runner = make_runner(
+            config=model.config,
+            params=model.params,
             dtype=jnp.dtype(settings.dtype),
             num_pages=num_pages,
             buckets=buckets,
@@ -86,6 +86,7 @@ class Engine:
             loop=settings.loop,
             parallel=self.parallel,
         )
+        num_pages = runner.num_pages
         pool = PagePool(num_pages)
         scheduler = Scheduler(
             pool,
@@ -338,6 +339,7 @@ class Engine:
         """Aborts what is in flight and stops the engine's thread. The engine takes no requests afterwards."""
         self._loop.close()
         self._admission.close()
+        self._core.runner.close()
 
     def __enter__(self) -> "Engine":
         return self

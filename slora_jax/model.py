@@ -23,7 +23,7 @@ from pallas_kernels import (
     rope_write_kv,
     silu_mul,
 )
-from sharding import Layout, ShardedTable, embed, join_logits, project
+from sharding import Layout, ShardedTable, SplitVocabulary, embed, project
 from slora_jax.batch import Batch
 from slora_jax.model_config import ModelConfig, RopeScaling, param_specs
 
@@ -105,7 +105,7 @@ class Llama(nn.Module):
         return pages, self._add_norm("final_norm", None, x, delta)[1]
 
     def logits(self, hidden: Float[Array, "R H"]) -> Float[Array, "R V"]:
-        """Float32 logits of hidden states."""
+        """Float32 logits of hidden states; over several devices those of this device's part of the vocabulary."""
         head = self.weights["embed" if self.config.tied_embeddings else "lm_head"]
         logits = jnp.einsum(
             "rh,vh->rv",
@@ -114,7 +114,7 @@ class Llama(nn.Module):
             preferred_element_type=jnp.float32,
             precision=lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None,
         )
-        return logits if self.layout is None else join_logits(logits, self.layout)
+        return logits if self.layout is None else SplitVocabulary.of(self.layout).hide_padding(logits)
 
     def _project(self, x, base, pages, batch: Batch, layer: int | Int[Array, ""], group: str):
         """Adds the adapters' deltas of a group of modules to the base projections of ``x``; over several devices also

@@ -18,9 +18,8 @@ from slora_jax.memory import page_bytes
 from slora_jax.model_config import ModelConfig
 from slora_jax.parallel import Parallel
 from slora_jax.placement import adapter_images, join_images, make_write, new_state
-from slora_jax.sampling import sample
 from slora_jax.sampling_batch import build_sampling
-from slora_jax.step import Params, make_forward
+from slora_jax.step import Params, make_forward, make_sample
 
 Progress = Callable[[int, int, str], None]
 _LOAD_BYTES = 16 << 20  # of adapter weights a device copy moves at a time
@@ -67,7 +66,7 @@ class Runner:
             dtype=self.dtype, implementation=implementation, loop=loop, parallel=parallel
         )
         self._write = jax.jit(make_write(parallel), donate_argnums=0)
-        self._sample = jax.jit(sample)
+        self._sample = jax.jit(make_sample(parallel))
         self.max_rank = 0
         self.require_rank(max_rank)
         self.reset()
@@ -125,6 +124,9 @@ class Runner:
                 self.sample(logits, build_sampling([], logits.shape[0]))
         if progress:
             progress(len(shapes), len(shapes), "done")
+
+    def close(self) -> None:
+        """Ends what steps need; a Runner on its own needs nothing."""
 
     def temp_bytes(self, batch: Batch) -> int:
         """Temporary device memory of the compiled step of this batch's shape, in bytes."""

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+import jax
+
 from slora_jax.cli.options import engine_options, require_server
 from slora_jax.engine import Engine
 from slora_jax.engine_config import EngineConfig
@@ -28,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
         drain_seconds=args.drain_seconds,
     )
     settings = EngineConfig(**engine_options(args), max_lora_rank=args.max_lora_rank)
+    if jax.distributed.is_initialized() and jax.process_index():  # only process 0 has callers
+        Engine.from_pretrained(args.model, settings)  # runs its steps and ends this process after the last
     service = Service(config, lambda: Engine.from_pretrained(args.model, settings))
     run_server(service, log_level=args.log_level.upper())
     return 0
