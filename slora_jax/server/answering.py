@@ -41,7 +41,8 @@ async def encode_prompts(
     def encode(prompt: str | Sequence[int]) -> list[int]:
         if not isinstance(prompt, str):
             return list(prompt)
-        return tokenizer_of(service).encode(prompt, add_special_tokens=add_special_tokens)
+        most = service.engine.max_model_len
+        return tokenizer_of(service).encode(prompt, add_special_tokens=add_special_tokens, max_tokens=most)
 
     try:
         return await asyncio.to_thread(lambda: [encode(prompt) for prompt in prompts])
@@ -58,7 +59,9 @@ async def encode_chat(
     """Token ids of a chat, through the model's template."""
     tokenizer = tokenizer_of(service)
     try:
-        return await asyncio.to_thread(tokenizer.chat, list(messages), generation_prompt, tools)
+        return await asyncio.to_thread(
+            tokenizer.chat, list(messages), generation_prompt, tools, service.engine.max_model_len
+        )
     except RequestError as error:
         raise bad_request(error, "messages") from None
 
