@@ -23,6 +23,7 @@ class ServerConfig:
     max_queue: completions that wait for the engine, beyond what it runs at once, before callers are sent away with 429.
     max_adapters: adapters registered at the same time.
     warm_up: compile every step shape after the adapters were read and before the first call is taken.
+    traces: send OpenTelemetry traces.
     drain_seconds: how long a shutdown waits for answers in flight.
     """
 
@@ -45,6 +46,7 @@ class ServerConfig:
     max_queue: int = 256
     max_adapters: int = 10_000
     warm_up: bool = False
+    traces: bool = False
     drain_seconds: float = 30.0
 
     def __post_init__(self):
