@@ -172,6 +172,7 @@ def _serve(commands) -> None:
     access.add_argument("--max-answer-tokens", type=int, default=4096, metavar="N", help="longest answer, in tokens")
     operation = parser.add_argument_group("operation")
     operation.add_argument("--drain-seconds", type=float, default=30.0, metavar="X", help="longest wait at a shutdown")
+    operation.add_argument("--traces", action="store_true", help="send OpenTelemetry traces (extra otel)")
     operation.add_argument("--no-warm-up", action="store_true", help="compile steps when they are first needed")
     operation.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     _engine_options(parser)

@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
         max_answer_tokens=args.max_answer_tokens,
         warm_up=not args.no_warm_up,
         drain_seconds=args.drain_seconds,
+        traces=args.traces,
     )
     settings = EngineConfig(**engine_options(args), max_lora_rank=args.max_lora_rank)
     if jax.distributed.is_initialized() and jax.process_index():  # only process 0 has callers
