@@ -68,6 +68,13 @@ def _tiles(heads: int, size: int) -> Iterator[int]:
     return (min(start, heads - size) for start in range(0, heads, size))
 
 
+def _rounded(product):
+    """In a sum of two products the compiler fuses one with the addition. This says which one it may not, so that all
+    variants of the kernel give the same bits.
+    """
+    return lax.optimization_barrier(product)
+
+
 def _kernel(layer_ref, ids_ref, slots_ref, cos_ref, sin_ref, qkv_ref, *refs, geometry: Geometry, num_pages, eps, split):
     *norm_refs, pages_ref, q_ref = refs
     heads, kv_heads, dim = geometry.num_heads, geometry.num_kv_heads, geometry.head_dim
@@ -88,14 +95,14 @@ def _kernel(layer_ref, ids_ref, slots_ref, cos_ref, sin_ref, qkv_ref, *refs, geo
         shape = x[0].shape
         layout = _tile_layout(shape[0], dim)
         if norm_ref is not None:
-            total = jnp.sum(x[0] * x[0] + x[1] * x[1], axis=1)
+            total = jnp.sum(x[0] * x[0] + _rounded(x[1] * x[1]), axis=1)
             scale = lax.broadcast_in_dim(lax.rsqrt(total / dim + eps), shape, (0,))
             for i, columns in enumerate(halves):
                 weight = lax.broadcast_in_dim(vector(norm_ref, layer, columns, layout), shape, (1,))
                 normed = (x[i] * scale).astype(dtype).astype(jnp.float32)
                 x[i] = (normed * weight).astype(dtype).astype(jnp.float32)
         cos, sin = (lax.broadcast_in_dim(a, shape, (1,)) for a in angles)
-        return [x[0] * cos - x[1] * sin, x[1] * cos + x[0] * sin]
+        return [x[0] * cos - _rounded(x[1] * sin), x[1] * cos + _rounded(x[0] * sin)]
 
     def write_q(first, size, x, angles):
         for columns, value in zip(halves, rotate(x, angles, norm_refs[0] if norm_refs else None), strict=True):
