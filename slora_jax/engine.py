@@ -18,10 +18,11 @@ from slora_jax.admission import Admission
 from slora_jax.async_deltas import AsyncDeltas
 from slora_jax.buckets import Buckets
 from slora_jax.core import EngineCore
+from slora_jax.delivery import Delivery
 from slora_jax.engine_config import EngineConfig
 from slora_jax.engine_loop import EngineLoop
 from slora_jax.errors import AdapterError, CapacityError, SloraError
-from slora_jax.jobs import Job, Sink
+from slora_jax.jobs import Generation, Job, Sink
 from slora_jax.loading import LoadedModel, load_config, load_model
 from slora_jax.memory import check_weights_fit, choose_num_pages, num_weights
 from slora_jax.model_config import ModelConfig
@@ -43,7 +44,8 @@ _PROMPT_OPERATIONS_PER_SECOND = 600e12  # the same for evicting a prefix; bfloat
 class Engine:
     """Serves requests on one base model, each with its own adapter or none.
 
-    Make one with from_pretrained. Methods may be called from any thread; a thread of the engine's own runs the model.
+    Make one with from_pretrained. Methods may be called from any thread; a thread of the engine's own runs the model,
+    another hands out answers.
     Use it as a context manager, or call close.
     """
 
@@ -98,7 +100,10 @@ class Engine:
         for name, adapter in self._registry.items():
             self._check_adapter_fits(name, adapter, num_pages)
         self._lock = threading.Lock()  # of the registry
-        self._core = EngineCore(runner, pool, scheduler, self._registry.has_digest)
+        self._delivery = Delivery(self._stopped)
+        self._core = EngineCore(
+            runner, pool, scheduler, self._registry.has_digest, self._delivery.put, overlap=settings.overlap
+        )
         self._admission = Admission(model, self.max_model_len, scheduler, self._find_adapter, self._adapter_use)
         self._loop = EngineLoop(self._core)
         if settings.warm_up:
@@ -154,7 +159,7 @@ class Engine:
 
         Every request is checked before any is queued: RequestError or AdapterError names the first bad one. A failure
         later on ends that request alone, with finish_reason "error". on_delta: called with each piece of every answer,
-        on the engine's thread; what it raises is logged and changes no answer.
+        on a thread that hands out all answers; what it raises is logged and changes no answer.
         """
         finished: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
 
@@ -335,8 +340,9 @@ class Engine:
         self._loop.call(self._core.pool.check_integrity)
 
     def close(self) -> None:
-        """Aborts what is in flight and stops the engine's thread. The engine takes no requests afterwards."""
+        """Aborts what is in flight and stops the engine's threads. The engine takes no requests afterwards."""
         self._loop.close()
+        self._delivery.close()
         self._admission.close()
 
     def __enter__(self) -> "Engine":
@@ -349,6 +355,11 @@ class Engine:
         """Queues jobs. On the engine's thread."""
         for job in jobs:
             self._core.start(job)
+
+    def _stopped(self, generation: Generation) -> None:
+        """A stop string ended a completion. On the delivery thread."""
+        with contextlib.suppress(SloraError):  # a closed engine computes no more of it anyway
+            self._loop.submit(lambda: self._core.stopped(generation))
 
     def _abort(self, request_id: str) -> bool:
         """On the engine's thread."""

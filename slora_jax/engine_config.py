@@ -40,6 +40,8 @@ class EngineConfig:
     adapter_quota: what each adapter may take; None is no limit. adapter_quotas: the same for single adapters, by name.
     prefix_caching: keep the keys and values of full pages after their request, in pages that nobody needs just now, for
         requests that begin with the same tokens under the same adapter.
+    overlap: plan and dispatch a step while the one before it runs; False waits for each step's results first. Answers
+        are the same.
     tensor_parallel: devices that one model is spread over; page_pool_bytes and memory are those of each.
     lora_layout: how adapters are cut for several devices, see docs/sharding.md: "s-lora" (nothing twice, a collective
         for each group of projections), "comm-free" (more bytes, no collectives), or "auto", which takes the cheaper one
@@ -67,6 +69,7 @@ class EngineConfig:
     adapter_quota: Quota | None = None
     adapter_quotas: Mapping[str, Quota] = dataclasses.field(default_factory=dict)
     prefix_caching: bool = True
+    overlap: bool = True
     tensor_parallel: int = 1
     lora_layout: Literal["auto", "s-lora", "comm-free"] = "auto"
     implementation: Implementation = "auto"

@@ -2,15 +2,19 @@
 
 from collections.abc import Callable, Sequence
 import contextlib
+import dataclasses
 from typing import Any, Literal
 
 import jax
 from jax import numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
 from pallas_kernels import Implementation
+from sharding import WHOLE, ShardedTable
+from slora_jax.adapter_rows import Table
 from slora_jax.adapters import Adapter
-from slora_jax.batch import Batch, Output, Sampling
+from slora_jax.batch import Batch, Output, Sampling, State
 from slora_jax.batch_builder import BatchBuilder
 from slora_jax.buckets import Buckets
 from slora_jax.errors import CapacityError
@@ -20,7 +24,7 @@ from slora_jax.parallel import Parallel
 from slora_jax.placement import adapter_images, join_images, make_write, new_state
 from slora_jax.sampling import sample
 from slora_jax.sampling_batch import build_sampling
-from slora_jax.step import Params, make_forward
+from slora_jax.step import Forward, Params, make_forward
 
 Progress = Callable[[int, int, str], None]
 _LOAD_BYTES = 16 << 20  # of adapter weights a device copy moves at a time
@@ -35,6 +39,21 @@ def device_memory_errors(what: str, remedy: str):
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise CapacityError(f"not enough device memory for {what}; {remedy}") from error
+
+
+def _with_last_tokens(forward: Forward) -> Callable[..., tuple[State, jax.Array]]:
+    """A step that finds tokens the host does not know among those that were sampled last."""
+
+    def step(params: Params, state: State, last: jax.Array, batch: Batch) -> tuple[State, jax.Array]:
+        tokens = jnp.where(batch.tokens < 0, last[jnp.maximum(-1 - batch.tokens, 0)], batch.tokens)
+        return forward(params, state, dataclasses.replace(batch, tokens=tokens))
+
+    return step
+
+
+def _sample_into(logits: jax.Array, sampling: Sampling, last: jax.Array, rows: jax.Array) -> tuple[Output, jax.Array]:
+    output = sample(logits, sampling)
+    return output, last.at[rows].set(output.tokens, mode="drop")
 
 
 class Runner:
@@ -60,14 +79,15 @@ class Runner:
         self.num_pages = num_pages
         self.parallel = parallel
         layout = parallel.layout if parallel else None
-        self.builder = BatchBuilder(config.geometry, buckets, num_pages, max_model_len, layout)
+        self.builder = BatchBuilder(config.geometry, buckets, num_pages, max_model_len, layout, self._put_table)
         self.page_bytes = page_bytes(config, self.dtype, parallel)
         self._load_pages = max(1, _LOAD_BYTES // self.page_bytes)
         self._options: dict[str, Any] = dict(
             dtype=self.dtype, implementation=implementation, loop=loop, parallel=parallel
         )
         self._write = jax.jit(make_write(parallel), donate_argnums=0)
-        self._sample = jax.jit(sample)
+        self._sample = jax.jit(_sample_into)
+        self.compiles = 0
         self.max_rank = 0
         self.require_rank(max_rank)
         self.reset()
@@ -78,14 +98,23 @@ class Runner:
         size = self.num_pages * self.page_bytes / 2**30
         with device_memory_errors(f"a page pool of {size:.1f} GiB", "set page_pool_bytes lower"):
             self.state = jax.block_until_ready(new_state(self.config, self.num_pages, self.dtype, self.parallel))
+        self.last_tokens = self._put(np.zeros(self.builder.buckets.max_seqs, np.int32), WHOLE)
 
     def require_rank(self, rank: int) -> bool:
         """Makes the steps take adapters up to `rank`. True if that means they will be compiled anew."""
         if rank <= self.max_rank:
             return False
         self.max_rank = max(8, 1 << (rank - 1).bit_length())
-        self._forward = jax.jit(make_forward(self.config, max_rank=self.max_rank, **self._options), donate_argnums=1)
+        forward = make_forward(self.config, max_rank=self.max_rank, **self._options)
+        self._forward = jax.jit(_with_last_tokens(forward), donate_argnums=1)
         return True
+
+    def _put(self, array: np.ndarray, spec: PartitionSpec) -> jax.Array:
+        return jax.device_put(array, NamedSharding(self.parallel.mesh, spec) if self.parallel else None)
+
+    def _put_table(self, table: Table) -> Table:
+        specs = ShardedTable.specs() if self.parallel else jax.tree.map(lambda _: WHOLE, table)
+        return jax.tree.map(self._put, table, specs)
 
     def load_adapter(self, adapter: Adapter, page_ids: Sequence[int]) -> None:
         """Writes an adapter's weights to its pages, a few pages at a time, without waiting for the device."""
@@ -102,13 +131,27 @@ class Runner:
             self.state = self._write(self.state, ids, join_images(parts, self.parallel))
 
     def forward(self, batch: Batch) -> jax.Array:
-        """Runs a step and returns its logits, still on the device."""
-        self.state, logits = self._forward(self.params, self.state, batch)
+        """Dispatches a step and returns its logits, still on the device. Tokens of the batch that are negative, -1 -
+        row, are those that `sample` chose last for that row.
+        """
+        self.state, logits = self._forward(self.params, self.state, self.last_tokens, batch)
         return logits
 
-    def sample(self, logits: jax.Array, sampling: Sampling) -> Output:
-        """Chooses tokens and brings the results to the host."""
-        return jax.device_get(self._sample(logits, sampling))
+    def sample(self, logits: jax.Array, sampling: Sampling, rows: np.ndarray) -> Output:
+        """Dispatches the choice of tokens, which the device keeps for `rows` (int32 [R]; max_seqs: for none). Its
+        results are on their way to the host; `fetch` waits for them.
+        """
+        output, self.last_tokens = self._sample(logits, sampling, self.last_tokens, rows)
+        for array in jax.tree.leaves(output):
+            array.copy_to_host_async()
+        return output
+
+    def fetch(self, output: Output | None, logits: jax.Array) -> Output | None:
+        """Waits for a step and returns its results in numpy. None for a step that samples nothing."""
+        if output is None:
+            jax.block_until_ready(logits)
+            return None
+        return jax.device_get(output)
 
     def warm_up(self, *, adapters: bool, progress: Progress | None = None) -> None:
         """Compiles the steps of every bucket by running them on padding."""
@@ -122,13 +165,14 @@ class Runner:
             remedy = "set max_step_tokens, max_seqs or page_pool_bytes lower"
             with device_memory_errors(f"a {what}", remedy):
                 logits = self.forward(batch)
-                self.sample(logits, build_sampling([], logits.shape[0]))
+                nobody = np.full(logits.shape[0], buckets.max_seqs, np.int32)
+                self.fetch(self.sample(logits, build_sampling([], logits.shape[0]), nobody), logits)
         if progress:
             progress(len(shapes), len(shapes), "done")
 
     def temp_bytes(self, batch: Batch) -> int:
         """Temporary device memory of the compiled step of this batch's shape, in bytes."""
-        compiled = self._forward.lower(self.params, self.state, batch).compile()
+        compiled = self._forward.lower(self.params, self.state, self.last_tokens, batch).compile()
         analysis = compiled.memory_analysis()
         assert analysis is not None, "the backend does not tell how much memory a program needs"
         return analysis.temp_size_in_bytes

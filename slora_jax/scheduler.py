@@ -6,6 +6,9 @@ later (S-LoRA reserves the worst case at admission instead and leaves memory idl
 
 A policy says in which order waiting sequences are tried. One that does not fit is overtaken by others that do, but only
 so often: then nobody is admitted before it.
+
+A step may be planned while the one before it still runs: its sampled tokens then count as tokens whose values are not
+known yet. The device runs steps in order, so pages change hands as soon as nothing that is planned needs them.
 """
 
 from collections import Counter, deque
@@ -30,6 +33,7 @@ class StepPlan:
     loads: list[AdapterUse]  # adapters whose weights must be written to their pages before the step
     preempted: list[Sequence]
     dropped: list[Drop] = dataclasses.field(default_factory=list)  # given up by the policy; they are no longer queued
+    admitted: list[Sequence] = dataclasses.field(default_factory=list)  # started, or started again
 
     @property
     def num_tokens(self) -> int:
@@ -80,7 +84,10 @@ class Scheduler:
         self._queue: dict[Sequence, None] = {}  # never ran, in order of arrival
         self._overdue: dict[Sequence, None] = {}  # those of _queue that may not be overtaken any more
         self._preempted: deque[Sequence] = deque()
+        self._ending: list[Sequence] = []  # whose last token is being sampled
         self._adapter_users: dict[str, int] = {}
+        self._rows = list(range(max_seqs - 1, -1, -1))  # not in use
+        self._tickets = 0
 
     @property
     def waiting(self) -> list[Sequence]:
@@ -102,14 +109,16 @@ class Scheduler:
         self.policy.added(seq)
 
     def remove(self, seq: Sequence) -> None:
-        """Takes a finished or cancelled sequence out and frees its pages at once."""
+        """Takes a finished or cancelled sequence out and frees its pages at once. A step that was planned with it may
+        still run: it is over before another can use the pages.
+        """
         if seq in self.running:
             del self.running[seq]
             self._give_back(seq)
         elif seq in self._queue:
             del self._queue[seq]
             self._overdue.pop(seq, None)
-        else:
+        elif seq in self._preempted:
             self._preempted.remove(seq)
         self.policy.removed(seq)
 
@@ -120,45 +129,96 @@ class Scheduler:
         return digest in self._adapter_users
 
     def schedule(self) -> StepPlan:
-        """Plans a step and takes the pages it needs.
+        """Plans a step and takes the pages it needs. The sequences advance at once; the values of the tokens that the
+        step samples are given to Sequence.push later, before the step after the next is planned.
 
-        It has no chunks only if there is nothing to do, or if quotas let nothing start just now.
+        It has no chunks only if there is nothing to do, if quotas let nothing start just now, or if all that runs waits
+        for its last token.
         """
         now = self.clock()
+        self._let_go()
         dropped = self._drop(now)
         budget = self.max_step_tokens
-        chunks: list[Chunk] = []
+        singles: list[Chunk] = []
+        longer: list[Chunk] = []
         preempted: list[Sequence] = []
         # a token of every decoding sequence before any prompt, so that running answers keep their pace
-        for decoding in (True, False):
-            for seq in [s for s in self.running if (s.num_pending == 1) == decoding]:
-                length = min(seq.num_pending, budget)
-                if length and seq in self.running and self._grow(seq, length, preempted):
-                    chunks.append(Chunk(seq, seq.num_computed, length))
-                    budget -= length
-        chunks = [c for c in chunks if c.seq not in preempted]
-        loads = [] if preempted else self._admit_waiting(chunks, budget, now)
+        prompts = []
+        for seq in list(self.running):
+            if seq.num_pending != 1:
+                prompts.append(seq)
+            elif budget and (seq.num_computed < seq.room or self._grow(seq, 1, preempted)):
+                singles.append(Chunk(seq, seq.num_computed, 1))
+                budget -= 1
+        for seq in prompts:
+            length = min(seq.num_pending, budget)
+            if length and self._grow(seq, length, preempted):
+                (singles if length == 1 else longer).append(Chunk(seq, seq.num_computed, length))
+                budget -= length
+        if preempted:
+            gone = set(preempted)
+            singles = [c for c in singles if c.seq not in gone]
+            longer = [c for c in longer if c.seq not in gone]
+        loads: list[AdapterUse] = []
+        admitted: list[Sequence] = []
+        if not preempted:
+            for chunk in self._admit_waiting(budget, now, loads):
+                admitted.append(chunk.seq)
+                (singles if chunk.length == 1 else longer).append(chunk)
         # a sequence preempted in this step goes before everything that was waiting, in its old order
         self._preempted.extendleft(preempted)
-        chunks.sort(key=lambda c: (c.length > 1, c.seq.adapter.digest if c.seq.adapter else ""))
-        return StepPlan(chunks, loads, preempted, dropped)
+        for part in (singles, longer):
+            part.sort(key=lambda c: c.seq.group)
+        chunks = singles + longer
+        self._advance(chunks)
+        return StepPlan(chunks, loads, preempted, dropped, admitted)
+
+    def _advance(self, chunks: list[Chunk]) -> None:
+        for chunk in chunks:
+            seq = chunk.seq
+            seq.num_computed = end = chunk.start + chunk.length
+            if chunk.samples:
+                seq.num_unknown += 1
+                if end + 1 - seq.prompt_len >= seq.max_tokens:
+                    self._ending.append(seq)
+
+    def _let_go(self) -> None:
+        """Frees what sequences hold whose last token is being sampled: no further step needs it."""
+        for seq in self._ending:
+            if seq in self.running:
+                if self.prefixes is not None:
+                    self.prefixes.publish(seq, sequence_owner(seq), seq.num_computed)
+                del self.running[seq]
+                self._give_back(seq)
+        self._ending.clear()
 
     def complete(self, plan: StepPlan, seconds: float = 0.0) -> None:
-        """Records that a plan's tokens are in their pages. The caller then appends sampled tokens to the sequences.
+        """Records that a plan's step has run. The caller then pushes the sampled tokens.
 
         seconds: what the step took, for policies that estimate; 0 if it was not measured.
         """
-        now = self.clock()
-        for chunk in plan.chunks:
-            chunk.seq.num_computed = chunk.start + chunk.length
-            self.quotas.charge(chunk.seq, chunk.length, now)
-            if self.prefixes is not None and chunk.seq in self.running:
-                self.prefixes.publish(chunk.seq, sequence_owner(chunk.seq))
+        if self.quotas.limited:
+            now = self.clock()
+            for chunk in plan.chunks:
+                self.quotas.charge(chunk.seq, chunk.length, now)
+        if self.prefixes is not None:
+            for chunk in plan.chunks:
+                end = chunk.start + chunk.length
+                if end // PAGE_TOKENS > chunk.start // PAGE_TOKENS and chunk.seq in self.running:
+                    self.prefixes.publish(chunk.seq, sequence_owner(chunk.seq), end)
         self.policy.completed(plan.chunks, seconds)
 
     def reset(self) -> None:
-        """Drops every page's contents, because the device lost them. No sequence may be running."""
-        assert not self.running
+        """Stops every running sequence and drops every page's contents, because the device lost them or the books
+        cannot be trusted. What waits goes on waiting.
+        """
+        for seq in self.running:
+            self.quotas.stopped(seq)
+            seq.row, seq.room = -1, 0
+        self.running.clear()
+        self._ending.clear()
+        self._adapter_users.clear()
+        self._rows = list(range(self.max_seqs - 1, -1, -1))
         for owner in list(self.pool.owners()):
             self.pool.release(owner)
         if self.prefixes is not None:
@@ -193,12 +253,12 @@ class Scheduler:
             self.remove(drop.seq)
         return dropped
 
-    def _admit_waiting(self, chunks: list[Chunk], budget: int, now: float) -> list[AdapterUse]:
-        """Starts what fits and adds its first chunks. Returns the adapters to load."""
-        loads: list[AdapterUse] = []
+    def _admit_waiting(self, budget: int, now: float, loads: list[AdapterUse]) -> list[Chunk]:
+        """Starts what fits and returns its first chunks. Adds to `loads` the adapters to load."""
+        chunks: list[Chunk] = []
         refused: list[Sequence] = []
         if not budget or not self._has_room():
-            return loads
+            return chunks
         for seq, first in self._candidates(now):
             if not self.quotas.admits(seq, now):
                 continue
@@ -212,7 +272,7 @@ class Scheduler:
             budget -= length
             if self._overtaken(refused) or not budget or not self._has_room():
                 break
-        return loads
+        return chunks
 
     def _has_room(self) -> bool:
         return len(self.running) < self.max_seqs and self.pool.available > len(self.running)
@@ -235,19 +295,20 @@ class Scheduler:
                 overdue = True
         return overdue
 
-    def _missing_pages(self, seq: Sequence, length: int) -> int:
-        owner = sequence_owner(seq)
-        held = len(self.pool.pages(owner)) if self.pool.holds(owner) else 0
-        return ceil_div(seq.num_computed + length, PAGE_TOKENS) - held
+    def _take_pages(self, seq: Sequence, count: int) -> None:
+        self.pool.allocate(sequence_owner(seq), count)
+        seq.room += count * PAGE_TOKENS
 
     def _grow(self, seq: Sequence, length: int, preempted: list[Sequence]) -> bool:
         """Gets the pages for the next `length` tokens, preempting whom the policy names. False if `seq` itself had to
-        go.
+        go, now or before.
         """
-        missing = self._missing_pages(seq, length)
+        if preempted and seq not in self.running:
+            return False
+        missing = ceil_div(seq.num_computed + length - seq.room, PAGE_TOKENS)
         while missing > 0:
             try:
-                self.pool.allocate(sequence_owner(seq), missing)
+                self._take_pages(seq, missing)
                 return True
             except OutOfPages:
                 victim = self.policy.victim(self.running)
@@ -262,6 +323,7 @@ class Scheduler:
 
     def _admit(self, seq: Sequence, loads: list[AdapterUse]) -> bool:
         """Starts a waiting sequence if its adapter and its tokens fit beside a spare page for each running sequence."""
+        assert not seq.num_unknown, "a sequence cannot start while its last token is not known"
         hits = self.prefixes.match(seq) if self.prefixes is not None else []
         need = ceil_div(len(seq.tokens), PAGE_TOKENS) - len(hits)
         available = self.pool.available
@@ -278,6 +340,7 @@ class Scheduler:
             return False
         if self.prefixes is not None:  # before anything is evicted to make room
             self.prefixes.take(seq, sequence_owner(seq), hits)
+        seq.room = seq.num_computed  # of the pages that the cache gave
         if adapter is not None:
             owner = adapter_owner(adapter.digest)
             if not resident:
@@ -286,18 +349,23 @@ class Scheduler:
             elif self.pool.is_idle(owner):
                 self.pool.revive(owner)
             self._adapter_users[adapter.digest] = self._adapter_users.get(adapter.digest, 0) + 1
-        self.pool.allocate(sequence_owner(seq), self._missing_pages(seq, seq.num_pending))
+        self._take_pages(seq, ceil_div(seq.num_computed + seq.num_pending - seq.room, PAGE_TOKENS))
         if seq in self._queue:
             del self._queue[seq]
             self._overdue.pop(seq, None)
         else:
             self._preempted.remove(seq)
         self.running[seq] = None
+        seq.row = self._rows.pop()
+        self._tickets += 1
+        seq.ticket = self._tickets
         self.quotas.admitted(seq)
         self.policy.admitted(seq)
         return True
 
     def _give_back(self, seq: Sequence) -> None:
+        self._rows.append(seq.row)
+        seq.row, seq.room = -1, 0
         self.quotas.stopped(seq)
         if self.prefixes is not None:
             self.prefixes.leave(seq)
