@@ -66,6 +66,7 @@ class BatchBuilder:
         self.layout = layout
         self.buckets = buckets
         self.num_pages = num_pages
+        self.max_model_len = max_model_len
         self.table_pages = -(-max_model_len // PAGE_TOKENS)
         self._adapters = AdapterRows(geometry, num_pages, buckets.max_seqs, layout, put)
         # by Sequence.row
@@ -73,9 +74,12 @@ class BatchBuilder:
         self._filled = np.zeros(buckets.max_seqs, np.int32)  # pages in the table
         self._tickets = np.full(buckets.max_seqs, -1, np.int64)  # of the sequence that it is for
 
-    def build(self, chunks: Sequence[Chunk], pool: PagePool, adapters: Mapping[str, Adapter]) -> tuple[Batch, Rows]:
+    def build(
+        self, chunks: Sequence[Chunk], pool: PagePool, adapters: Mapping[str, Adapter], *, widest: bool = False
+    ) -> tuple[Batch, Rows]:
         """Batch of numpy arrays for chunks in batch order, and what its rows of logits mean.
 
+        widest: pad to the largest number of sequences; always so with log-probabilities of a prompt.
         A token whose value is not known on the host is given as ``-1 - row``, row being its sequence's. Only a
         sequence's last token can be.
         adapters: by digest; every adapter of `chunks` must have its pages in the pool.
@@ -86,7 +90,13 @@ class BatchBuilder:
         ends = starts + lengths
         decode_only = bool((lengths == 1).all())
         num_tokens = int(lengths.sum())
-        size, width = self.buckets.shape(count, num_tokens, decode_only)
+        rows = self._rows(chunks, ends)
+        widest = widest or not rows.samples.all()
+        size, width = self.buckets.shape(self.buckets.max_seqs if widest else count, num_tokens, decode_only)
+        num_rows = size
+        if len(rows) > size:  # only with log-probabilities of prompts, which have a shape of their own
+            width = self.buckets.tokens[-1]
+            num_rows = self.buckets.wide_rows if len(rows) <= self.buckets.wide_rows else width
         q_start = np.full(size + 1, num_tokens, np.int32)
         q_start[:count] = np.cumsum(lengths) - lengths
         owner = np.repeat(np.arange(count), lengths)  # chunk of each token
@@ -96,7 +106,6 @@ class BatchBuilder:
         page_ids = np.full(width, self.num_pages, np.int32)
         page_ids[:num_tokens] = tables[owner, positions[:num_tokens] // PAGE_TOKENS]
         seg_start, seg_adapter, table = self._segments(chunks, q_start, pool, adapters)
-        rows = self._rows(chunks, ends)
         logit_rows = (q_start[:count] - starts)[rows.index] + rows.position
         batch = Batch(
             tokens=self._tokens(chunks, width),
@@ -109,7 +118,7 @@ class BatchBuilder:
             seg_start=seg_start,
             seg_adapter=seg_adapter,
             adapters=table,
-            logit_rows=_padded(logit_rows, size if len(rows) <= size else width),
+            logit_rows=_padded(logit_rows, num_rows),
             max_query=1 if decode_only else width,
             use_adapters=bool((seg_adapter >= 0).any()),
         )
@@ -173,7 +182,7 @@ class BatchBuilder:
     def _rows(chunks: Sequence[Chunk], ends: np.ndarray) -> Rows:
         count = len(chunks)
         samples = np.fromiter((c.samples for c in chunks), bool, count)
-        index, position = np.flatnonzero(samples), ends[samples] - 1
+        index, position = np.flatnonzero(samples).astype(np.int32), ends[samples] - 1
         sampled = np.ones(len(index), bool)
         asked = [
             (i, p)
@@ -182,13 +191,17 @@ class BatchBuilder:
             for p in range(c.start, min(c.start + c.length, c.seq.prompt_len - 1))
         ]
         if asked:
-            more = np.array(asked, np.int64)
+            more = np.array(asked, np.int32)
             index, position = np.concatenate([more[:, 0], index]), np.concatenate([more[:, 1], position])
             sampled = np.concatenate([np.zeros(len(asked), bool), sampled])
         return Rows(chunks, index, position, sampled)
 
-    def padding(self, num_seqs: int, num_tokens: int, *, decode_only: bool, use_adapters: bool) -> Batch:
-        """A batch of the given padded shape that holds no token: compiling and running it changes nothing."""
+    def padding(
+        self, num_seqs: int, num_tokens: int, *, decode_only: bool, use_adapters: bool, rows: int | None = None
+    ) -> Batch:
+        """A batch of the given padded shape that holds no token: compiling and running it changes nothing. rows: of
+        logits, if not as many as sequences.
+        """
         zeros = np.zeros(num_tokens, np.int32)
         return Batch(
             tokens=zeros,
@@ -201,7 +214,7 @@ class BatchBuilder:
             seg_start=np.zeros(num_seqs + 1, np.int32),
             seg_adapter=np.full(num_seqs, -1, np.int32),
             adapters=self._adapters.place([], PagePool(1), {})[1],
-            logit_rows=np.zeros(num_seqs, np.int32),
+            logit_rows=np.zeros(num_seqs if rows is None else rows, np.int32),
             max_query=1 if decode_only else num_tokens,
             use_adapters=use_adapters,
         )

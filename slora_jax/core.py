@@ -20,7 +20,7 @@ from slora_jax.jobs import Generation, Job
 from slora_jax.page_pool import PagePool
 from slora_jax.requests import TokenLogprob
 from slora_jax.runner import Runner
-from slora_jax.sampling_batch import SamplingTable, build_sampling
+from slora_jax.sampling_batch import SamplingTable, build_sampling, with_all_features
 from slora_jax.scheduler import Scheduler, StepPlan, adapter_owner
 from slora_jax.sequence import Sequence as Seq
 
@@ -197,25 +197,31 @@ class EngineCore:
         for use in plan.loads:
             self.runner.load_adapter(self._adapters[use.digest], self.pool.pages(adapter_owner(use.digest)))
             self.counters["adapter_loads"] += 1
-        batch, rows = self.runner.builder.build(plan.chunks, self.pool, self._adapters)
+        sampled = np.fromiter((c.seq.row for c in plan.chunks if c.samples), np.int32)
+        # samplers that know penalties and biases are for the largest batch only
+        special = not self._sampling.covers(sampled)
+        batch, rows = self.runner.builder.build(plan.chunks, self.pool, self._adapters, widest=special)
         logits = self.runner.forward(batch)
         generations = [self._generations[plan.chunks[i].seq] for i in rows.index.tolist()]
         output = None
         if generations:
-            sampling, last = self._row_sampling(rows, generations, len(batch.logit_rows))
+            plain = not special and len(sampled) == len(rows)
+            sampling, last = self._row_sampling(rows, generations, len(batch.logit_rows), plain)
             output = self.runner.sample(logits, sampling, last)
         return _Step(plan, rows, generations, output, logits, now, compiles)
 
-    def _row_sampling(self, rows: Rows, generations: list[Generation], size: int) -> tuple[Sampling, np.ndarray]:
+    def _row_sampling(
+        self, rows: Rows, generations: list[Generation], size: int, plain: bool
+    ) -> tuple[Sampling, np.ndarray]:
         """How the rows' tokens are chosen, and the sequences' rows of the device's last tokens that take them."""
         count = len(rows)
         of_seq = np.fromiter((g.seq.row for g in generations), np.int32, count)
         last = np.full(size, self.scheduler.max_seqs, np.int32)  # past the end: for nobody
         last[:count] = np.where(rows.samples, of_seq, self.scheduler.max_seqs)
-        if rows.samples.all() and self._sampling.covers(of_seq):
+        if plain:
             return self._sampling.gather(of_seq, rows.position + 1, size), last
         wanted = [g.row_sampling(p) for g, p in zip(generations, rows.position.tolist(), strict=True)]
-        return build_sampling(wanted, size), last
+        return with_all_features(build_sampling(wanted, size), self.runner.builder.max_model_len), last
 
     def _collect(self, step: _Step) -> None:
         """Waits for a step's results and hands them out."""

@@ -10,13 +10,11 @@ import time
 from typing import Any
 
 import jax
-from jax import numpy as jnp
 
 from pallas_kernels.geometry import PAGE_TOKENS
 from slora_jax.adapters import Adapter, read_adapter
 from slora_jax.admission import Admission
 from slora_jax.async_deltas import AsyncDeltas
-from slora_jax.buckets import Buckets
 from slora_jax.core import EngineCore
 from slora_jax.delivery import Delivery
 from slora_jax.engine_config import EngineConfig
@@ -24,7 +22,7 @@ from slora_jax.engine_loop import EngineLoop
 from slora_jax.errors import AdapterError, CapacityError, SloraError
 from slora_jax.jobs import Generation, Job, Sink
 from slora_jax.loading import LoadedModel, load_config, load_model
-from slora_jax.memory import check_weights_fit, choose_num_pages, num_weights
+from slora_jax.memory import check_weights_fit, num_weights
 from slora_jax.model_config import ModelConfig
 from slora_jax.page_pool import PagePool
 from slora_jax.parallel import Parallel, choose_parallel, param_shards, shard_params
@@ -33,9 +31,9 @@ from slora_jax.policies import Quotas, make_policy
 from slora_jax.progress import progress_bar
 from slora_jax.registry import AdapterRegistry
 from slora_jax.requests import Delta, Request, RequestOutput
-from slora_jax.runner import Runner
 from slora_jax.scheduler import Scheduler
 from slora_jax.sequence import AdapterUse
+from slora_jax.startup import make_runner
 
 _HOST_TO_DEVICE_BYTES_PER_SECOND = 40e9  # measured from pinned memory on an H200; sets what evicting an adapter costs
 _PROMPT_OPERATIONS_PER_SECOND = 600e12  # the same for evicting a prefix; bfloat16 on an H200
@@ -60,6 +58,7 @@ class Engine:
         settings = config.resolved()
         if settings.compile_cache_dir:
             jax.config.update("jax_compilation_cache_dir", settings.compile_cache_dir)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # there are many small samplers
         self.settings = settings
         self.parallel = parallel or choose_parallel(model.config, settings, list((adapters or {}).values()))
         if self.parallel:
@@ -71,28 +70,21 @@ class Engine:
         for name, adapter in (adapters or {}).items():
             self._registry.add(name, adapter)
         rank = settings.max_lora_rank or max((a.max_rank for _, a in self._registry.items()), default=8)
-        default = Buckets.default(settings.max_seqs, settings.max_step_tokens)
-        buckets = Buckets(seqs=settings.seq_buckets or default.seqs, tokens=settings.token_buckets or default.tokens)
-        num_pages = choose_num_pages(
-            model.config, model.params, settings, buckets, self.max_model_len, rank, self.parallel
+        runner = make_runner(
+            model,
+            settings,
+            self.max_model_len,
+            rank,
+            self.parallel,
+            adapters=bool(adapters) or settings.max_lora_rank is not None,
         )
-        runner = Runner(
-            model.config,
-            model.params,
-            dtype=jnp.dtype(settings.dtype),
-            num_pages=num_pages,
-            buckets=buckets,
-            max_model_len=self.max_model_len,
-            max_rank=rank,
-            implementation=settings.implementation,
-            loop=settings.loop,
-            parallel=self.parallel,
-        )
+        num_pages, buckets = runner.num_pages, runner.builder.buckets
         pool = PagePool(num_pages)
         scheduler = Scheduler(
             pool,
             max_seqs=settings.max_seqs,
             max_step_tokens=settings.max_step_tokens,
+            max_prompt_rows=buckets.wide_rows - buckets.max_seqs,
             policy=make_policy(settings.policy, settings.policy_options),
             quotas=Quotas(settings.adapter_quota, settings.adapter_quotas),
             prefix_page_cost=_prefix_page_cost(model.config) if settings.prefix_caching else None,
@@ -106,12 +98,6 @@ class Engine:
         )
         self._admission = Admission(model, self.max_model_len, scheduler, self._find_adapter, self._adapter_use)
         self._loop = EngineLoop(self._core)
-        if settings.warm_up:
-            try:
-                self.warm_up(adapters=bool(adapters))
-            except BaseException:
-                self.close()
-                raise
 
     @classmethod
     def from_pretrained(
@@ -144,9 +130,10 @@ class Engine:
         return cls(loaded, settings, read, parallel)
 
     def warm_up(self, *, adapters: bool) -> None:
-        """Compiles every step shape now, up to the largest rank registered. What is asked meanwhile waits.
+        """Compiles every step shape now, up to the largest rank registered. What is asked meanwhile waits. With
+        EngineConfig.warm_up it was done at start, when it leaves the pool more memory.
 
-        adapters: the shapes of steps in which some request uses an adapter, or of those in which none does.
+        adapters: also the shapes of steps in which some request uses an adapter.
         Raises CapacityError if a step does not fit in the device's memory.
         """
         with progress_bar("compiling", self.settings.progress) as progress:
@@ -314,12 +301,16 @@ class Engine:
         ]
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the start, and the present: running, waiting, pages by use, hits of the prefix cache."""
+        """Counters since the start, and the present: running, waiting, pages by use, hits of the prefix cache.
+
+        compiles: programs that were compiled while serving, because a step needed them: 0 after a full warm-up.
+        """
 
         def collect() -> dict[str, Any]:
             core = self._core
             return dict(
                 **core.counters,
+                compiles=core.runner.compiles,
                 running=len(core.scheduler.running),
                 waiting=len(core.scheduler.waiting),
                 pages=core.scheduler.used_pages(),

@@ -49,7 +49,9 @@ class EngineConfig:
     implementation: kernels, "auto", "mosaic" or "xla".
     loop: "unroll" or "scan" over the layers, see Llama; None: unroll where the Hopper kernels run, else scan, because
         the XLA kernels take long to compile.
-    warm_up: compile every step shape at start instead of when it is first needed.
+    warm_up: compile every step and sampler at start instead of when it is first needed; "greedy": only what requests
+        need that want nothing but the likeliest token. Steps with adapters are among them if adapters are given at
+        start, or max_lora_rank.
     compile_cache_dir: where compiled steps are kept between runs; "" keeps none. It holds executable code: use a
         directory that only you can write to.
     progress: show progress bars.
@@ -74,7 +76,7 @@ class EngineConfig:
     lora_layout: Literal["auto", "s-lora", "comm-free"] = "auto"
     implementation: Implementation = "auto"
     loop: Literal["unroll", "scan"] | None = None
-    warm_up: bool = False
+    warm_up: bool | Literal["greedy"] = False
     compile_cache_dir: str = dataclasses.field(default_factory=_default_cache_dir)
     progress: bool = False
 
@@ -90,6 +92,7 @@ class EngineConfig:
             ("lora_layout", ("auto", "s-lora", "comm-free")),
             ("implementation", ("auto", "mosaic", "xla")),
             ("loop", (None, "unroll", "scan")),
+            ("warm_up", (False, True, "greedy")),
         ):
             if getattr(self, name) not in allowed:
                 choices = ", ".join(repr(a) for a in allowed if a)

@@ -12,6 +12,9 @@ from slora_jax.batch import Sampling
 from slora_jax.grammar import Constraint, token_masks
 from slora_jax.sampling_params import SamplingParams
 
+TOP_LOGPROBS = 20  # as many as a request may ask for
+MAX_BIASES = 1024
+_HISTORY = 64  # the smallest width
 _MODES = ("greedy", "random", "filtered")  # each does what those before it do
 
 
@@ -50,6 +53,56 @@ def _mode(p: SamplingParams) -> str:
 
 def _fold(seed: int) -> int:
     return (seed ^ (seed >> 32)) & 0xFFFFFFFF
+
+
+def history_widths(max_len: int) -> list[int]:
+    """Widths of Sampling.history that an engine's programs have, for sequences of up to `max_len` tokens."""
+    widths = [_HISTORY]
+    while widths[-1] < max_len:
+        widths.append(4 * widths[-1])
+    return widths
+
+
+def with_all_features(sampling: Sampling, max_len: int) -> Sampling:
+    """The same, in one of few forms, for which programs are compiled ahead."""
+    history, bias_ids, bias_values = sampling.history, sampling.bias_ids, sampling.bias_values
+    if width := history.shape[1]:
+        more = next(w for w in history_widths(max_len) if w >= width) - width
+        history = np.pad(history, ((0, 0), (0, more)), constant_values=-1)
+    if width := bias_ids.shape[1]:
+        more = MAX_BIASES - width
+        bias_ids = np.pad(bias_ids, ((0, 0), (0, more)), constant_values=-1)
+        bias_values = np.pad(bias_values, ((0, 0), (0, more)))
+    wide = dict(history=history, bias_ids=bias_ids, bias_values=bias_values)
+    return dataclasses.replace(sampling, **wide, mode=_MODES[-1], logprobs=True, top_logprobs=TOP_LOGPROBS)
+
+
+def sampling_shapes(seqs: Sequence[int], wide_rows: int, max_len: int, *, greedy_only: bool = False) -> list[Sampling]:
+    """One of every shape that a SamplingTable, or with_all_features for the largest of `seqs` and for `wide_rows`,
+    makes.
+
+    greedy_only: those of steps in which nothing but the likeliest token is wanted.
+    """
+    plain = [build_sampling([], n) for n in seqs]
+    if greedy_only:
+        return plain
+    found = [
+        dataclasses.replace(s, mode=mode, logprobs=logprobs, top_logprobs=TOP_LOGPROBS if logprobs else 0)
+        for s in plain
+        for mode in _MODES
+        for logprobs in (False, True)
+    ]
+    for rows in (seqs[-1], wide_rows):
+        for width in (0, *history_widths(max_len)):
+            for biases in (0, MAX_BIASES):
+                sampling = dataclasses.replace(
+                    build_sampling([], rows),
+                    history=np.full((rows, width), -1, np.int32),
+                    bias_ids=np.full((rows, biases), -1, np.int32),
+                    bias_values=np.zeros((rows, biases), np.float32),
+                )
+                found.append(with_all_features(sampling, max_len))
+    return found
 
 
 def build_sampling(rows: Sequence[RowSampling], size: int) -> Sampling:
@@ -110,7 +163,7 @@ def build_sampling(rows: Sequence[RowSampling], size: int) -> Sampling:
         targets=targets,
         mode=mode,
         logprobs=bool(wanted),
-        top_logprobs=20 if any(wanted) else 0,
+        top_logprobs=TOP_LOGPROBS if any(wanted) else 0,
     )
 
 
@@ -165,5 +218,5 @@ class SamplingTable:
         columns["draw"][: len(rows)] = lengths - self._prompt_len[rows]
         empty = build_sampling([], size)
         return dataclasses.replace(
-            empty, **columns, mode=_MODES[mode], logprobs=logprobs, top_logprobs=20 if logprobs else 0
+            empty, **columns, mode=_MODES[mode], logprobs=logprobs, top_logprobs=TOP_LOGPROBS if logprobs else 0
         )

@@ -52,8 +52,10 @@ class Scheduler:
     """Shares one page pool and the tokens of each step among sequences.
 
     max_seqs: sequences in a step at most. max_step_tokens: tokens in a step at most. max_overtakes: how often a
-    sequence that does not fit may be overtaken. prefix_page_cost: seconds to compute a page of keys and values again,
-    which says how long one that nobody uses is kept for later sequences; None: none is kept. clock: returns seconds.
+    sequence that does not fit may be overtaken. max_prompt_rows: tokens in a step whose log-probabilities are wanted
+    because they are of a prompt; None is no limit. prefix_page_cost: seconds to compute a page of keys and values
+    again, which says how long one that nobody uses is kept for later sequences; None: none is kept. clock: returns
+    seconds.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Scheduler:
         policy: Policy | None = None,
         quotas: Quotas | None = None,
         max_overtakes: int = 64,
+        max_prompt_rows: int | None = None,
         prefix_page_cost: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -74,6 +77,8 @@ class Scheduler:
         self.max_seqs = max_seqs
         self.max_step_tokens = max_step_tokens
         self.max_overtakes = max_overtakes
+        self.max_prompt_rows = max_prompt_rows
+        self._prompt_rows = 0  # left in the step that is being planned
         self.policy = policy or Fcfs()
         self.quotas = quotas or Quotas()
         self.clock = clock
@@ -150,8 +155,9 @@ class Scheduler:
             elif budget and (seq.num_computed < seq.room or self._grow(seq, 1, preempted)):
                 singles.append(Chunk(seq, seq.num_computed, 1))
                 budget -= 1
+        self._prompt_rows = self.max_step_tokens if self.max_prompt_rows is None else self.max_prompt_rows
         for seq in prompts:
-            length = min(seq.num_pending, budget)
+            length = self._chunk_length(seq, budget)
             if length and self._grow(seq, length, preempted):
                 (singles if length == 1 else longer).append(Chunk(seq, seq.num_computed, length))
                 budget -= length
@@ -172,6 +178,13 @@ class Scheduler:
         chunks = singles + longer
         self._advance(chunks)
         return StepPlan(chunks, loads, preempted, dropped, admitted)
+
+    def _chunk_length(self, seq: Sequence, budget: int) -> int:
+        length = min(seq.num_pending, budget)
+        if seq.prompt_logprobs and seq.num_computed < seq.prompt_len:
+            length = min(length, self._prompt_rows)
+            self._prompt_rows -= length
+        return length
 
     def _advance(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
@@ -260,14 +273,14 @@ class Scheduler:
         if not budget or not self._has_room():
             return chunks
         for seq, first in self._candidates(now):
-            if not self.quotas.admits(seq, now):
+            if not self.quotas.admits(seq, now) or (seq.prompt_logprobs and not self._prompt_rows):
                 continue
             if not self._admit(seq, loads):
                 refused.append(seq)
                 if first or len(refused) == _TRIES:
                     break
                 continue
-            length = min(seq.num_pending, budget)
+            length = self._chunk_length(seq, budget)
             chunks.append(Chunk(seq, seq.num_computed, length))
             budget -= length
             if self._overtaken(refused) or not budget or not self._has_room():

@@ -27,7 +27,12 @@ def run(args: argparse.Namespace) -> int:
         warm_up=not args.no_warm_up,
         drain_seconds=args.drain_seconds,
     )
-    settings = EngineConfig(**engine_options(args), max_lora_rank=args.max_lora_rank)
+    settings = EngineConfig(
+        **engine_options(args),
+        max_lora_rank=args.max_lora_rank,
+        # else the adapters, which are read later, say up to which rank steps are compiled
+        warm_up=config.warm_up and args.max_lora_rank is not None,
+    )
     service = Service(config, lambda: Engine.from_pretrained(args.model, settings))
     run_server(service, log_level=args.log_level.upper())
     return 0

@@ -57,7 +57,7 @@ one = st.fixed_dictionaries(
 
 def mix(*kinds):
     """Long ones, more than fit."""
-    plain = dict(prompt=50, answer=30, adapter=None, stops=0, strings=False, aborted=True)
+    plain = dict(prompt=12, answer=60, adapter=None, stops=0, strings=False, aborted=True)
     return [dict(plain, kind=kind, adapter=(None, "a0")[i % 2]) for i, kind in enumerate(kinds)]
 
 
