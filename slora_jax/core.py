@@ -221,7 +221,8 @@ class EngineCore:
         if plain:
             return self._sampling.gather(of_seq, rows.position + 1, size), last
         wanted = [g.row_sampling(p) for g, p in zip(generations, rows.position.tolist(), strict=True)]
-        return with_all_features(build_sampling(wanted, size), self.runner.builder.max_model_len), last
+        sizes = (self.runner.builder.max_model_len, self.runner.config.vocab_size)
+        return with_all_features(build_sampling(wanted, size), *sizes), last
 
     def _collect(self, step: _Step) -> None:
         """Waits for a step's results and hands them out."""

@@ -71,10 +71,19 @@ class SampleShape:
     top_logprobs: int
     history: int
     biases: int
+    mask_words: int
 
     @classmethod
     def of(cls, s: Sampling) -> "SampleShape":
-        return cls(len(s.temperature), s.mode, s.logprobs, s.top_logprobs, s.history.shape[1], s.bias_ids.shape[1])
+        return cls(
+            len(s.temperature),
+            s.mode,
+            s.logprobs,
+            s.top_logprobs,
+            s.history.shape[1],
+            s.bias_ids.shape[1],
+            s.allowed.shape[1],
+        )
 
     def __str__(self) -> str:
         return f"sampler of {self.rows} rows"
@@ -160,9 +169,8 @@ class Programs:
         buckets = self.builder.buckets
         if greedy_only:
             steps = [s for s in steps if s.rows < buckets.wide_rows]
-        samplings = sampling_shapes(
-            buckets.seqs, buckets.wide_rows, self.builder.max_model_len, greedy_only=greedy_only
-        )
+        sizes = (buckets.seqs, buckets.wide_rows, self.builder.max_model_len, self.options.config.vocab_size)
+        samplings = sampling_shapes(*sizes, greedy_only=greedy_only)
         kinds = {SampleShape.of(s): s for s in samplings}
         samplers = [(shape, s) for shape, s in kinds.items() if shape not in self._samplers]
         total = len(steps) + len(samplers)

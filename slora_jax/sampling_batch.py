@@ -63,21 +63,29 @@ def history_widths(max_len: int) -> list[int]:
     return widths
 
 
-def with_all_features(sampling: Sampling, max_len: int) -> Sampling:
-    """The same, in one of few forms, for which programs are compiled ahead."""
-    history, bias_ids, bias_values = sampling.history, sampling.bias_ids, sampling.bias_values
+def with_all_features(sampling: Sampling, max_len: int, vocab_size: int) -> Sampling:
+    """The same, in one of few forms, for which programs are compiled ahead. Biases and forms go together."""
+    history, ids, values, allowed = sampling.history, sampling.bias_ids, sampling.bias_values, sampling.allowed
     if width := history.shape[1]:
         more = next(w for w in history_widths(max_len) if w >= width) - width
         history = np.pad(history, ((0, 0), (0, more)), constant_values=-1)
-    if width := bias_ids.shape[1]:
-        more = MAX_BIASES - width
-        bias_ids = np.pad(bias_ids, ((0, 0), (0, more)), constant_values=-1)
-        bias_values = np.pad(bias_values, ((0, 0), (0, more)))
-    wide = dict(history=history, bias_ids=bias_ids, bias_values=bias_values)
+    if ids.shape[1] or allowed.shape[1]:
+        more = MAX_BIASES - ids.shape[1]
+        ids = np.pad(ids, ((0, 0), (0, more)), constant_values=-1)
+        values = np.pad(values, ((0, 0), (0, more)))
+        if not allowed.shape[1]:
+            allowed = np.full((len(ids), _mask_words(vocab_size)), 0xFFFFFFFF, np.uint32)
+    wide = dict(history=history, bias_ids=ids, bias_values=values, allowed=allowed)
     return dataclasses.replace(sampling, **wide, mode=_MODES[-1], logprobs=True, top_logprobs=TOP_LOGPROBS)
 
 
-def sampling_shapes(seqs: Sequence[int], wide_rows: int, max_len: int, *, greedy_only: bool = False) -> list[Sampling]:
+def _mask_words(vocab_size: int) -> int:
+    return (vocab_size + 31) // 32
+
+
+def sampling_shapes(
+    seqs: Sequence[int], wide_rows: int, max_len: int, vocab_size: int, *, greedy_only: bool = False
+) -> list[Sampling]:
     """One of every shape that a SamplingTable, or with_all_features for the largest of `seqs` and for `wide_rows`,
     makes.
 
@@ -94,14 +102,13 @@ def sampling_shapes(seqs: Sequence[int], wide_rows: int, max_len: int, *, greedy
     ]
     for rows in (seqs[-1], wide_rows):
         for width in (0, *history_widths(max_len)):
-            for biases in (0, MAX_BIASES):
+            for words in (0, _mask_words(vocab_size)):
                 sampling = dataclasses.replace(
                     build_sampling([], rows),
                     history=np.full((rows, width), -1, np.int32),
-                    bias_ids=np.full((rows, biases), -1, np.int32),
-                    bias_values=np.zeros((rows, biases), np.float32),
+                    allowed=np.full((rows, words), 0xFFFFFFFF, np.uint32),
                 )
-                found.append(with_all_features(sampling, max_len))
+                found.append(with_all_features(sampling, max_len, vocab_size))
     return found
 
 

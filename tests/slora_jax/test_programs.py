@@ -122,10 +122,11 @@ def test_a_directory_that_cannot_be_written_only_costs_time(tmp_path, caplog):
 
 
 def test_every_sampling_takes_one_of_the_forms_that_are_compiled_ahead():
-    forms = {jax.tree.structure(s): jax.tree.map(np.shape, s) for s in sampling_shapes((2, 4), 300, 100)}
+    forms = {jax.tree.structure(s): jax.tree.map(np.shape, s) for s in sampling_shapes((2, 4), 300, 100, 256)}
     assert len(forms) <= 6  # what is static: mode and log-probabilities
     known = [
-        (jax.tree.structure(s), jax.tree.leaves(jax.tree.map(np.shape, s))) for s in sampling_shapes((2, 4), 300, 100)
+        (jax.tree.structure(s), jax.tree.leaves(jax.tree.map(np.shape, s)))
+        for s in sampling_shapes((2, 4), 300, 100, 256)
     ]
     rng = np.random.default_rng(0)
     for _ in range(50):
@@ -139,4 +140,4 @@ def test_every_sampling_takes_one_of_the_forms_that_are_compiled_ahead():
         tokens = [1] * int(rng.integers(1, 100))
         row = RowSampling(params=params, tokens=tokens, prompt_len=1, top_logprobs=params.logprobs)
         size = int(rng.choice([4, 300]))
-        assert SampleShape.of(with_all_features(build_sampling([row], size), 100)) in known
+        assert SampleShape.of(with_all_features(build_sampling([row], size), 100, 256)) in known
