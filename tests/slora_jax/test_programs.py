@@ -122,12 +122,7 @@ def test_a_directory_that_cannot_be_written_only_costs_time(tmp_path, caplog):
 
 
 def test_every_sampling_takes_one_of_the_forms_that_are_compiled_ahead():
-    forms = {jax.tree.structure(s): jax.tree.map(np.shape, s) for s in sampling_shapes((2, 4), 300, 100, 256)}
-    assert len(forms) <= 6  # what is static: mode and log-probabilities
-    known = [
-        (jax.tree.structure(s), jax.tree.leaves(jax.tree.map(np.shape, s)))
-        for s in sampling_shapes((2, 4), 300, 100, 256)
-    ]
+    known = {SampleShape.of(s) for s in sampling_shapes((2, 4), 300, 100, 256)}
     rng = np.random.default_rng(0)
     for _ in range(50):
         params = SamplingParams(
@@ -137,6 +132,7 @@ def test_every_sampling_takes_one_of_the_forms_that_are_compiled_ahead():
             logit_bias=dict.fromkeys(range(int(rng.choice([0, 1, 17, 1024]))), 1.0),
             logprobs=rng.choice([None, 0, 3]),
         )
+        tokens = [1] * int(rng.integers(1, 100))
         tokens = [1] * int(rng.integers(1, 100))
         row = RowSampling(params=params, tokens=tokens, prompt_len=1, top_logprobs=params.logprobs)
         size = int(rng.choice([4, 300]))
