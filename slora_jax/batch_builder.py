@@ -50,6 +50,8 @@ class BatchBuilder:
     Page tables and the adapter table are kept from step to step; a step's arrays are copies, so that a step that still
     runs never sees them change.
 
+    deterministic: one shape for each kind of step, so also steps without adapters, or without log-probabilities of
+    prompts, have the shape of those with them.
     layout: where the model is on several devices. put: brings an adapter table to the device, see AdapterRows.
     """
 
@@ -61,8 +63,10 @@ class BatchBuilder:
         max_model_len: int,
         layout: Layout | None = None,
         put: Callable[[Table], Table] | None = None,
+        deterministic: bool = False,
     ):
         self.geometry = geometry
+        self.deterministic = deterministic
         self.layout = layout
         self.buckets = buckets
         self.num_pages = num_pages
@@ -75,11 +79,18 @@ class BatchBuilder:
         self._tickets = np.full(buckets.max_seqs, -1, np.int64)  # of the sequence that it is for
 
     def build(
-        self, chunks: Sequence[Chunk], pool: PagePool, adapters: Mapping[str, Adapter], *, widest: bool = False
+        self,
+        chunks: Sequence[Chunk],
+        pool: PagePool,
+        adapters: Mapping[str, Adapter],
+        *,
+        widest: bool = False,
+        decode_only: bool | None = None,
     ) -> tuple[Batch, Rows]:
         """Batch of numpy arrays for chunks in batch order, and what its rows of logits mean.
 
         widest: pad to the largest number of sequences; always so with log-probabilities of a prompt.
+        decode_only: kind of the step; None: as the chunks are.
         A token whose value is not known on the host is given as ``-1 - row``, row being its sequence's. Only a
         sequence's last token can be.
         adapters: by digest; every adapter of `chunks` must have its pages in the pool.
@@ -88,13 +99,15 @@ class BatchBuilder:
         lengths = np.fromiter((c.length for c in chunks), np.int32, count)
         starts = np.fromiter((c.start for c in chunks), np.int32, count)
         ends = starts + lengths
-        decode_only = bool((lengths == 1).all())
+        if decode_only is None:
+            decode_only = bool((lengths == 1).all())
         num_tokens = int(lengths.sum())
         rows = self._rows(chunks, ends)
         widest = widest or not rows.samples.all()
         size, width = self.buckets.shape(self.buckets.max_seqs if widest else count, num_tokens, decode_only)
         num_rows = size
-        if len(rows) > size:  # only with log-probabilities of prompts, which have a shape of their own
+        if len(rows) > size or (self.deterministic and not decode_only):
+            # with log-probabilities of prompts, which have a shape of their own
             width = self.buckets.tokens[-1]
             num_rows = self.buckets.wide_rows if len(rows) <= self.buckets.wide_rows else width
         q_start = np.full(size + 1, num_tokens, np.int32)
@@ -120,7 +133,7 @@ class BatchBuilder:
             adapters=table,
             logit_rows=_padded(logit_rows, num_rows),
             max_query=1 if decode_only else width,
-            use_adapters=bool((seg_adapter >= 0).any()),
+            use_adapters=self.deterministic or bool((seg_adapter >= 0).any()),
         )
         return batch, rows
 

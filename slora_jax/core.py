@@ -199,8 +199,10 @@ class EngineCore:
             self.counters["adapter_loads"] += 1
         sampled = np.fromiter((c.seq.row for c in plan.chunks if c.samples), np.int32)
         # samplers that know penalties and biases are for the largest batch only
-        special = not self._sampling.covers(sampled)
-        batch, rows = self.runner.builder.build(plan.chunks, self.pool, self._adapters, widest=special)
+        special = self.scheduler.deterministic or not self._sampling.covers(sampled)
+        batch, rows = self.runner.builder.build(
+            plan.chunks, self.pool, self._adapters, widest=special, decode_only=plan.decode_only
+        )
         logits = self.runner.forward(batch)
         generations = [self._generations[plan.chunks[i].seq] for i in rows.index.tolist()]
         output = None

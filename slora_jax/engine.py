@@ -84,6 +84,7 @@ class Engine:
             pool,
             max_seqs=settings.max_seqs,
             max_step_tokens=settings.max_step_tokens,
+            deterministic=settings.deterministic,
             max_prompt_rows=buckets.wide_rows - buckets.max_seqs,
             policy=make_policy(settings.policy, settings.policy_options),
             quotas=Quotas(settings.adapter_quota, settings.adapter_quotas),
@@ -246,6 +247,8 @@ class Engine:
         adapter = _read(name, source, self.model.config)
         self._check_adapter_fits(name, adapter, self._core.pool.num_pages)
         limit = self.settings.max_lora_rank
+        if self.settings.deterministic and limit is None:  # steps for a higher rank may give other bits
+            limit = self._core.runner.max_rank
         if limit is not None and adapter.max_rank > limit:
             raise AdapterError(f"adapter {name!r} has rank {adapter.max_rank}, max_lora_rank is {limit}; set it higher")
         self._loop.call(lambda: self._core.runner.require_rank(adapter.max_rank))

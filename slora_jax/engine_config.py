@@ -42,6 +42,8 @@ class EngineConfig:
         requests that begin with the same tokens under the same adapter.
     overlap: plan and dispatch a step while the one before it runs; False waits for each step's results first. Answers
         are the same.
+    deterministic: an answer is the same bit for bit, log-probabilities too, whatever else is in the batch, and before
+        and after preemption or loading an adapter again. Slower: see docs/deterministic.md.
     tensor_parallel: devices that one model is spread over; page_pool_bytes and memory are those of each.
     lora_layout: how adapters are cut for several devices, see docs/sharding.md: "s-lora" (nothing twice, a collective
         for each group of projections), "comm-free" (more bytes, no collectives), or "auto", which takes the cheaper one
@@ -72,6 +74,7 @@ class EngineConfig:
     adapter_quotas: Mapping[str, Quota] = dataclasses.field(default_factory=dict)
     prefix_caching: bool = True
     overlap: bool = True
+    deterministic: bool = False
     tensor_parallel: int = 1
     lora_layout: Literal["auto", "s-lora", "comm-free"] = "auto"
     implementation: Implementation = "auto"
@@ -115,11 +118,17 @@ class EngineConfig:
             sizes = getattr(self, name)
             if sizes is not None and (list(sizes) != sorted(set(sizes)) or sizes[0] < 1 or sizes[-1] != last):
                 raise SloraError(f"{name} must increase from at least 1 to {last}, not {sizes}")
+        if self.deterministic and any(len(sizes or ()) > 1 for sizes in (self.seq_buckets, self.token_buckets)):
+            raise SloraError("deterministic steps have one size each; leave seq_buckets and token_buckets out")
+        if self.deterministic and max_step_tokens < 4:
+            raise SloraError(f"deterministic steps need max_step_tokens of at least 4, not {max_step_tokens}")
         settings: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         settings |= dict(
             dtype=self.dtype or ("bfloat16" if gpu else "float32"),
             max_seqs=max_seqs,
             max_step_tokens=max_step_tokens,
+            seq_buckets=(max_seqs,) if self.deterministic else self.seq_buckets,
+            token_buckets=(max_step_tokens,) if self.deterministic else self.token_buckets,
             loop=self.loop or ("unroll" if self.implementation != "xla" and hopper_available() else "scan"),
         )
         return ResolvedConfig(**settings)

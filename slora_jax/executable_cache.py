@@ -15,6 +15,7 @@ import logging
 import os
 from pathlib import Path
 import tempfile
+import threading
 from typing import Any
 
 import jax
@@ -22,6 +23,20 @@ from jax.experimental import serialize_executable
 
 logger = logging.getLogger(__name__)
 _PACKAGES = ("slora_jax", "pallas_kernels", "sharding")
+
+
+_thread = threading.local()
+
+
+@functools.cache
+def _count_hits() -> None:
+    """Makes JAX tell, from now on, when a program comes from its own cache."""
+
+    def listen(event: str, **_: object) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            _thread.hits = getattr(_thread, "hits", 0) + 1
+
+    jax.monitoring.register_event_listener(listen)
 
 
 @functools.cache
@@ -37,7 +52,7 @@ def _source_digest() -> str:
 
 class ExecutableCache:
     """Programs in a directory, each known by `fixed`, which all have in common, and a key of its own. Both must have a
-    repr that tells all that matters.
+    repr that tells all that matters. name: of what they have in common.
     """
 
     def __init__(self, directory: Path, fixed: Hashable):
@@ -46,6 +61,7 @@ class ExecutableCache:
         flags = os.environ.get("XLA_FLAGS", "")
         about = (_source_digest(), versions, device.client.platform_version, device.device_kind, flags, fixed)
         self._fixed = repr(about)
+        self.name = hashlib.sha256(self._fixed.encode()).hexdigest()[:16]
         self._directory = directory
         self._device = device
 
@@ -67,7 +83,19 @@ class ExecutableCache:
             logger.warning("%s cannot be used (%s); compiling again", path, str(error).partition("\n")[0])
             return None
 
-    def put(self, key: Hashable, program: jax.stages.Compiled) -> None:
+    def compile(self, key: Hashable, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        """Compiles a program and keeps it, unless JAX has it in a cache of its own: a program that was loaded cannot be
+        relied on to be written whole. For that not to happen after another version of it was kept, `name` should be in
+        the program's name.
+        """
+        _count_hits()
+        before = getattr(_thread, "hits", 0)
+        program = lowered.compile()
+        if getattr(_thread, "hits", 0) == before:
+            self._put(key, program)
+        return program
+
+    def _put(self, key: Hashable, program: jax.stages.Compiled) -> None:
         """Writes a program. Where the backend cannot, or the directory cannot be written, nothing is kept."""
         path = self._path(key)
         try:

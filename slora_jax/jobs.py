@@ -58,7 +58,7 @@ class Generation:
             return RowSampling(
                 params=p,
                 seed=self.seed,
-                tokens=self.seq.tokens[: position + 1],
+                tokens=self.seq.tokens[: position + 1] if self.needs_host_tokens else (),
                 length=position + 1,
                 prompt_len=self.seq.prompt_len,
                 top_logprobs=p.logprobs,

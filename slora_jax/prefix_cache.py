@@ -60,15 +60,15 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._users)
 
-    def match(self, seq: Seq) -> list[Key]:
-        """Entries that hold the beginning of a waiting sequence, in order.
+    def match(self, seq: Seq, limit: int) -> list[Key]:
+        """Entries that hold the beginning of a waiting sequence, in order; `limit` tokens at most.
 
-        Its last token is always left to compute, for somebody must predict the next one; and where log-probabilities of
-        the prompt are wanted, all of it is.
+        limit: less than the sequence has, for somebody must predict its next token. Where log-probabilities of the
+        prompt are wanted, there are none.
         """
         if seq.prompt_logprobs:
             return []
-        keys = page_keys(seq, (len(seq.tokens) - 1) // PAGE_TOKENS)
+        keys = page_keys(seq, max(limit, 0) // PAGE_TOKENS)
         count = next((i for i, key in enumerate(keys) if key not in self._users), len(keys))
         return keys[:count]
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 import dataclasses
+import functools
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -104,6 +105,17 @@ def _sample_into(logits: jax.Array, sampling: Sampling, last: jax.Array, rows: j
     return output, last.at[rows].set(output.tokens, mode="drop")
 
 
+def _named(function: Callable[..., Any], suffix: str) -> Callable[..., Any]:
+    """The function under a name of its own, which is the program's."""
+
+    @functools.wraps(function)
+    def named(*args):
+        return function(*args)
+
+    named.__name__ = f"{function.__name__}_{suffix}"
+    return named
+
+
 class Programs:
     """Finds the program of a shape, and compiles it if need be.
 
@@ -130,8 +142,9 @@ class Programs:
         self._whole = NamedSharding(options.parallel.mesh, WHOLE) if options.parallel else None
         forward = make_forward(**{f.name: getattr(options, f.name) for f in dataclasses.fields(options)})
         outputs = (State(pages=options.parallel.pool), self._whole) if options.parallel else None
-        self._step = jax.jit(_with_last_tokens(forward), donate_argnums=1, out_shardings=outputs)
-        self._sample = jax.jit(_sample_into, out_shardings=self._whole)
+        name = self._cache.name if self._cache else ""
+        self._step = jax.jit(_named(_with_last_tokens(forward), name), donate_argnums=1, out_shardings=outputs)
+        self._sample = jax.jit(_named(_sample_into, name), out_shardings=self._whole)
 
     def forward(self, params: Params, state: State, last: jax.Array, batch: Batch) -> tuple[State, jax.Array]:
         """A step: the new state, and logits. Tokens of the batch that are negative, -1 - row, are taken from `last`."""
@@ -159,6 +172,8 @@ class Programs:
         sizes = [(buckets.max_seqs, buckets.tokens[-1], buckets.wide_rows, False)]
         sizes += [(buckets.max_seqs, n, buckets.max_seqs, False) for n in reversed(buckets.tokens)]
         sizes += [(n, n, n, True) for n in reversed(buckets.seqs)]
+        if self.builder.deterministic:
+            return [StepShape(*size, True) for size in (sizes[0], sizes[-1])]
         return [StepShape(*size, used) for size in sizes for used in ((True, False) if adapters else (False,))]
 
     def compile_ahead(self, *, adapters: bool, greedy_only: bool = False, progress: Progress | None = None) -> None:
@@ -167,10 +182,10 @@ class Programs:
         """
         steps = [s for s in self.step_shapes(adapters=adapters) if s not in self._steps]
         buckets = self.builder.buckets
-        if greedy_only:
+        if greedy_only and not self.builder.deterministic:
             steps = [s for s in steps if s.rows < buckets.wide_rows]
         sizes = (buckets.seqs, buckets.wide_rows, self.builder.max_model_len, self.options.config.vocab_size)
-        samplings = sampling_shapes(*sizes, greedy_only=greedy_only)
+        samplings = sampling_shapes(*sizes, greedy_only=greedy_only and not self.builder.deterministic)
         kinds = {SampleShape.of(s): s for s in samplings}
         samplers = [(shape, s) for shape, s in kinds.items() if shape not in self._samplers]
         total = len(steps) + len(samplers)
@@ -255,7 +270,5 @@ class Programs:
             known = self._cache.get(shape, jax.tree.structure((tuple(args), {})), jax.tree.structure(returns))
             if known is not None:
                 return known
-        program = function.lower(*args).compile()
-        if self._cache is not None:
-            self._cache.put(shape, program)
-        return program
+            return self._cache.compile(shape, function.lower(*args))
+        return function.lower(*args).compile()

@@ -42,7 +42,7 @@ class Runner:
 
     There is no pool before `reset` makes one: programs can be compiled first, and take the memory that they need.
 
-    cache_dir: where compiled programs are kept between runs; None keeps none.
+    cache_dir: where compiled programs are kept between runs; None keeps none. deterministic: see BatchBuilder.
     """
 
     def __init__(
@@ -54,12 +54,14 @@ class Runner:
         buckets: Buckets,
         max_model_len: int,
         cache_dir: Path | None = None,
+        deterministic: bool = False,
     ):
         self.params = params
         self.num_pages = num_pages
         self.config, self.dtype, self.parallel = options.config, options.dtype, options.parallel
         layout = self.parallel.layout if self.parallel else None
-        self.builder = BatchBuilder(self.config.geometry, buckets, num_pages, max_model_len, layout, self._put_table)
+        place = (self.config.geometry, buckets, num_pages, max_model_len, layout, self._put_table)
+        self.builder = BatchBuilder(*place, deterministic=deterministic)
         self.page_bytes = page_bytes(self.config, self.dtype, self.parallel)
         self._load_pages = max(1, _LOAD_BYTES // self.page_bytes)
         self._write = jax.jit(make_write(self.parallel), donate_argnums=0)

@@ -87,6 +87,8 @@ def sample(logits: Float[Array, "R V"], s: Sampling) -> Output:
         logits = logits.at[rows, ids].add(s.bias_values, mode="drop")
     if s.allowed.shape[1]:
         logits = jnp.where(_unpack(s.allowed, logits.shape[1]), logits, -jnp.inf)
+    # what follows is compiled alike whatever came before: the same logits then give the same bits
+    logits = lax.optimization_barrier(logits)
     tokens = jnp.argmax(logits, axis=-1)
     if s.mode != "greedy":
         scaled = logits / jnp.where(s.temperature > 0, s.temperature, 1.0)[:, None]
@@ -98,7 +100,7 @@ def sample(logits: Float[Array, "R V"], s: Sampling) -> Output:
     finite = jnp.isfinite(jnp.max(raw, axis=-1)) & ~jnp.any(jnp.isnan(raw), axis=-1)
     if not s.logprobs:
         return Output(tokens=tokens, finite=finite)
-    logprobs = jax.nn.log_softmax(raw, axis=-1)
+    logprobs = jax.nn.log_softmax(lax.optimization_barrier(raw), axis=-1)
     wanted = jnp.where(s.targets >= 0, s.targets, tokens)
     chosen = jnp.take_along_axis(logprobs, wanted[:, None], axis=1)[:, 0]
     if not s.top_logprobs:

@@ -34,6 +34,7 @@ class StepPlan:
     preempted: list[Sequence]
     dropped: list[Drop] = dataclasses.field(default_factory=list)  # given up by the policy; they are no longer queued
     admitted: list[Sequence] = dataclasses.field(default_factory=list)  # started, or started again
+    decode_only: bool | None = None  # which of its two kinds the step is of, where kinds are not mixed
 
     @property
     def num_tokens(self) -> int:
@@ -51,6 +52,9 @@ def adapter_owner(digest: str) -> Hashable:
 class Scheduler:
     """Shares one page pool and the tokens of each step among sequences.
 
+    deterministic: a token of a prompt is computed in a step of prompts only, any other in a step of single tokens only,
+    also when a preempted sequence is computed again: so that each token always meets the same program. A prompt is
+    never cut so that one token stands alone, which kernels may treat as one to decode.
     max_seqs: sequences in a step at most. max_step_tokens: tokens in a step at most. max_overtakes: how often a
     sequence that does not fit may be overtaken. max_prompt_rows: tokens in a step whose log-probabilities are wanted
     because they are of a prompt; None is no limit. prefix_page_cost: seconds to compute a page of keys and values
@@ -68,16 +72,21 @@ class Scheduler:
         quotas: Quotas | None = None,
         max_overtakes: int = 64,
         max_prompt_rows: int | None = None,
+        deterministic: bool = False,
         prefix_page_cost: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         if max_step_tokens < max_seqs:
             raise ValueError(f"max_step_tokens {max_step_tokens} must be at least max_seqs {max_seqs}")
+        if deterministic and max_step_tokens < 4:
+            raise ValueError(f"max_step_tokens {max_step_tokens} must be at least 4, to cut prompts in pieces of two")
         self.pool = pool
         self.max_seqs = max_seqs
         self.max_step_tokens = max_step_tokens
         self.max_overtakes = max_overtakes
         self.max_prompt_rows = max_prompt_rows
+        self.deterministic = deterministic
+        self._prompts_last = False  # whether the last step was of prompts, if kinds are not mixed
         self._prompt_rows = 0  # left in the step that is being planned
         self.policy = policy or Fcfs()
         self.quotas = quotas or Quotas()
@@ -143,46 +152,66 @@ class Scheduler:
         now = self.clock()
         self._let_go()
         dropped = self._drop(now)
-        budget = self.max_step_tokens
-        singles: list[Chunk] = []
-        longer: list[Chunk] = []
+        decoding: list[Sequence] = []
+        prompts: list[Sequence] = []
+        for seq in self.running:
+            if self.deterministic:
+                (decoding if seq.num_computed >= seq.prompt_len else prompts).append(seq)
+            else:
+                (decoding if seq.num_pending == 1 else prompts).append(seq)
+        chunks: list[Chunk] = []
         preempted: list[Sequence] = []
+        loads: list[AdapterUse] = []
+        admitted: list[Sequence] = []
+        # kinds that are not mixed take turns
+        decode_only = self._prompts_last and bool(decoding) if self.deterministic else None
         # a token of every decoding sequence before any prompt, so that running answers keep their pace
-        prompts = []
-        for seq in list(self.running):
-            if seq.num_pending != 1:
-                prompts.append(seq)
-            elif budget and (seq.num_computed < seq.room or self._grow(seq, 1, preempted)):
-                singles.append(Chunk(seq, seq.num_computed, 1))
-                budget -= 1
+        if decode_only is not False:
+            self._decode(decoding, chunks, preempted)
+        if not decode_only:
+            self._compute_prompts(prompts, chunks, preempted)
+            if not preempted:
+                self._admit_waiting(chunks, now, loads, admitted)
+        if decode_only is False and not chunks:
+            self._decode(decoding, chunks, preempted)
+            decode_only = True
+        self._prompts_last = not decode_only
+        if preempted:
+            chunks = [c for c in chunks if c.seq.row >= 0]
+        # a sequence preempted in this step goes before everything that was waiting, in its old order
+        self._preempted.extendleft(preempted)
+        chunks.sort(key=lambda c: c.seq.group)
+        chunks.sort(key=lambda c: c.length > 1)
+        self._advance(chunks)
+        return StepPlan(chunks, loads, preempted, dropped, admitted, decode_only)
+
+    def _decode(self, decoding: list[Sequence], chunks: list[Chunk], preempted: list[Sequence]) -> None:
+        """Adds the next token of sequences that decode. There are never more of them than tokens in a step."""
+        for seq in decoding:
+            if seq.num_computed < seq.room or self._grow(seq, 1, preempted):
+                chunks.append(Chunk(seq, seq.num_computed, 1))
+
+    def _compute_prompts(self, prompts: list[Sequence], chunks: list[Chunk], preempted: list[Sequence]) -> None:
+        """Goes on with prompts that were begun."""
         self._prompt_rows = self.max_step_tokens if self.max_prompt_rows is None else self.max_prompt_rows
+        budget = self.max_step_tokens - len(chunks)
         for seq in prompts:
             length = self._chunk_length(seq, budget)
             if length and self._grow(seq, length, preempted):
-                (singles if length == 1 else longer).append(Chunk(seq, seq.num_computed, length))
+                chunks.append(Chunk(seq, seq.num_computed, length))
                 budget -= length
-        if preempted:
-            gone = set(preempted)
-            singles = [c for c in singles if c.seq not in gone]
-            longer = [c for c in longer if c.seq not in gone]
-        loads: list[AdapterUse] = []
-        admitted: list[Sequence] = []
-        if not preempted:
-            for chunk in self._admit_waiting(budget, now, loads):
-                admitted.append(chunk.seq)
-                (singles if chunk.length == 1 else longer).append(chunk)
-        # a sequence preempted in this step goes before everything that was waiting, in its old order
-        self._preempted.extendleft(preempted)
-        for part in (singles, longer):
-            part.sort(key=lambda c: c.seq.group)
-        chunks = singles + longer
-        self._advance(chunks)
-        return StepPlan(chunks, loads, preempted, dropped, admitted)
 
     def _chunk_length(self, seq: Sequence, budget: int) -> int:
-        length = min(seq.num_pending, budget)
+        pending = seq.num_pending
+        if self.deterministic:
+            pending = seq.prompt_len - seq.num_computed
+        length = min(pending, budget)
         if seq.prompt_logprobs and seq.num_computed < seq.prompt_len:
             length = min(length, self._prompt_rows)
+        if self.deterministic and length < pending:
+            length -= pending - length == 1
+            length = 0 if length == 1 else length
+        if seq.prompt_logprobs:
             self._prompt_rows -= length
         return length
 
@@ -199,8 +228,7 @@ class Scheduler:
         """Frees what sequences hold whose last token is being sampled: no further step needs it."""
         for seq in self._ending:
             if seq in self.running:
-                if self.prefixes is not None:
-                    self.prefixes.publish(seq, sequence_owner(seq), seq.num_computed)
+                self._publish(seq, seq.num_computed)
                 del self.running[seq]
                 self._give_back(seq)
         self._ending.clear()
@@ -214,12 +242,17 @@ class Scheduler:
             now = self.clock()
             for chunk in plan.chunks:
                 self.quotas.charge(chunk.seq, chunk.length, now)
-        if self.prefixes is not None:
-            for chunk in plan.chunks:
-                end = chunk.start + chunk.length
-                if end // PAGE_TOKENS > chunk.start // PAGE_TOKENS and chunk.seq in self.running:
-                    self.prefixes.publish(chunk.seq, sequence_owner(chunk.seq), end)
+        for chunk in plan.chunks:
+            end = chunk.start + chunk.length
+            if end // PAGE_TOKENS > chunk.start // PAGE_TOKENS and chunk.seq in self.running:
+                self._publish(chunk.seq, end)
         self.policy.completed(plan.chunks, seconds)
+
+    def _publish(self, seq: Sequence, end: int) -> None:
+        """Offers the full pages of a running sequence up to token `end` to later ones."""
+        if self.prefixes is not None:
+            end = min(end, seq.prompt_len) if self.deterministic else end
+            self.prefixes.publish(seq, sequence_owner(seq), end)
 
     def reset(self) -> None:
         """Stops every running sequence and drops every page's contents, because the device lost them or the books
@@ -266,12 +299,14 @@ class Scheduler:
             self.remove(drop.seq)
         return dropped
 
-    def _admit_waiting(self, budget: int, now: float, loads: list[AdapterUse]) -> list[Chunk]:
-        """Starts what fits and returns its first chunks. Adds to `loads` the adapters to load."""
-        chunks: list[Chunk] = []
+    def _admit_waiting(
+        self, chunks: list[Chunk], now: float, loads: list[AdapterUse], admitted: list[Sequence]
+    ) -> None:
+        """Starts what fits and adds its first chunks, and to `loads` the adapters to load."""
+        budget = self.max_step_tokens - sum(c.length for c in chunks)
         refused: list[Sequence] = []
         if not budget or not self._has_room():
-            return chunks
+            return
         for seq, first in self._candidates(now):
             if not self.quotas.admits(seq, now) or (seq.prompt_logprobs and not self._prompt_rows):
                 continue
@@ -280,12 +315,13 @@ class Scheduler:
                 if first or len(refused) == _TRIES:
                     break
                 continue
+            admitted.append(seq)
             length = self._chunk_length(seq, budget)
-            chunks.append(Chunk(seq, seq.num_computed, length))
-            budget -= length
-            if self._overtaken(refused) or not budget or not self._has_room():
+            if length:
+                chunks.append(Chunk(seq, seq.num_computed, length))
+                budget -= length
+            if self._overtaken(refused) or not length or not budget or not self._has_room():
                 break
-        return chunks
 
     def _has_room(self) -> bool:
         return len(self.running) < self.max_seqs and self.pool.available > len(self.running)
@@ -337,7 +373,9 @@ class Scheduler:
     def _admit(self, seq: Sequence, loads: list[AdapterUse]) -> bool:
         """Starts a waiting sequence if its adapter and its tokens fit beside a spare page for each running sequence."""
         assert not seq.num_unknown, "a sequence cannot start while its last token is not known"
-        hits = self.prefixes.match(seq) if self.prefixes is not None else []
+        # what was decoded is decoded again, and at least two tokens of a prompt are computed together
+        limit = seq.prompt_len - 2 if self.deterministic else len(seq.tokens) - 1
+        hits = self.prefixes.match(seq, limit) if self.prefixes is not None else []
         need = ceil_div(len(seq.tokens), PAGE_TOKENS) - len(hits)
         available = self.pool.available
         if self.prefixes is not None:

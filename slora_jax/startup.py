@@ -46,6 +46,7 @@ def make_runner(
             buckets=buckets,
             max_model_len=max_model_len,
             cache_dir=steps_dir(settings),
+            deterministic=settings.deterministic,
         )
         if not settings.warm_up:
             break

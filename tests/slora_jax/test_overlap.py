@@ -15,7 +15,7 @@ from slora_jax import Engine, Request, SamplingParams
 class Letters:
     """A tokenizer of one letter a token, so that stop strings have something to be found in."""
 
-    def stream(self):
+    def stream(self, skip_special=True):
         return self
 
     def push(self, token_id):

@@ -1,12 +1,15 @@
 """Programs that are compiled ahead, kept on disk and found again; and that serving compiles none."""
 
+import functools
+import uuid
+
 from engines import PROMPT, adapters_for, config
 import jax
 from jax import numpy as jnp
 import numpy as np
 import pytest
 
-from slora_jax import Engine, Request, SamplingParams
+from slora_jax import Engine, Request, SamplingParams, executable_cache
 from slora_jax.batch_builder import BatchBuilder
 from slora_jax.buckets import Buckets
 from slora_jax.loading import random_params
@@ -90,7 +93,13 @@ def run(programs, params, shape):
     return programs.forward(params, state, last, programs.padding(shape))[1]
 
 
-def test_programs_are_found_again_without_tracing(tmp_path, monkeypatch, caplog):
+@pytest.fixture
+def changed(monkeypatch):
+    """As if the source had just been changed: JAX's own cache has none of the programs."""
+    monkeypatch.setattr(executable_cache, "_source_digest", functools.cache(lambda: str(uuid.uuid4())))
+
+
+def test_programs_are_found_again_without_tracing(changed, tmp_path, monkeypatch, caplog):
     shape = StepShape(2, 2, 2, True, True)
     sampler = build_sampling([], 2)
     first, params = make(tmp_path)
@@ -114,7 +123,7 @@ def test_programs_are_found_again_without_tracing(tmp_path, monkeypatch, caplog)
     assert "cannot be used" in caplog.text
 
 
-def test_a_directory_that_cannot_be_written_only_costs_time(tmp_path, caplog):
+def test_a_directory_that_cannot_be_written_only_costs_time(changed, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     programs, params = make(tmp_path / "file" / "steps")
     run(programs, params, StepShape(2, 2, 2, True, False))
