@@ -12,6 +12,7 @@ import argparse
 from collections import defaultdict
 from collections.abc import Callable
 import json
+from pathlib import Path
 import time
 from typing import Any
 
@@ -19,7 +20,7 @@ import jax
 from jax import numpy as jnp
 import numpy as np
 
-from benchmarks.record import environment
+from benchmarks.record import write_result
 from pallas_kernels.geometry import MODULES
 from slora_jax.batch import Batch, Output, Sampling
 from slora_jax.batch_builder import BatchBuilder
@@ -186,13 +187,12 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=2000, help="adapters that requests choose from")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--json", help="file for the result")
+    parser.add_argument("--json", type=Path, help="file for the result")
     args = parser.parse_args()
     result = measure(args.seqs, args.adapters, args.steps, args.temperature)
     print(json.dumps(result, indent=2))
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump(dict(result, arguments=vars(args), environment=environment()), file, indent=2)
+        write_result(args.json, dict(result, seqs=args.seqs, adapters=args.adapters, temperature=args.temperature))
 
 
 if __name__ == "__main__":
