@@ -10,7 +10,9 @@ Floor: bytes of weights, of keys and values and of the distinct adapters, over t
 import argparse
 from collections import defaultdict
 from collections.abc import Callable
+import contextlib
 import dataclasses
+import fcntl
 import glob
 import json
 from pathlib import Path
@@ -139,6 +141,17 @@ def kernel_times(run: Callable[[], Any]) -> dict[str, tuple[float, int]]:
     return {name: (sum(times), len(times)) for name, times in total.items()}
 
 
+@contextlib.contextmanager
+def gpu_turn(path: Path | None):
+    """Waits for the other processes that share the file: one runs on the GPU while the others compile."""
+    if path is None:
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def measure(case: Case, config: ModelConfig, params, args, copy: float) -> dict[str, Any]:
     dtype = params["embed"].dtype
     batch, num_pages = make_batch(case, config)
@@ -162,8 +175,10 @@ def measure(case: Case, config: ModelConfig, params, args, copy: float) -> dict[
         return (time.perf_counter() - start) / steps
 
     output = None
-    run(3)
-    times = [run(args.steps) for _ in range(5)]
+    with gpu_turn(args.turns):
+        run(3)
+        times = [run(args.steps) for _ in range(5)]
+        kernels = kernel_times(lambda: run(3)) if args.profile else {}
     seconds = float(np.median(times))
     moved = step_bytes(case, config, params)
     floor = sum(moved.values()) / copy
@@ -179,7 +194,6 @@ def measure(case: Case, config: ModelConfig, params, args, copy: float) -> dict[
         tokens=np.asarray(output.tokens).tolist(),  # to compare variants
     )
     if args.profile:
-        kernels = kernel_times(lambda: run(3))
         by_time = sorted(kernels.items(), key=lambda item: -item[1][0])
         result["kernels"] = [
             dict(name=name, ms=s / 3 * 1e3, launches=n / 3, us_each=s / n * 1e6) for name, (s, n) in by_time
@@ -200,6 +214,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--profile", action="store_true", help="list the step's kernels")
+    parser.add_argument("--turns", type=Path, help="a file that processes which measure in turn have in common")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     copy = ceilings()["copy"]

@@ -56,6 +56,7 @@ def main() -> None:
         token_buckets=(2048,),
         max_model_len=2048,
         implementation=args.implementation,
+        prefix_caching=False,  # the burst is sent twice
         progress=True,
     )
     rng = np.random.default_rng(42)

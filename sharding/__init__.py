@@ -3,17 +3,20 @@ the adapters, and the collectives that join the parts. Imports jax and pallas_ke
 other way.
 """
 
-from sharding.collectives import embed, join_logits, sum_rows
+from sharding.collectives import embed, sum_rows
 from sharding.cost import CostModel, choose_layout, measure_latency
 from sharding.layout import ROW_GROUPS, Layout, LoraLayout
 from sharding.lora import project, run_length
-from sharding.mesh import ADAPTER_IMAGE, AXIS, POOL, RULES, WHOLE, make_mesh, partition
+from sharding.mesh import ADAPTER_IMAGE, AXIS, LOGITS, POOL, RULES, WHOLE, make_mesh, partition
+from sharding.processes import Processes, join
 from sharding.shards import Shards, take
 from sharding.table import ShardedTable
+from sharding.vocabulary import SplitVocabulary, Vocabulary
 
 __all__ = [
     "ADAPTER_IMAGE",
     "AXIS",
+    "LOGITS",
     "POOL",
     "ROW_GROUPS",
     "RULES",
@@ -21,11 +24,14 @@ __all__ = [
     "CostModel",
     "Layout",
     "LoraLayout",
+    "Processes",
     "ShardedTable",
     "Shards",
+    "SplitVocabulary",
+    "Vocabulary",
     "choose_layout",
     "embed",
-    "join_logits",
+    "join",
     "make_mesh",
     "measure_latency",
     "partition",

@@ -1,11 +1,10 @@
-"""The base model's own collectives, inside shard_map: embedding and logits over a split vocabulary, sums of rows."""
+"""The base model's own collectives, inside shard_map: an embedding with a split vocabulary, sums of rows."""
 
 import jax
 from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sharding.layout import Layout
 from sharding.mesh import AXIS
 
 
@@ -15,11 +14,6 @@ def embed(table: Float[Array, "V H"], tokens: Int[Array, "T"]) -> Float[Array, "
     mine = (row >= 0) & (row < table.shape[0])
     part = jnp.where(mine[:, None], table[jnp.where(mine, row, 0)], 0)
     return lax.psum(part, AXIS)
-
-
-def join_logits(part: Float[Array, "R v"], layout: Layout) -> Float[Array, "R V"]:
-    """All logits from each device's part of the vocabulary, on every device; one all-gather."""
-    return lax.all_gather(part, AXIS, axis=1, tiled=True)[:, : layout.vocab_size]
 
 
 def sum_rows(part: jax.Array) -> jax.Array:

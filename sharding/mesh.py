@@ -41,5 +41,8 @@ POOL = partition(None, None, "page")
 ADAPTER_IMAGE = partition(None, None, "page")
 """image[pages, L, E]: each device's chunk of the last axis is an image of its own"""
 
+LOGITS = partition(None, "vocab")
+"""logits[R, V]"""
+
 WHOLE = PartitionSpec()
 """The same on every device."""

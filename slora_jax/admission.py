@@ -53,7 +53,11 @@ class Admission:
             tokenizer = self._model.tokenizer
             if tokenizer is None:
                 raise RequestError(f"{self._model.name} has no tokenizer; give prompt_token_ids")
-            ids = tokenizer.encode(request.prompt) if request.prompt is not None else tokenizer.chat(request.messages)
+            most = self._max_model_len
+            if request.prompt is not None:
+                ids = tokenizer.encode(request.prompt, max_tokens=most)
+            else:
+                ids = tokenizer.chat(request.messages, max_tokens=most)
         if not ids:
             raise RequestError("the prompt is empty; give at least one token")
         vocab = self._model.config.vocab_size

@@ -338,6 +338,7 @@ class Engine:
         self._loop.close()
         self._delivery.close()
         self._admission.close()
+        self._core.runner.close()
 
     def __enter__(self) -> "Engine":
         return self

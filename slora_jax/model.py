@@ -12,8 +12,18 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import GROUPS, AdapterTable, Implementation, lora_expand, lora_shrink, paged_attention, write_kv
-from sharding import Layout, ShardedTable, embed, join_logits, project
+from pallas_kernels import (
+    GROUPS,
+    AdapterTable,
+    Implementation,
+    add_rms_norm,
+    lora_expand,
+    lora_shrink,
+    paged_attention,
+    rope_write_kv,
+    silu_mul,
+)
+from sharding import Layout, ShardedTable, SplitVocabulary, embed, project
 from slora_jax.batch import Batch
 from slora_jax.model_config import ModelConfig, RopeScaling, param_specs
 
@@ -33,18 +43,6 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
     smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     smooth = jnp.clip(smooth, 0.0, 1.0)
     return (1 - smooth) * freq / scaling.factor + smooth * freq
-
-
-def _rotate(x: Float[Array, "T n D"], cos: Float[Array, "T d"], sin: Float[Array, "T d"]) -> Float[Array, "T n D"]:
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def _rms_norm(x: Float[Array, "*n c"], weight: Float[Array, "c"], eps: float) -> Float[Array, "*n c"]:
-    y = x.astype(jnp.float32)
-    y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return y.astype(x.dtype) * weight
 
 
 def _matmul(x: Float[Array, "T a"], w: Float[Array, "a b"]) -> Float[Array, "T b"]:
@@ -89,23 +87,25 @@ class Llama(nn.Module):
         x = table[batch.tokens] if self.layout is None else embed(table, batch.tokens)
 
         def layer(i, carry):
-            pages, x = carry
+            pages, x, delta = carry  # delta: the last block's output, added to the residual stream x with the next norm
             with jax.named_scope("attention"):
-                delta, pages = self._attention(i, x, pages, batch, cos, sin)
-                x = x + delta
+                x, h = self._add_norm("attn_norm", i, x, delta)
+                delta, pages = self._attention(i, h, pages, batch, cos, sin)
             with jax.named_scope("mlp"):
-                x = x + self._mlp(i, x, pages, batch)
-            return pages, x
+                x, h = self._add_norm("mlp_norm", i, x, delta)
+                delta = self._mlp(i, h, pages, batch)
+            return pages, x, delta
 
         if self.loop == "scan":
-            pages, x = lax.fori_loop(0, cfg.num_layers, layer, (pages, x))
+            pages, x, delta = lax.fori_loop(0, cfg.num_layers, layer, (pages, x, jnp.zeros_like(x)))
         else:
+            delta = None
             for i in range(cfg.num_layers):
-                pages, x = layer(i, (pages, x))
-        return pages, _rms_norm(x, self.weights["final_norm"], cfg.norm_eps)
+                pages, x, delta = layer(i, (pages, x, delta))
+        return pages, self._add_norm("final_norm", None, x, delta)[1]
 
     def logits(self, hidden: Float[Array, "R H"]) -> Float[Array, "R V"]:
-        """Float32 logits of hidden states."""
+        """Float32 logits of hidden states; over several devices those of this device's part of the vocabulary."""
         head = self.weights["embed" if self.config.tied_embeddings else "lm_head"]
         logits = jnp.einsum(
             "rh,vh->rv",
@@ -114,7 +114,7 @@ class Llama(nn.Module):
             preferred_element_type=jnp.float32,
             precision=lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None,
         )
-        return logits if self.layout is None else join_logits(logits, self.layout)
+        return logits if self.layout is None else SplitVocabulary.of(self.layout).hide_padding(logits)
 
     def _project(self, x, base, pages, batch: Batch, layer: int | Int[Array, ""], group: str):
         """Adds the adapters' deltas of a group of modules to the base projections of ``x``; over several devices also
@@ -135,30 +135,23 @@ class Llama(nn.Module):
         where = (pages, batch.adapters, batch.seg_start, batch.seg_adapter)
         return lora_expand(base, lora_shrink(x, *where, **options), *where, **options)
 
-    def _attention(self, i, x, pages, batch: Batch, cos, sin):
+    def _add_norm(self, name: str, layer: int | Int[Array, ""] | None, x, delta):
+        """``x + delta`` and its norm. layer: None where the weight has no layer axis."""
+        weight = self.weights[name]
+        weight, layer = (weight[None], 0) if layer is None else (weight, layer)
+        options: dict[str, Any] = dict(eps=self.config.norm_eps, implementation=self.implementation)
+        return add_rms_norm(x, delta, weight, layer=layer, **options)
+
+    def _attention(self, i, h, pages, batch: Batch, cos, sin):
         cfg, w = self.config, self.weights
-        h = _rms_norm(x, w["attn_norm"][i], cfg.norm_eps)
+        options: dict[str, Any] = dict(layer=i, geometry=cfg.geometry, implementation=self.implementation)
         qkv = _matmul(h, w["wqkv"][i])
         if cfg.qkv_bias:
             qkv = qkv + w["bqkv"][i]
         qkv = self._project(h, qkv, pages, batch, i, "qkv")
-        q, k, v = jnp.split(qkv, [cfg.q_size, cfg.q_size + cfg.kv_size], axis=-1)
-        q = q.reshape(-1, cfg.num_heads, cfg.head_dim)
-        k = k.reshape(-1, cfg.num_kv_heads, cfg.head_dim)
-        v = v.reshape(-1, cfg.num_kv_heads, cfg.head_dim)
-        if cfg.qk_norm:
-            q = _rms_norm(q, w["q_norm"][i], cfg.norm_eps)
-            k = _rms_norm(k, w["k_norm"][i], cfg.norm_eps)
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        pages = write_kv(
-            pages,
-            k,
-            v,
-            batch.page_ids,
-            batch.slots,
-            layer=i,
-            geometry=cfg.geometry,
-            implementation=self.implementation,
+        norms = (w["q_norm"], w["k_norm"]) if cfg.qk_norm else None
+        q, pages = rope_write_kv(
+            qkv, cos, sin, pages, batch.page_ids, batch.slots, norms=norms, norm_eps=cfg.norm_eps, **options
         )
         out = paged_attention(
             q,
@@ -166,17 +159,14 @@ class Llama(nn.Module):
             batch.page_tables,
             batch.q_start,
             batch.kv_lens,
-            layer=i,
-            geometry=cfg.geometry,
             max_query=batch.max_query,
             sm_scale=cfg.head_dim**-0.5,
-            implementation=self.implementation,
+            **options,
         ).reshape(-1, cfg.q_size)
         return self._project(out, _matmul(out, w["wo"][i]), pages, batch, i, "o"), pages
 
-    def _mlp(self, i, x, pages, batch: Batch):
-        cfg, w = self.config, self.weights
-        h = _rms_norm(x, w["mlp_norm"][i], cfg.norm_eps)
-        gate, up = jnp.split(self._project(h, _matmul(h, w["wgu"][i]), pages, batch, i, "gu"), 2, axis=-1)
-        h = nn.silu(gate) * up
+    def _mlp(self, i, h, pages, batch: Batch):
+        w = self.weights
+        gate_up = self._project(h, _matmul(h, w["wgu"][i]), pages, batch, i, "gu")
+        h = silu_mul(gate_up, implementation=self.implementation)
         return self._project(h, _matmul(h, w["wdown"][i]), pages, batch, i, "down")

@@ -5,12 +5,14 @@ import dataclasses
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
 from pallas_kernels.geometry import GROUPS
 from sharding import (
     AXIS,
+    LOGITS,
     POOL,
     RULES,
     WHOLE,
@@ -19,13 +21,14 @@ from sharding import (
     LoraLayout,
     ShardedTable,
     Shards,
+    SplitVocabulary,
     choose_layout,
     make_mesh,
     measure_latency,
     partition,
 )
 from slora_jax.adapters import Adapter
-from slora_jax.batch import Batch, State
+from slora_jax.batch import Batch, Output, Sampling, State
 from slora_jax.engine_config import ResolvedConfig
 from slora_jax.errors import SloraError
 from slora_jax.model_config import ModelConfig, ParamSpec, param_specs
@@ -79,10 +82,15 @@ def choose_parallel(config: ModelConfig, settings: ResolvedConfig, adapters: Col
 
     Raises SloraError if there are not enough devices, or if a device's part of a page is no whole number of tiles.
     """
-    if settings.tensor_parallel == 1:
+    if settings.tensor_parallel == 1 and jax.process_count() == 1:
         return None
     try:
         mesh = make_mesh(settings.tensor_parallel)
+        if {device.process_index for device in mesh.devices.flat} != set(range(jax.process_count())):
+            raise ValueError(
+                f"it leaves a process without a device; there are {jax.device_count()} devices in "
+                f"{jax.process_count()} processes"
+            )
         if settings.lora_layout != "auto":
             return make_parallel(config, mesh, settings.lora_layout)
         lora = choose_layout(
@@ -93,6 +101,9 @@ def choose_parallel(config: ModelConfig, settings: ResolvedConfig, adapters: Col
             rank=settings.max_lora_rank or max((a.max_rank for a in adapters), default=16),
             model=CostModel(latency=measure_latency(mesh)),
         )
+        if jax.process_count() > 1:  # each has measured for itself
+            first = multihost_utils.broadcast_one_to_all(np.array([layout == "s-lora" for layout in lora]))
+            lora = tuple("s-lora" if scattered else "comm-free" for scattered in first)
         return make_parallel(config, mesh, lora)
     except ValueError as error:
         raise SloraError(f"tensor_parallel {settings.tensor_parallel} is not possible: {error}") from None
@@ -137,7 +148,10 @@ def shard_params(config: ModelConfig, params: Mapping[str, jax.Array], parallel:
 
 
 def shard_forward(forward: Callable[..., Any], config: ModelConfig, parallel: Parallel) -> Callable[..., Any]:
-    """``forward(params, state, batch) -> (state, logits)`` of one device's part, run on all of them."""
+    """``forward(params, state, batch) -> (state, logits)`` of one device's part, run on all of them.
+
+    Logits are split over the vocabulary; where it does not divide, columns past its end hold -inf.
+    """
     params = {name: partition(*spec.axes) for name, spec in param_specs(config).items()}
     state = State(pages=POOL)
 
@@ -146,9 +160,25 @@ def shard_forward(forward: Callable[..., Any], config: ModelConfig, parallel: Pa
             forward,
             mesh=parallel.mesh,
             in_specs=(params, state, batch_specs(batch)),
-            out_specs=(state, WHOLE),
+            out_specs=(state, LOGITS),
             check_vma=False,
         )(given, old, batch)
+
+    return run
+
+
+def shard_sample(sample: Callable[..., Output], parallel: Parallel) -> Callable[[jax.Array, Sampling], Output]:
+    """``sample(logits, sampling)`` of logits that are split over the vocabulary."""
+    vocabulary = SplitVocabulary.of(parallel.layout)
+
+    def run(logits: jax.Array, sampling: Sampling) -> Output:
+        return jax.shard_map(
+            lambda part, s: sample(part, s, vocabulary),
+            mesh=parallel.mesh,
+            in_specs=(LOGITS, WHOLE),
+            out_specs=WHOLE,
+            check_vma=False,
+        )(logits, sampling)
 
     return run
 

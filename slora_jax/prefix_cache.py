@@ -125,8 +125,8 @@ class PrefixCache:
         if isinstance(owner, tuple) and owner[0] == "prefix":
             self._forget(owner[1])
 
-    def forget(self, digest: str) -> None:
-        """Frees the idle entries of an adapter."""
+    def forget(self, digest: str | None) -> None:
+        """Frees the idle entries of an adapter, None for those of the base model."""
         for key in [k for k in self._by_digest.get(digest, ()) if not self._users[k]]:
             self._pool.release(prefix_owner(key))
             self._forget(key)

@@ -14,15 +14,14 @@ from jax.sharding import NamedSharding
 import numpy as np
 
 from pallas_kernels import Implementation
-from sharding import WHOLE, ShardedTable
+from sharding import LOGITS, WHOLE, ShardedTable
 from slora_jax.batch import Batch, Output, Sampling, State
 from slora_jax.batch_builder import BatchBuilder
 from slora_jax.executable_cache import ExecutableCache
 from slora_jax.model_config import ModelConfig
-from slora_jax.parallel import Parallel
-from slora_jax.sampling import sample
+from slora_jax.parallel import Parallel, local_config
 from slora_jax.sampling_batch import sampling_shapes
-from slora_jax.step import Forward, Params, make_forward
+from slora_jax.step import Forward, Params, make_forward, make_sample
 
 Progress = Callable[[int, int, str], None]
 _THREADS = 8  # compiling at once; XLA works without the interpreter's lock
@@ -100,9 +99,14 @@ def _with_last_tokens(forward: Forward) -> Callable[..., tuple[State, jax.Array]
     return step
 
 
-def _sample_into(logits: jax.Array, sampling: Sampling, last: jax.Array, rows: jax.Array) -> tuple[Output, jax.Array]:
-    output = sample(logits, sampling)
-    return output, last.at[rows].set(output.tokens, mode="drop")
+def _into_last_tokens(sample: Callable[[jax.Array, Sampling], Output]) -> Callable[..., tuple[Output, jax.Array]]:
+    """A sampler that also notes each row's token among the last ones."""
+
+    def choose(logits: jax.Array, sampling: Sampling, last: jax.Array, rows: jax.Array) -> tuple[Output, jax.Array]:
+        output = sample(logits, sampling)
+        return output, last.at[rows].set(output.tokens, mode="drop")
+
+    return choose
 
 
 def _named(function: Callable[..., Any], suffix: str) -> Callable[..., Any]:
@@ -141,10 +145,16 @@ class Programs:
             )
         self._whole = NamedSharding(options.parallel.mesh, WHOLE) if options.parallel else None
         forward = make_forward(**{f.name: getattr(options, f.name) for f in dataclasses.fields(options)})
-        outputs = (State(pages=options.parallel.pool), self._whole) if options.parallel else None
+        outputs = None
+        self._logits = None
+        if options.parallel:
+            self._logits = NamedSharding(options.parallel.mesh, LOGITS)
+            outputs = (State(pages=options.parallel.pool), self._logits)
         name = self._cache.name if self._cache else ""
         self._step = jax.jit(_named(_with_last_tokens(forward), name), donate_argnums=1, out_shardings=outputs)
-        self._sample = jax.jit(_named(_sample_into, name), out_shardings=self._whole)
+        self._sample = jax.jit(
+            _named(_into_last_tokens(make_sample(options.parallel)), name), out_shardings=self._whole
+        )
 
     def forward(self, params: Params, state: State, last: jax.Array, batch: Batch) -> tuple[State, jax.Array]:
         """A step: the new state, and logits. Tokens of the batch that are negative, -1 - row, are taken from `last`."""
@@ -245,7 +255,7 @@ class Programs:
     def _compile_step(self, shape: StepShape, batch: Batch) -> jax.stages.Compiled:
         specs: Batch = jax.tree.map(self._spec, batch)
         parallel = self.options.parallel
-        if parallel is not None:
+        if parallel is not None and jax.process_count() == 1:  # between processes the table travels whole
             placed = jax.tree.map(
                 lambda x, spec: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=NamedSharding(parallel.mesh, spec)),
                 batch.adapters,
@@ -256,8 +266,10 @@ class Programs:
         return self._get(shape, self._step, args, (State(pages=0), 0))
 
     def _compile_sampler(self, shape: SampleShape, sampling: Sampling) -> jax.stages.Compiled:
-        size = (shape.rows, self.options.config.vocab_size)
-        logits = jax.ShapeDtypeStruct(size, jnp.float32, sharding=self._whole)
+        columns = self.options.config.vocab_size
+        if parallel := self.options.parallel:  # filled up where it does not divide
+            columns = parallel.layout.devices * local_config(self.options.config, parallel.layout).vocab_size
+        logits = jax.ShapeDtypeStruct((shape.rows, columns), jnp.float32, sharding=self._logits)
         rows = jax.ShapeDtypeStruct((shape.rows,), jnp.int32, sharding=self._whole)
         specs = jax.tree.map(self._spec, sampling)
         given = 0 if shape.logprobs else None

@@ -60,7 +60,9 @@ class Runner:
         self.num_pages = num_pages
         self.config, self.dtype, self.parallel = options.config, options.dtype, options.parallel
         layout = self.parallel.layout if self.parallel else None
-        place = (self.config.geometry, buckets, num_pages, max_model_len, layout, self._put_table)
+        # batches travel to other processes as they are, so there the table stays in numpy
+        put = self._put_table if jax.process_count() == 1 else None
+        place = (self.config.geometry, buckets, num_pages, max_model_len, layout, put)
         self.builder = BatchBuilder(*place, deterministic=deterministic)
         self.page_bytes = page_bytes(self.config, self.dtype, self.parallel)
         self._load_pages = max(1, _LOAD_BYTES // self.page_bytes)
@@ -164,6 +166,9 @@ class Runner:
             geometry = self.parallel.layout.local if self.parallel else self.config.geometry
             image = np.zeros((0, self.config.num_layers, geometry.page_elements), self.dtype)
             self._write_pages([], [image] * (self.parallel.layout.devices if self.parallel else 1))
+
+    def close(self) -> None:
+        """Ends what steps need; a Runner on its own needs nothing."""
 
     def temp_bytes(self, batch: Batch) -> int:
         """Temporary device memory of the compiled step of this batch's shape, in bytes."""

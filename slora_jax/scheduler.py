@@ -171,7 +171,9 @@ class Scheduler:
         if not decode_only:
             self._compute_prompts(prompts, chunks, preempted)
             if not preempted:
+                settled = list(self.running)
                 self._admit_waiting(chunks, now, loads, admitted)
+                chunks = self._make_way(settled, chunks, now, preempted, loads, admitted)
         if decode_only is False and not chunks:
             self._decode(decoding, chunks, preempted)
             decode_only = True
@@ -323,6 +325,44 @@ class Scheduler:
             if self._overtaken(refused) or not length or not budget or not self._has_room():
                 break
 
+    def _make_way(
+        self,
+        settled: list[Sequence],
+        chunks: list[Chunk],
+        now: float,
+        preempted: list[Sequence],
+        loads: list[AdapterUse],
+        admitted: list[Sequence],
+    ) -> list[Chunk]:
+        """Preempts whom the policy names for a waiting sequence, and starts that one. Returns the step's chunks.
+
+        settled: whom it may name. What was started in this very step is not, because its adapter may be among `loads`.
+        """
+        while settled and self._queue:
+            pair = self.policy.make_way(View(now, list(self._queue), settled, self.max_step_tokens))
+            if pair is None or not self.quotas.admits(pair[1], now):
+                break
+            victim, seq = pair
+            others = [c for c in chunks if c.seq is not victim]
+            budget = self.max_step_tokens - sum(c.length for c in others)
+            if not budget:
+                break
+            settled.remove(victim)
+            self._preempt(victim, preempted)
+            chunks = others
+            if self._admit(seq, loads):
+                admitted.append(seq)
+                if length := self._chunk_length(seq, budget):
+                    chunks.append(Chunk(seq, seq.num_computed, length))
+        return chunks
+
+    def _preempt(self, victim: Sequence, preempted: list[Sequence]) -> None:
+        del self.running[victim]
+        self._give_back(victim)
+        victim.num_computed = 0
+        victim.preemptions += 1
+        preempted.append(victim)
+
     def _has_room(self) -> bool:
         return len(self.running) < self.max_seqs and self.pool.available > len(self.running)
 
@@ -361,11 +401,7 @@ class Scheduler:
                 return True
             except OutOfPages:
                 victim = self.policy.victim(self.running)
-                del self.running[victim]
-                self._give_back(victim)
-                victim.num_computed = 0
-                victim.preemptions += 1
-                preempted.append(victim)
+                self._preempt(victim, preempted)
                 if victim is seq:
                     return False
         return True

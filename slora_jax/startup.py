@@ -2,9 +2,12 @@
 
 import logging
 
+import jax
+
 from slora_jax.buckets import Buckets
 from slora_jax.engine_config import ResolvedConfig
 from slora_jax.errors import CapacityError
+from slora_jax.followers import make_runner as make_leader
 from slora_jax.loading import LoadedModel
 from slora_jax.memory import choose_num_pages, device_memory, fitting_pages, step_options, steps_dir
 from slora_jax.parallel import Parallel
@@ -30,6 +33,9 @@ def make_runner(
     did, they are compiled again for fewer pages: that happens at most once for a model and its settings, as programs
     are kept, and costs no memory, which a larger margin would.
 
+    In process 0 of several the Runner leads the others, which never return from here; there steps are compiled ahead
+    in process 0 only, and the number of pages stays as it was chosen.
+
     adapters: whether steps in which adapters are used are compiled, too.
     Raises CapacityError naming what does not fit.
     """
@@ -39,9 +45,9 @@ def make_runner(
     options = step_options(model.config, settings, max_rank, parallel)
     greedy_only = settings.warm_up == "greedy"
     while True:
-        runner = Runner(
-            options,
-            model.params,
+        runner = make_leader(
+            options=options,
+            params=model.params,
             num_pages=num_pages,
             buckets=buckets,
             max_model_len=max_model_len,
@@ -52,7 +58,7 @@ def make_runner(
             break
         with progress_bar("compiling", settings.progress) as progress:
             runner.programs.compile_ahead(adapters=adapters, greedy_only=greedy_only, progress=progress)
-        if settings.page_pool_bytes is not None or device_memory() is None:
+        if settings.page_pool_bytes is not None or device_memory() is None or jax.process_count() > 1:
             break
         fits = fitting_pages(options, settings, buckets, runner.programs.temp_bytes())
         if fits >= num_pages:

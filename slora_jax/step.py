@@ -9,10 +9,10 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels import GROUPS, Implementation
-from slora_jax.batch import Batch, Output, State
+from slora_jax.batch import Batch, Output, Sampling, State
 from slora_jax.model import Llama
 from slora_jax.model_config import ModelConfig
-from slora_jax.parallel import Parallel, local_config, shard_forward
+from slora_jax.parallel import Parallel, local_config, shard_forward, shard_sample
 from slora_jax.sampling import sample
 
 Params = dict[str, jax.Array]
@@ -32,6 +32,7 @@ def make_forward(
 ) -> Forward:
     """Makes ``forward(params, state, batch) -> (state, logits)``: the step without sampling. Logits are float32 [R, V].
 
+    With `parallel` they are split over the vocabulary, and columns past V, where it does not divide, hold -inf.
     Arguments as in make_batch_step.
     """
     layout = parallel.layout if parallel else None
@@ -54,6 +55,11 @@ def make_forward(
     return shard_forward(forward, config, parallel) if parallel else forward
 
 
+def make_sample(parallel: Parallel | None = None) -> Callable[[jax.Array, Sampling], Output]:
+    """Makes ``sample(logits, sampling) -> output`` for the logits of make_forward."""
+    return shard_sample(sample, parallel) if parallel else sample
+
+
 def make_batch_step(config: ModelConfig, **options) -> BatchStep:
     """Makes ``batch_step(params, state, batch) -> (state, output)`` for one model.
 
@@ -67,14 +73,15 @@ def make_batch_step(config: ModelConfig, **options) -> BatchStep:
     uses the same mesh.
     """
     forward = make_forward(config, **options)
+    choose = make_sample(options.get("parallel"))
 
     def batch_step(params: Params, state: State, batch: Batch) -> tuple[State, Output]:
         if batch.sampling is None:
             raise ValueError("batch.sampling is missing: batch_step needs it to choose tokens")
         state, logits = forward(params, state, batch)
-        output = sample(logits, batch.sampling)
+        output = choose(logits, batch.sampling)
         if batch.return_logits:
-            output = dataclasses.replace(output, logits=logits)
+            output = dataclasses.replace(output, logits=logits[:, : config.vocab_size])
         return state, output
 
     return batch_step

@@ -4,6 +4,7 @@ Prompts, messages and ids come from users and are checked here, so those argumen
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+import functools
 import os
 from pathlib import Path
 import shutil
@@ -86,14 +87,25 @@ class Tokenizer:
         """The contents of its tokenizer.json."""
         return self._backend.to_str()
 
-    def encode(self, text: Any, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt, with the model's start token where it has one. RequestError if it is no text."""
+    def encode(self, text: Any, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
+        """Token ids of a prompt, with the model's start token where it has one. RequestError if it is no text.
+
+        max_tokens: a text so long that it must have more is refused (RequestError) without the work, which takes
+        seconds for megabytes. One that is let through may still have more.
+        """
         if not isinstance(text, str):
             raise RequestError(f"a prompt must be a string, not {type(text).__name__}")
+        if max_tokens is not None and len(text) > max_tokens * self._longest_token:
+            raise RequestError(f"the prompt has {len(text)} characters, more than {max_tokens} tokens can; shorten it")
         try:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, ValueError) as error:  # a lone surrogate is the one string that is no text
             raise RequestError(f"the prompt is not valid Unicode text: {_one_line(error)}") from None
+
+    @functools.cached_property
+    def _longest_token(self) -> int:
+        """Characters of the longest token."""
+        return max(map(len, self._backend.get_vocab()), default=1)
 
     def decode(self, ids: Iterable[Any], skip_special: bool = True) -> str:
         """Text of token ids. Raises RequestError for an id outside the vocabulary."""
@@ -129,9 +141,18 @@ class Tokenizer:
         except Exception as error:  # noqa: BLE001 - templates raise their own errors through jinja2
             raise RequestError(f"the chat template refuses these messages: {_one_line(error)}") from None
 
-    def chat(self, messages: Any, add_generation_prompt: bool = True, tools: Sequence[Any] | None = None) -> list[int]:
-        """Token ids of ``render(...)``. The template writes the special tokens itself, so none are added."""
-        return self.encode(self.render(messages, add_generation_prompt, tools), add_special_tokens=False)
+    def chat(
+        self,
+        messages: Any,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Any] | None = None,
+        max_tokens: int | None = None,
+    ) -> list[int]:
+        """Token ids of ``render(...)``. The template writes the special tokens itself, so none are added. max_tokens as
+        in encode.
+        """
+        text = self.render(messages, add_generation_prompt, tools)
+        return self.encode(text, add_special_tokens=False, max_tokens=max_tokens)
 
     def stream(self, skip_special: bool = True) -> "TokenDecoder":
         """A new incremental decoder for one answer."""

@@ -61,7 +61,7 @@ def prompt_logits(
     batch, rows = builder.build(plan.chunks, pool, adapters)
     options |= dict(dtype=dtype, max_rank=max_rank, parallel=parallel)
     forward = jax.jit(make_forward(config, **options), donate_argnums=1)
-    logits = np.asarray(forward(params, state, batch)[1])
+    logits = np.asarray(forward(params, state, batch)[1])[:, : config.vocab_size]
     result: list[list[np.ndarray]] = [[] for _ in prompts]
     for i, row in enumerate(rows):
         result[row.chunk.seq.seq_id].append(logits[i])

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import math
+from pathlib import Path
 import statistics
 import time
 import warnings
@@ -19,6 +20,7 @@ import warnings
 import jax
 from jax import numpy as jnp
 
+from benchmarks.record import write_result
 from pallas_kernels.geometry import PAGE_TOKENS, ceil_div
 from pallas_kernels.paged_attention import reference
 from pallas_kernels.paged_attention.arg_specs import DECODE, HEADS, PREFILL, AttentionShape, geometry
@@ -263,7 +265,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="*", default=[*DECODE, *PREFILL], choices=[*DECODE, *PREFILL])
     parser.add_argument("--only-ours", action="store_true", help="leave out the other implementations")
-    parser.add_argument("--json", help="where to write the results")
+    parser.add_argument("--json", type=Path, help="where to write the results")
     parser.add_argument(
         "--tune", action="store_true", help="fill the kernels' table of configs for this device, no more"
     )
@@ -273,11 +275,12 @@ def main():
     ceiling = ceilings()
     device = jax.devices()[0].device_kind
     print(device, {k: f"{v / 1e12:.2f}e12" for k, v in ceiling.items()})
-    rows = [bench_decode(name, ceiling, not args.only_ours) for name in args.shape if name in DECODE]
-    rows += [bench_prefill(name, ceiling, not args.only_ours) for name in args.shape if name in PREFILL]
-    if args.json:
-        with open(args.json, "w") as f:
-            json.dump({"device": device, "jax": jax.__version__, "ceilings": ceiling, "results": rows}, f, indent=1)
+    rows = []
+    for name in args.shape:
+        bench = bench_decode if name in DECODE else bench_prefill
+        rows.append(bench(name, ceiling, not args.only_ours))
+        if args.json:  # after every shape: a run cut short leaves what it has
+            write_result(args.json, dict(ceilings=ceiling, results=rows))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ bandwidth.
 """
 
 import argparse
-import json
+from pathlib import Path
 
 import jax
 from jax import lax
@@ -18,6 +18,7 @@ from jax import numpy as jnp
 import numpy as np
 
 from benchmarks.kernels.bench_attention import ceilings, seconds
+from benchmarks.record import write_result
 from pallas_kernels.geometry import GROUPS
 from pallas_kernels.lora import reference
 from pallas_kernels.lora.arg_specs import SPECS, LoraSpec
@@ -147,7 +148,7 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--compare", action="store_true", help="time the XLA implementation and lax.ragged_dot too")
-    parser.add_argument("--json")
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     found = ceilings()
     print(f"copy {found['copy'] / 1e12:.2f} TB/s on {jax.devices()[0].device_kind}")
@@ -177,14 +178,9 @@ def main() -> None:
                     f"{name:34s} {group:5s} {op:16s} {micros:9.2f} us  floor {floor:8.2f}  x{micros / floor:.2f}",
                     flush=True,
                 )
+            if args.json:  # after every group: a run cut short leaves what it has
+                write_result(args.json, dict(ceilings=found, results=rows))
         del inputs
-    if args.json:
-        with open(args.json, "w") as f:
-            json.dump(
-                dict(device=jax.devices()[0].device_kind, jax=jax.__version__, ceilings=found, results=rows),
-                f,
-                indent=1,
-            )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,6 @@
 
 from slora_jax.adapters.adapter import Adapter, read_adapter
 from slora_jax.adapters.limits import AdapterLimits
-from slora_jax.adapters.synthetic import random_adapter
+from slora_jax.adapters.synthetic import clone, random_adapter
 
-__all__ = ["Adapter", "AdapterLimits", "random_adapter", "read_adapter"]
+__all__ = ["Adapter", "AdapterLimits", "clone", "random_adapter", "read_adapter"]

@@ -1,6 +1,8 @@
 """Adapters with random weights, for tests and benchmarks."""
 
 from collections.abc import Sequence
+import dataclasses
+import hashlib
 
 from jaxtyping import Int
 import numpy as np
@@ -43,3 +45,13 @@ def random_adapter(
         b = rng.standard_normal((outputs, r), np.float32) * np.float32(scale * r**0.5 / alpha)
         arrays.setdefault(int(layer), {})[MODULES[module]] = {"a": a.astype(dtype), "b": b.astype(dtype)}
     return Adapter.from_arrays(arrays, config, lora_alpha=alpha)
+
+
+def clone(adapter: Adapter, index: int) -> Adapter:
+    """Another adapter with the same weights in the same host memory, for benchmarks.
+
+    It has a digest of its own, which is not that of its contents: to the engine the two are different adapters, each
+    with pages and transfers of its own.
+    """
+    digest = hashlib.sha256(f"{adapter.digest} clone {index}".encode()).hexdigest()
+    return dataclasses.replace(adapter, digest=digest)

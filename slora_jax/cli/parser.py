@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import slora_jax
-from slora_jax.cli.options import SAMPLING, byte_size, named_path, policy_option, token_bias
+from slora_jax.cli.options import SAMPLING, byte_size, named_path, token_bias
+from slora_jax.cli.workload_options import TRACE_HELP, bench_options, simulate_options
 
 _MODEL = (
     "base model: a Hugging Face directory or id (org/name), a .gguf file, a directory written by slora-jax convert, "
@@ -40,9 +41,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     _convert(commands)
     _inspect(commands)
     _simulate(commands)
+    _bench(commands)
     if argv and argv[0] in commands.choices:
         # prompts and options may take turns, which argparse only allows without subcommands
-        return commands.choices[argv[0]].parse_intermixed_args(argv[1:], argparse.Namespace(command=argv[0]))
+        return commands.choices[argv[0]].parse_intermixed_args(
+            argv[1:], argparse.Namespace(command=argv[0], argv=list(argv))
+        )
     return parser.parse_args(argv)
 
 
@@ -168,6 +172,7 @@ def _serve(commands) -> None:
     access.add_argument("--max-answer-tokens", type=int, default=4096, metavar="N", help="longest answer, in tokens")
     operation = parser.add_argument_group("operation")
     operation.add_argument("--drain-seconds", type=float, default=30.0, metavar="X", help="longest wait at a shutdown")
+    operation.add_argument("--traces", action="store_true", help="send OpenTelemetry traces (extra otel)")
     operation.add_argument("--no-warm-up", action="store_true", help="compile steps when they are first needed")
     operation.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     _engine_options(parser)
@@ -232,61 +237,33 @@ def _simulate(commands) -> None:
         "simulate",
         "predict throughput, latency and page use of a workload, without a GPU",
         "Runs a workload through the engine's scheduler and page pool against a model of the device's time: by\n"
-        "default the floor, which is bytes and operations at the ceilings of one H200; or one measured, with --cost.",
+        "default the floor, which is bytes and operations at the ceilings of one H200; or one measured, with\n"
+        "--calibrate or --cost.",
         "examples:\n"
         "  slora-jax simulate --setting S2 --adapters 2000 --rate 10 --seconds 120\n"
         "  slora-jax simulate --trace trace.jsonl --shape llama-3.1-8b --rank 16 --policy early-abort\n"
-        "\n"
-        "A row of a trace is an object with arrival (seconds), prompt_len, output_len (tokens) and adapter (an index,\n"
-        "or null for the base model), and, if wanted, tenant and priority.",
+        "  slora-jax simulate --calibrate result-of-bench.json --adapters 2000 --rate 20\n"
+        "\n" + TRACE_HELP,
     )
-    work = parser.add_argument_group("workload", "S-LoRA's synthetic trace, unless --trace names another.")
-    work.add_argument("--trace", metavar="FILE", help="JSON lines; - is standard input")
-    work.add_argument("--adapters", type=int, default=200, metavar="N", help="0: the base model only (default: 200)")
-    work.add_argument("--rate", type=float, default=10.0, metavar="X", help="requests a second (default: 10)")
-    work.add_argument("--seconds", type=float, default=120.0, metavar="X", help="length of the trace (default: 120)")
-    work.add_argument(
-        "--alpha", type=float, default=1.0, metavar="X", help="1: adapters equally popular (default); less: skewed"
+    simulate_options(parser)
+
+
+def _bench(commands) -> None:
+    parser = _command(
+        commands,
+        "bench",
+        "measure a workload on this machine, with random weights of a named shape",
+        "Measures an engine under S-LoRA's synthetic trace and other workloads: throughput, latencies, SLO, fairness,\n"
+        "page use, steps; and the share of what bytes and operations would allow. Options that take a list are\n"
+        "measured in all combinations. Needs the repository's benchmarks/ directory.",
+        "examples:\n"
+        "  slora-jax bench --setting S2 --adapters 5,100,1000,2000 --rate 50 --seconds 20 --json s2.json --plots s2\n"
+        "  slora-jax bench --burst --requests 1000 --adapters 200 --compare no-adapters,fixed-slots --json burst.json\n"
+        "  slora-jax bench noisy --policy fair\n"
+        "  slora-jax bench --shape tiny-llama --rank 8 --adapters 4 --requests 16 --lengths 4,32 --page-pool 8M\n"
+        "\n" + TRACE_HELP,
     )
-    work.add_argument(
-        "--cv", type=float, default=1.0, metavar="X", help="variation of the gaps between arrivals (default: 1)"
-    )
-    work.add_argument("--seed", type=int, default=42, metavar="N", help="default: 42")
-    work.add_argument("--burst", action="store_true", help="all requests at once")
-    base = parser.add_argument_group("model")
-    base.add_argument("--setting", choices=("S1", "S2", "S4", "S5", "S6"), default="S2", help="S-LoRA's (default: S2)")
-    base.add_argument("--shape", metavar="NAME", help="another named shape, for instance llama-3.1-8b")
-    base.add_argument("--rank", type=int, action="append", metavar="N", help="of adapters in turn; repeat for more")
-    base.add_argument(
-        "--target",
-        choices=("q", "k", "v", "o", "gate", "up", "down"),
-        action="append",
-        help="projections with adapters; repeat for more (default: q, k, v, o)",
-    )
-    base.add_argument("--cost", metavar="FILE", help="cost model in JSON, see docs/scheduling.md (default: the floor)")
-    engine = parser.add_argument_group("engine")
-    engine.add_argument(
-        "--page-pool", type=byte_size, default=100 << 30, metavar="SIZE", help="for instance 24G (default: 100G)"
-    )
-    engine.add_argument(
-        "--max-seqs", type=int, default=256, metavar="N", help="running at the same time (default: 256)"
-    )
-    engine.add_argument("--max-step-tokens", type=int, default=2048, metavar="N", help="default: 2048")
-    engine.add_argument("--policy", default="fcfs", metavar="NAME", help="fcfs, cluster, early-abort, fair or priority")
-    engine.add_argument(
-        "--policy-option",
-        type=policy_option,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="of the policy, for instance ttft=6; repeat for more",
-    )
-    engine.add_argument("--no-prefix-caching", action="store_true", help="keep no keys and values for later requests")
-    out = parser.add_argument_group("output")
-    out.add_argument("--slo", type=float, default=6.0, metavar="X", help="target for the first token (default: 6 s)")
-    out.add_argument(
-        "--json", metavar="FILE", help="also write all figures as JSON; - prints them instead of the table"
-    )
+    bench_options(parser)
 
 
 def _engine_options(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+import jax
+
 from slora_jax.cli.options import engine_options, require_server
 from slora_jax.engine import Engine
 from slora_jax.engine_config import EngineConfig
@@ -26,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
         max_answer_tokens=args.max_answer_tokens,
         warm_up=not args.no_warm_up,
         drain_seconds=args.drain_seconds,
+        traces=args.traces,
     )
     settings = EngineConfig(
         **engine_options(args),
@@ -33,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
         # else the adapters, which are read later, say up to which rank steps are compiled
         warm_up=config.warm_up and args.max_lora_rank is not None,
     )
+    if jax.distributed.is_initialized() and jax.process_index():  # only process 0 has callers
+        Engine.from_pretrained(args.model, settings)  # runs its steps and ends this process after the last
     service = Service(config, lambda: Engine.from_pretrained(args.model, settings))
     run_server(service, log_level=args.log_level.upper())
     return 0

@@ -13,10 +13,11 @@ class Cluster(Policy):
     Fewer adapters in a batch leave more memory to the KV cache and are fewer bytes to read. `adapters` is no limit.
 
     patience: seconds after which a sequence goes before all that came later, whatever its adapter, so that a popular
-    adapter keeps nobody waiting for ever. S-LoRA has no such bound.
+    adapter keeps nobody waiting for ever. S-LoRA has no such bound. Under a load that makes everybody wait for that
+    long this is first come, first served.
     """
 
-    def __init__(self, adapters: int = 8, patience: float = 3.0):
+    def __init__(self, adapters: int = 8, patience: float = 30.0):
         if adapters < 1:
             raise ValueError(f"adapters must be at least 1, not {adapters}")
         if patience < 0:

@@ -1,6 +1,5 @@
 """Early abort: give up requests that would miss their target, so that others meet it."""
 
-from collections import deque
 from collections.abc import Iterable, Sequence
 
 from pallas_kernels.geometry import ceil_div
@@ -16,13 +15,14 @@ class EarlyAbort(Policy):
     """S-LoRA's admission control (arXiv 2311.03285, 4.3; abort_req_queue.py), with measured times.
 
     A waiting sequence is given up as soon as its first token can no longer come within `ttft` seconds of its arrival.
-    Those left are tried newest first while more arrive than are admitted, else oldest first. Nothing that ran is ever
-    given up.
+    Nothing that ran is ever given up.
 
-    slack: seconds from admission to the first token; S-LoRA assumes 0.5. None estimates it: the steps that the
-    sequence's prompt takes behind the prompts that are being computed already, each as long as recent steps with
-    prompts were. Then also the order is oldest first as long as no more wait than were admitted within the last `ttft`
-    seconds: in that order all of them can be in time, in the other the oldest would be given up.
+    slack: seconds from admission to the first token. None estimates it: the steps that the sequence's prompt takes
+    behind the prompts that are being computed already, each as long as recent steps with prompts were. Those left are
+    tried in order of arrival, which is that of their deadlines: whoever is given up would have been too late anyway and
+    held up the others, so that more are in time than under first come, first served. A number (S-LoRA assumes 0.5) is
+    S-LoRA's rule, which tries the newest first while more arrive than are admitted: those served wait less, but some
+    are given up that had time left.
     """
 
     def __init__(self, ttft: float = 6.0, slack: float | None = None):
@@ -38,8 +38,6 @@ class EarlyAbort(Policy):
         self._admitted = 0  # since the last call of order
         self._left = 0  # waiting when that call's admissions were done
         self._last_left = 0
-        self._recent: deque[float] = deque()  # moments of admissions within the last ttft seconds
-        self._now = 0.0
 
     def drop(self, view: View) -> Sequence[Drop]:
         backlog = sum(seq.num_pending for seq in view.running if seq.num_pending > 1)
@@ -58,23 +56,20 @@ class EarlyAbort(Policy):
         return ceil_div(backlog + seq.num_pending, max_step_tokens) * self._step_seconds
 
     def order(self, view: View) -> Iterable[Seq]:
+        if self.slack is None:
+            return view.waiting
         if self._admitted:
             self._last_left = self._left
             self._batch = max(int(_NEW * self._admitted + (1 - _NEW) * self._batch), 1)
             self._admitted = 0
         self._left = len(view.waiting)
         self._arrivals = int(_NEW * (self._left - self._last_left) + (1 - _NEW) * self._arrivals)
-        self._now = view.now
-        while self._recent and self._recent[0] < view.now - self.ttft:
-            self._recent.popleft()
-        in_time = self.slack is None and self._left <= len(self._recent)
-        return view.waiting if in_time or self._arrivals < self._batch else list(reversed(view.waiting))
+        return view.waiting if self._arrivals < self._batch else list(reversed(view.waiting))
 
     def admitted(self, seq: Seq) -> None:
         if not seq.preemptions:
             self._admitted += 1
             self._left -= 1
-            self._recent.append(self._now)
 
     def completed(self, chunks: Sequence[Chunk], seconds: float) -> None:
         if seconds and any(c.length > 1 for c in chunks):

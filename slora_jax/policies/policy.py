@@ -60,3 +60,9 @@ class Policy:
     def victim(self, running: Collection[Seq]) -> Seq:
         """Which running sequence is preempted when pages run out. The others must be able to finish without it."""
         return list(running)[-1]
+
+    def make_way(self, view: View) -> tuple[Seq, Seq] | None:
+        """A running sequence to preempt and a waiting one to start in its place, or None. Asked again until it says
+        None, after everything that fits was admitted: each pair must bring the end nearer.
+        """
+        return None

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import contextlib
 from typing import Any, Self
 
+from starlette.requests import Request as HttpRequest
+
 from slora_jax.async_deltas import AsyncDeltas
 from slora_jax.errors import AdapterError, CapacityError, RequestError
 from slora_jax.requests import Delta, Request, RequestOutput
@@ -41,7 +43,8 @@ async def encode_prompts(
     def encode(prompt: str | Sequence[int]) -> list[int]:
         if not isinstance(prompt, str):
             return list(prompt)
-        return tokenizer_of(service).encode(prompt, add_special_tokens=add_special_tokens)
+        most = service.engine.max_model_len
+        return tokenizer_of(service).encode(prompt, add_special_tokens=add_special_tokens, max_tokens=most)
 
     try:
         return await asyncio.to_thread(lambda: [encode(prompt) for prompt in prompts])
@@ -58,7 +61,9 @@ async def encode_chat(
     """Token ids of a chat, through the model's template."""
     tokenizer = tokenizer_of(service)
     try:
-        return await asyncio.to_thread(tokenizer.chat, list(messages), generation_prompt, tools)
+        return await asyncio.to_thread(
+            tokenizer.chat, list(messages), generation_prompt, tools, service.engine.max_model_len
+        )
     except RequestError as error:
         raise bad_request(error, "messages") from None
 
@@ -66,11 +71,12 @@ async def encode_chat(
 class Answers:
     """The answers to a call's prompts. Use it with ``async with``; leaving early aborts what is not finished."""
 
-    def __init__(self, service: Service, tenant: Tenant, adapter: str | None, request_id: str):
+    def __init__(self, service: Service, tenant: Tenant, adapter: str | None, request: HttpRequest, kind: str):
         self._service = service
         self._tenant = tenant
         self._adapter = adapter
-        self._id = request_id
+        self.id = f"{kind}-{request.state.request_id}"
+        self._log: dict[str, Any] = request.state.log
         self._deltas: AsyncDeltas | None = None
         self._places = contextlib.ExitStack()
 
@@ -100,7 +106,7 @@ class Answers:
             raise ApiError(400, f"logit_bias names a token id outside the vocabulary of {vocab}", param="logit_bias")
         self._places.enter_context(self._service.admit(self._tenant, completions))
         requests = [
-            Request(None, self._adapter, params, ids, request_id=f"{self._id}-{i}") for i, ids in enumerate(prompts)
+            Request(None, self._adapter, params, ids, request_id=f"{self.id}-{i}") for i, ids in enumerate(prompts)
         ]
         try:
             self._deltas = await self._service.engine.astart(requests)
@@ -132,6 +138,13 @@ class Answers:
         self._places.close()
         for output in deltas.outputs:
             self._service.finished(output, self._tenant)
+        timings = [output.timings for output in deltas.outputs]
+        self._log |= dict(
+            prompt_tokens=sum(len(output.prompt_token_ids) for output in deltas.outputs),
+            answer_tokens=sum(len(c.token_ids) for output in deltas.outputs for c in output.completions),
+            queue_seconds=max((round(t.scheduled - t.arrival, 4) for t in timings if t.scheduled), default=None),
+            ttft_seconds=max((round(t.ttft, 4) for t in timings if t.ttft), default=None),
+        )
 
     @property
     def outputs(self) -> list[RequestOutput]:

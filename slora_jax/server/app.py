@@ -27,7 +27,9 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     for module in (routes_openai, routes_slora, routes_tokens, routes_adapters, routes_operation):
         app.include_router(module.router)
-    app.add_middleware(Edge, config=service.config, tenants=service.tenants, metrics=service.metrics)
+    app.add_middleware(
+        Edge, config=service.config, tenants=service.tenants, metrics=service.metrics, tracing=service.tracing
+    )
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)

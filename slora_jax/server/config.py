@@ -17,12 +17,13 @@ class ServerConfig:
     registry: file that remembers what was loaded and unloaded through the API; None forgets it with the process.
     api_keys: file of API keys, see keys.py; None lets everybody in, which is allowed on loopback only, unless
         `allow_anonymous`, and then without the administrator's calls.
-    max_body: largest request body. body_seconds: longest time to send it. write_seconds: longest time for which a
-        client may leave its answer unread.
+    max_body: largest request body. header_seconds, body_seconds: longest times to send a request's headers, its body.
+        write_seconds: longest time for which a client may leave its answer unread.
     max_prompts, max_completions: prompts in a call, and prompts times n. max_answer_tokens: tokens of an answer.
     max_queue: completions that wait for the engine, beyond what it runs at once, before callers are sent away with 429.
     max_adapters: adapters registered at the same time.
     warm_up: compile every step shape after the adapters were read and before the first call is taken.
+    traces: send OpenTelemetry traces.
     drain_seconds: how long a shutdown waits for answers in flight.
     """
 
@@ -36,6 +37,7 @@ class ServerConfig:
     allow_anonymous: bool = False
     scan_seconds: float = 2.0
     max_body: int = 4 << 20
+    header_seconds: float = 10.0
     body_seconds: float = 30.0
     write_seconds: float = 60.0
     max_prompts: int = 64
@@ -44,6 +46,7 @@ class ServerConfig:
     max_queue: int = 256
     max_adapters: int = 10_000
     warm_up: bool = False
+    traces: bool = False
     drain_seconds: float = 30.0
 
     def __post_init__(self):
@@ -52,7 +55,7 @@ class ServerConfig:
                 raise SloraError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_queue < 0:
             raise SloraError(f"max_queue must be 0 or more, not {self.max_queue}")
-        for name in ("scan_seconds", "body_seconds", "write_seconds"):
+        for name in ("scan_seconds", "header_seconds", "body_seconds", "write_seconds"):
             if not getattr(self, name) > 0:
                 raise SloraError(f"{name} must be above 0, not {getattr(self, name)}")
         for name in ("adapters", "load_root"):

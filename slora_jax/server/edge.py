@@ -1,10 +1,12 @@
 """What every call passes first: a request id, who is calling, a bounded body, one line in the log."""
 
 import asyncio
+import contextlib
 import logging
 import re
 import secrets
 import time
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -12,12 +14,18 @@ from slora_jax.server.config import ServerConfig
 from slora_jax.server.errors import ApiError
 from slora_jax.server.metrics import Metrics
 from slora_jax.server.tenants import Tenants
+from slora_jax.server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
 PUBLIC = frozenset(("/", "/health", "/ready", "/version"))
 ADMIN = frozenset(("/metrics", "/status", "/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"))
 
+# paths that a span is named after; a stranger's paths would be names without end
+_TRACED = frozenset(
+    ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/generate", "/generate_stream",
+     "/tokenize", "/detokenize", *ADMIN)
+)  # fmt: skip
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -26,11 +34,14 @@ class Edge:
     anything parsed, and no handler meets a body that is too large, too slow or cut short.
     """
 
-    def __init__(self, app: ASGIApp, config: ServerConfig, tenants: Tenants, metrics: Metrics):
+    def __init__(
+        self, app: ASGIApp, config: ServerConfig, tenants: Tenants, metrics: Metrics, tracing: Tracing | None = None
+    ):
         self._app = app
         self._config = config
         self._tenants = tenants
         self._metrics = metrics
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -39,18 +50,30 @@ class Edge:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
+        fields: dict[str, object] = {"request_id": request_id, "method": scope["method"], "path": scope["path"][:200]}
+        quiet = scope["path"] in PUBLIC or scope["path"] in ("/metrics", "/status")
+        with contextlib.ExitStack() as stack:
+            if self._tracing is not None and not quiet:
+                path = scope["path"] if scope["path"] in _TRACED else "other"
+                stack.enter_context(self._tracing.call(scope["method"], path, headers, fields))
+            await self._answer(scope, receive, send, headers, fields)
+        # no query among the fields: a key may have been put there by mistake
+        logger.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"fields": fields})
+
+    async def _answer(
+        self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], fields: dict[str, Any]
+    ) -> None:
+        """Has the application answer, and notes in `fields` what came of it."""
         start = time.monotonic()
-        status = 499  # the client left before there was an answer
-        fields: dict[str, object] = {}
-        scope.setdefault("state", {}).update(request_id=request_id, log=fields)
+        fields["status"] = 499  # the client left before there was an answer
+        scope.setdefault("state", {}).update(request_id=fields["request_id"], log=fields)
 
         async def send_tagged(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                fields["status"] = message["status"]
                 message["headers"] = [
                     *message.get("headers", ()),
-                    (b"x-request-id", request_id.encode()),
+                    (b"x-request-id", fields["request_id"].encode()),
                     (b"x-content-type-options", b"nosniff"),
                 ]
             await send(message)
@@ -69,27 +92,14 @@ class Edge:
             if body is not None:
                 await self._app(scope, _replay(body, receive), send_tagged)
         except Exception:  # a mistake of ours: it is told here, because only here the call has an id
+            request_id = fields["request_id"]
             logger.exception("the call failed", extra={"fields": {"request_id": request_id}})
-            if status == 499:
+            if fields["status"] == 499:
                 failure = ApiError(500, f"something went wrong in the server; its log says what under {request_id}")
                 await failure.response()(scope, receive, send_tagged)
         finally:
-            self._metrics.responded(status)
-            quiet = scope["path"] in PUBLIC or scope["path"] in ("/metrics", "/status")
-            logger.log(
-                logging.DEBUG if quiet else logging.INFO,
-                "request",
-                extra={
-                    "fields": {
-                        "request_id": request_id,
-                        "method": scope["method"],
-                        "path": scope["path"][:200],  # no query: a key may have been put there by mistake
-                        "status": status,
-                        "seconds": round(time.monotonic() - start, 4),
-                        **fields,
-                    }
-                },
-            )
+            fields["seconds"] = round(time.monotonic() - start, 4)
+            self._metrics.responded(fields["status"])
 
     def _authorise(self, path: str, headers: dict[str, str]):
         if path in PUBLIC:

@@ -15,6 +15,7 @@ from pallas_kernels.geometry import PAGE_TOKENS
 from slora_jax.requests import RequestOutput
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_MAX_TENANTS = 100
 _TPOT = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
 
 
@@ -37,12 +38,15 @@ class Snapshot:
 
 
 class Metrics:
-    """The metrics of one server. Labels are few: tenants are those of the key file, adapters appear only while used."""
+    """The metrics of one server. Labels are few: the first tenants by name and "other" for more, adapters only while
+    they are used.
+    """
 
     def __init__(self, model_name: str):
         self._model = model_name
         self._registry = CollectorRegistry()
         self._snapshot: Snapshot | None = None
+        self._tenants: set[str] = set()
 
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
             return Histogram(f"slora_{name}", text, buckets=buckets, registry=self._registry)
@@ -63,6 +67,7 @@ class Metrics:
 
     def finished(self, output: RequestOutput, tenant: str) -> None:
         """Counts a request that has ended, however it did."""
+        tenant = self._tenant_label(tenant)
         timings = output.timings
         tokens = sum(len(c.token_ids) for c in output.completions)
         for completion in output.completions:
@@ -78,6 +83,12 @@ class Metrics:
         longest = max(len(c.token_ids) for c in output.completions)
         if longest > 1 and timings.finished is not None and timings.first_token is not None:
             self._tpot.observe((timings.finished - timings.first_token) / (longest - 1))
+
+    def _tenant_label(self, tenant: str) -> str:
+        if tenant not in self._tenants and len(self._tenants) >= _MAX_TENANTS:
+            return "other"  # a key file may be rewritten with new names for ever
+        self._tenants.add(tenant)
+        return tenant
 
     def responded(self, status: int) -> None:
         self._responses.labels(str(status)).inc()
@@ -109,6 +120,11 @@ class Metrics:
         )
         for name in ("steps", "preemptions", "adapter_loads"):
             yield CounterMetricFamily(f"slora_engine_{name}", f"The engine's {name.replace('_', ' ')}", stats[name])
+        prefixes = stats["prefix_cache"]
+        text = "Prompt tokens that were looked for among kept prefixes"
+        yield CounterMetricFamily("slora_prefix_queried_tokens", text, prefixes["prompt_tokens"])
+        yield CounterMetricFamily("slora_prefix_hit_tokens", "Those that were found", prefixes["hit_tokens"])
+        yield from _tiers(stats.get("adapter_tiers", {}))
         yield CounterMetricFamily("slora_adapter_registrations", "Adapters read from files", now.loads)
         yield CounterMetricFamily("slora_adapter_registration_failures", "Adapters refused", now.failures)
         yield CounterMetricFamily("slora_adapter_registration_seconds", "Seconds spent reading them", now.load_seconds)
@@ -145,6 +161,28 @@ class Metrics:
         names = [",".join(sorted(adapters[state])) for state in ("running", "waiting")]
         lora.add_metric([str(now.max_seqs), *names], time.time())
         yield lora
+
+
+def _tiers(tiers: Mapping[str, Mapping[str, float]]) -> Iterable[Metric]:
+    """Hits, loads and evictions of the places where adapters lie: the device's pages, host memory, disk."""
+    counts = {
+        "hits": "Times an adapter that a request needed was there",
+        "misses": "Times it was not",
+        "loads": "Times an adapter was brought there",
+        "reads": "Adapters read from files",
+        "evictions": "Times an adapter had to leave",
+        "failures": "Reads that failed",
+        "load_seconds": "Seconds spent reading",
+    }
+    for field, text in counts.items():
+        family = CounterMetricFamily(f"slora_adapter_{field}", text, labels=["tier"])
+        for tier, values in tiers.items():
+            if field in values:
+                family.add_metric(["device" if tier == "pages" else tier], values[field])
+        if family.samples:
+            yield family
+    if host := tiers.get("host"):
+        yield GaugeMetricFamily("slora_adapter_host_bytes", "Host memory that adapters take", host["bytes"])
 
 
 class _Present:

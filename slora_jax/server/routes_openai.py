@@ -34,10 +34,9 @@ async def chat_completions(body: ChatBody, request: Request, service: ServiceDep
         skip_special = params.skip_special_tokens and tools.skip_special
         params = dataclasses.replace(params, structured=tools.structured or form, skip_special_tokens=skip_special)
         form_param = "tools" if tools.structured else form_param
-    response_id = f"chatcmpl-{request.state.request_id}"
+    answers = Answers(service, tenant, adapter, request, "chatcmpl")
     texts = TokenTexts(service.engine.model.tokenizer, body.return_tokens_as_token_ids)
-    written = ChatFormat(response_id, body.model, texts, tools)
-    answers = Answers(service, tenant, adapter, response_id)
+    written = ChatFormat(answers.id, body.model, texts, tools)
 
     async def whole() -> dict[str, Any]:
         async with answers:
@@ -73,10 +72,9 @@ async def completions(body: CompletionBody, request: Request, service: ServiceDe
     if body.echo:
         given = zip(body.prompts(), prompts, strict=True)
         echoed = [p if isinstance(p, str) else tokenizer.decode(ids) if tokenizer else "" for p, ids in given]
-    response_id = f"cmpl-{request.state.request_id}"
+    answers = Answers(service, tenant, adapter, request, "cmpl")
     texts = TokenTexts(tokenizer, body.return_tokens_as_token_ids)
-    written = CompletionFormat(response_id, body.model, texts, params.n, echoed, score_only)
-    answers = Answers(service, tenant, adapter, response_id)
+    written = CompletionFormat(answers.id, body.model, texts, params.n, echoed, score_only)
 
     async def whole() -> dict[str, Any]:
         async with answers:

@@ -57,7 +57,7 @@ async def _prepare(
     adapter = choose_adapter(service, tenant, name)
     log_field(request, model=name)
     prompts = await encode_prompts(service, [body.inputs])
-    answers = Answers(service, tenant, adapter, f"gen-{request.state.request_id}")
+    answers = Answers(service, tenant, adapter, request, "gen")
     return answers, prompts, TokenTexts(service.engine.model.tokenizer, False)
 
 

@@ -9,6 +9,7 @@ import uvicorn
 
 from slora_jax.server.app import create_app
 from slora_jax.server.logs import log_config
+from slora_jax.server.protocol import guarded_protocol
 from slora_jax.server.service import Service
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ class Server(uvicorn.Server):
                 create_app(service),
                 host=config.host,
                 port=config.port,
+                http=guarded_protocol(config.header_seconds),
                 lifespan="off",
                 ws="none",
                 access_log=False,

@@ -14,6 +14,7 @@ from slora_jax.server.config import ServerConfig
 from slora_jax.server.errors import ApiError
 from slora_jax.server.metrics import Metrics, Snapshot
 from slora_jax.server.tenants import Tenant, Tenants
+from slora_jax.server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ class Service:
         self.phase: Literal["loading", "ready", "draining"] = "loading"
         self.tenants = Tenants(config)
         self.metrics = Metrics(config.model_name)
+        self.tracing = Tracing() if config.traces else None
         self.started = int(time.time())
         self.in_flight = 0  # completions
         self._make_engine = make_engine
@@ -93,6 +95,8 @@ class Service:
                 await self._watcher
         if self._engine is not None:
             await asyncio.to_thread(self._engine.close)
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
 
     def check_accepting(self) -> None:
         """ApiError 503 unless new work is taken."""

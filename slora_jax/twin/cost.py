@@ -1,14 +1,16 @@
 """How long a step takes: a linear model of what it has to do, from a measurement or from counting bytes and FLOPs."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+from slora_jax.buckets import Buckets
 from slora_jax.errors import SloraError
 from slora_jax.model_config import ModelConfig, param_specs
+from slora_jax.sequence import Chunk
 
 ITEM_BYTES = 2  # bfloat16
 
@@ -19,7 +21,8 @@ class StepWork:
 
     decode_tokens, prompt_tokens: tokens computed. decode_context: tokens of keys and values that the decode tokens
     read, together. prompt_context: pairs of a prompt token and a token it attends to. adapter_bytes: weights of the
-    distinct adapters in the step. load_bytes: weights copied from the host before it.
+    distinct adapters in the step. load_bytes: weights copied from the host before it. sequences: that take part.
+    padded_tokens: tokens that the compiled program computes, padding included; 0: as many as there are.
     """
 
     decode_tokens: int = 0
@@ -28,6 +31,35 @@ class StepWork:
     prompt_context: int = 0
     adapter_bytes: int = 0
     load_bytes: int = 0
+    sequences: int = 0
+    padded_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.padded_tokens or self.decode_tokens + self.prompt_tokens
+
+
+def step_work(
+    chunks: Iterable[Chunk],
+    adapter_bytes: Callable[[str], int],
+    load_bytes: int = 0,
+    buckets: Buckets | None = None,
+) -> StepWork:
+    """What a planned step has to do. adapter_bytes: of an adapter by its digest. buckets: to which steps are padded."""
+    chunks = list(chunks)
+    decode = [c for c in chunks if c.length == 1]
+    prompt = [c for c in chunks if c.length > 1]
+    tokens = sum(c.length for c in chunks)
+    return StepWork(
+        decode_tokens=len(decode),
+        prompt_tokens=sum(c.length for c in prompt),
+        decode_context=sum(c.start + 1 for c in decode),
+        prompt_context=sum(c.length * c.start + c.length * (c.length + 1) // 2 for c in prompt),
+        adapter_bytes=sum(map(adapter_bytes, {c.seq.adapter.digest for c in chunks if c.seq.adapter})),
+        load_bytes=load_bytes,
+        sequences=len(chunks),
+        padded_tokens=buckets.shape(len(chunks), tokens, not prompt)[1] if buckets else 0,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,15 +67,17 @@ class CostModel:
     """Seconds of a step: ``step + max(weights, token * tokens)`` for the base model's projections, plus each other
     coefficient times its part of the work.
 
-    step: that every step takes. weights: to read the weights. token: for one token's projections. decode_context,
-    prompt_context, adapter_byte, load_byte: for one unit of StepWork's field. overlap: copies from the host run beside
-    the step, so that only the longer of the two counts.
+    step: that every step takes. prompt_step: that one with prompt tokens takes besides. weights: to read the weights.
+    token: for one token's projections. sequence, decode_context, prompt_context, adapter_byte, load_byte: for one unit
+    of StepWork's field. overlap: copies from the host run beside the step, so that only the longer of the two counts.
     """
 
     name: str
     step: float = 0.0
+    prompt_step: float = 0.0
     weights: float = 0.0
     token: float = 0.0
+    sequence: float = 0.0
     decode_context: float = 0.0
     prompt_context: float = 0.0
     adapter_byte: float = 0.0
@@ -53,7 +87,9 @@ class CostModel:
     def seconds(self, work: StepWork) -> float:
         compute = (
             self.step
-            + max(self.weights, self.token * (work.decode_tokens + work.prompt_tokens))
+            + (self.prompt_step if work.prompt_tokens else 0.0)
+            + max(self.weights, self.token * work.tokens)
+            + self.sequence * work.sequences
             + self.decode_context * work.decode_context
             + self.prompt_context * work.prompt_context
             + self.adapter_byte * work.adapter_bytes

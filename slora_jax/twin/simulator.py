@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from pallas_kernels.geometry import MODULES, PAGE_TOKENS, TILE, TILE_RANKS, ceil_div
+from slora_jax.buckets import Buckets
 from slora_jax.errors import CapacityError
 from slora_jax.model_config import ModelConfig
 from slora_jax.page_pool import PagePool
@@ -14,9 +15,11 @@ from slora_jax.scheduler import Scheduler, StepPlan
 from slora_jax.sequence import AdapterUse
 from slora_jax.sequence import Sequence as Seq
 from slora_jax.traces import Setting, TraceRequest
-from slora_jax.twin.cost import ITEM_BYTES, CostModel, StepWork
+from slora_jax.twin.cost import ITEM_BYTES, CostModel, step_work
 from slora_jax.twin.metrics import Record
+from slora_jax.twin.steps import StepLog
 
+_PREFIX = (1 << 31) - 1  # the token of prefixes; the others are the numbers of requests
 _IDLE_SECONDS = 0.002  # between two looks at a queue from which nothing may start yet, as in the engine
 
 
@@ -25,7 +28,9 @@ class Simulation:
     """What is simulated. Defaults are an engine's on a GPU; see EngineConfig.
 
     config: sizes of the base model. setting: ranks and targets of the adapters. cost: how long a step takes.
-    page_pool_bytes: of bfloat16 pages. sample_seconds: between two looks at what the pages hold.
+    page_pool_bytes: of pages whose elements take `item_bytes`. buckets: to which steps are padded; None: not at all.
+    log_steps: keep what each step had to do and how long it took. sample_seconds: between two looks at what the pages
+    hold.
     """
 
     config: ModelConfig
@@ -38,11 +43,14 @@ class Simulation:
     policy_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     quotas: Quotas | None = None
     prefix_caching: bool = True
+    buckets: Buckets | None = None
+    item_bytes: int = ITEM_BYTES
+    log_steps: bool = False
     sample_seconds: float = 1.0
 
     @property
     def page_bytes(self) -> int:
-        return self.config.num_layers * self.config.geometry.page_elements * ITEM_BYTES
+        return self.config.num_layers * self.config.geometry.page_elements * self.item_bytes
 
     def adapter(self, index: int) -> AdapterUse:
         """What the scheduler knows of adapter `index`."""
@@ -51,7 +59,7 @@ class Simulation:
 
     def adapter_bytes(self, index: int) -> int:
         """Bytes of the adapter's tiles, which a step reads."""
-        return self._tiles(index) * TILE * ITEM_BYTES
+        return self._tiles(index) * TILE * self.item_bytes
 
     def _tiles(self, index: int) -> int:
         geometry, ranks = self.config.geometry, self.setting.ranks
@@ -63,17 +71,18 @@ class Simulation:
 @dataclasses.dataclass(frozen=True)
 class SimulationResult:
     """records: one for each request of the trace, in its order. counters: steps, loads and so on. pages: what the
-    pages held, one row a sample: seconds and Scheduler.used_pages().
+    pages held, one row a sample: seconds and Scheduler.used_pages(). steps: if they were asked for.
     """
 
     records: list[Record]
     counters: dict[str, float]
     pages: list[dict[str, float]]
+    steps: StepLog
 
 
 def simulate(simulation: Simulation, trace: Sequence[TraceRequest]) -> SimulationResult:
     """Runs a trace, whose arrivals must not go back in time, to its end. The texts of different requests differ from
-    their first token on.
+    their first token on, or after their prefix.
 
     Raises CapacityError if a request cannot fit in the pool.
     """
@@ -98,9 +107,11 @@ class _Run:
         )
         self.records = [Record(request) for request in trace]
         self.arrivals = deque(range(len(trace)))
-        self.adapters: dict[int, tuple[AdapterUse, int]] = {}
+        self.adapters: dict[int, AdapterUse] = {}
+        self.bytes: dict[str, int] = {}  # of weights, by digest
         self.counters: dict[str, float] = dict(steps=0, busy_seconds=0.0, prompt_tokens=0, decode_tokens=0, loads=0)
         self.pages: list[dict[str, float]] = []
+        self.steps = StepLog()
         self.next_sample = 0.0
 
     def run(self) -> SimulationResult:
@@ -119,7 +130,7 @@ class _Run:
                 self.now += _IDLE_SECONDS
         if scheduler.prefixes is not None:
             self.counters["prefix_hit_tokens"] = scheduler.prefixes.hit_tokens
-        return SimulationResult(self.records, self.counters, self.pages)
+        return SimulationResult(self.records, self.counters, self.pages, self.steps)
 
     @staticmethod
     def _index(seq: Seq) -> int:
@@ -129,13 +140,14 @@ class _Run:
     def _add(self, index: int) -> None:
         request = self.records[index].request
         if request.adapter is not None and request.adapter not in self.adapters:
-            self.adapters[request.adapter] = self.sim.adapter(request.adapter), self.sim.adapter_bytes(request.adapter)
+            use = self.adapters[request.adapter] = self.sim.adapter(request.adapter)
+            self.bytes[use.digest] = self.sim.adapter_bytes(request.adapter)
         seq = Seq(
             seq_id=index,
-            tokens=[index] * request.prompt_len,
+            tokens=[_PREFIX] * request.prefix_len + [index] * (request.prompt_len - request.prefix_len),
             prompt_len=request.prompt_len,
             max_tokens=request.output_len,
-            adapter=None if request.adapter is None else self.adapters[request.adapter][0],
+            adapter=None if request.adapter is None else self.adapters[request.adapter],
             adapter_name=None if request.adapter is None else str(request.adapter),
             tenant=request.tenant,
             priority=request.priority,
@@ -147,12 +159,15 @@ class _Run:
             raise CapacityError(f"request {index} of the trace can never run: {error}") from None
 
     def _step(self, plan: StepPlan) -> None:
-        work = self._work(plan)
+        loads = sum(use.num_pages for use in plan.loads) * self.sim.page_bytes
+        work = step_work(plan.chunks, lambda digest: self.bytes[digest], loads, self.sim.buckets)
         for chunk in plan.chunks:
             record = self.records[self._index(chunk.seq)]
             record.scheduled = self.now if record.scheduled is None else record.scheduled
         seconds = self.sim.cost.seconds(work)
         self.now += seconds
+        if self.sim.log_steps:
+            self.steps.add(self.now, seconds, work)
         if self.now >= self.next_sample:
             self.pages.append(dict(seconds=self.now, **self.scheduler.used_pages()))
             self.next_sample = self.now + self.sim.sample_seconds
@@ -176,16 +191,3 @@ class _Run:
             record.finished = self.now
             record.preemptions = seq.preemptions
             self.scheduler.remove(seq)
-
-    def _work(self, plan: StepPlan) -> StepWork:
-        decode = [c for c in plan.chunks if c.length == 1]
-        prompt = [c for c in plan.chunks if c.length > 1]
-        used = {self.records[self._index(c.seq)].request.adapter for c in plan.chunks}
-        return StepWork(
-            decode_tokens=len(decode),
-            prompt_tokens=sum(c.length for c in prompt),
-            decode_context=sum(c.start + 1 for c in decode),
-            prompt_context=sum(c.length * c.start + c.length * (c.length + 1) // 2 for c in prompt),
-            adapter_bytes=sum(self.adapters[a][1] for a in used if a is not None),
-            load_bytes=sum(use.num_pages for use in plan.loads) * self.sim.page_bytes,
-        )

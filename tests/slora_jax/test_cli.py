@@ -68,7 +68,7 @@ def test_help_and_version_import_no_jax():
         (["simulate", "--policy", "fair", "--policy-option", "x=1"], "policy 'fair' has no option 'x'"),
         (["simulate", "--policy-option", "x"], "'x' is not NAME=VALUE"),
         (["simulate", "--trace", "/no/such/file"], "/no/such/file cannot be read"),
-        (["simulate", "--rate", "0"], "rate, seconds, alpha and cv of a trace must be positive"),
+        (["simulate", "--rate", "0"], "rate, seconds and requests of a trace must be positive"),
         (["simulate", "--rank", "0"], "ranks must be at least 1, not 0"),
         (["simulate", "--seconds", "0.01"], "less than one request"),
         (["simulate", "--max-seqs", "0"], "max_seqs must be at least 1, not 0"),

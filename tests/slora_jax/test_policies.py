@@ -71,8 +71,13 @@ def test_early_abort_estimates_from_measured_steps():
     assert not policy.drop(View(3.9, [long], [], 64))
 
 
-def test_early_abort_serves_the_newest_first_while_more_arrive_than_are_admitted():
+def test_early_abort_serves_in_order_of_deadlines():
     policy = EarlyAbort()
+    assert order(policy, [seq(name, i / 100) for i, name in enumerate("abcdefgh")]) == "abcdefgh"
+
+
+def test_early_abort_serves_the_newest_first_while_more_arrive_than_are_admitted_as_s_lora_does():
+    policy = EarlyAbort(slack=0.5)
     burst = [seq(name, i / 100) for i, name in enumerate("abcdefgh")]
     first = next(iter(policy.order(View(0.1, burst, [], 64))))
     assert first.seq_id == "h"
@@ -92,20 +97,43 @@ def test_fairness_is_by_weighted_tokens():
     assert policy.counters == {"big": 26.0, "small": 30.0}  # only the first reached its end
 
 
-def test_a_pause_saves_up_no_credit():
-    policy = Fair("adapter")
+@pytest.mark.parametrize("burst", [0.0, 25.0])
+def test_a_pause_saves_up_no_more_than_a_burst(burst):
+    policy = Fair("adapter", burst=burst)
     busy = [seq(i, adapter="busy") for i in range(10)]
     for s in busy:
         policy.added(s)
         policy.admitted(s)
     late = seq("late", adapter="late")
     policy.added(late)
-    assert policy.counters["late"] == policy.counters["busy"] == 100.0
+    assert policy.counters == {"busy": 100.0, "late": 90.0 - burst}  # the last was admitted at 90
+    policy.removed(late)
+    policy.added(late)
+    assert policy.counters["late"] == 90.0 - burst
     for s in [*busy, late]:
         policy.removed(s)
-    assert not policy.counters
-    policy.added(late)
-    assert policy.counters == {"late": 100.0}
+    for i in range(100):  # names that come and go are not remembered for ever
+        policy.added(seq(i, adapter=f"once-{i}"))
+        policy.removed(seq(i, adapter=f"once-{i}"))
+    assert len(policy.counters) <= 65 + 1
+
+
+def test_who_has_the_most_makes_way_for_who_has_less():
+    policy = Fair(burst=0.0)
+    running = [seq(n, tenant=t) for n, t in (("a", "big"), ("b", "small"), ("c", "big"))]
+    for s in running:
+        policy.added(s)
+        policy.admitted(s)
+    policy.completed([Chunk(s, 0, 10) for s in running], 0.0)
+    waiting = [seq("d", tenant="big"), seq("e", tenant="small", prompt=11)]
+    for s in waiting:
+        policy.added(s)
+    assert policy.counters == {"big": 24.0, "small": 12.0}
+    assert policy.make_way(View(0.0, waiting, running, 64)) == (running[2], waiting[1])
+    assert policy.make_way(View(0.0, waiting[:1], running, 64)) is None  # nobody makes way for their own
+    policy.admitted(waiting[1])  # now as much as the other, nearly: changing places would gain nothing
+    assert policy.make_way(View(0.0, [seq("f", tenant="small")], running, 64)) is None
+    assert Fair(preempt=False).make_way(View(0.0, waiting, running, 64)) is None
 
 
 def test_priorities_age():
@@ -125,6 +153,7 @@ def test_priorities_age():
         ("early-abort", {"ttft": 0.0}, "ttft must be positive"),
         ("early-abort", {"slack": -1.0}, "slack must not be negative"),
         ("fair", {"by": "user"}, "by must be 'tenant' or 'adapter', not 'user'"),
+        ("fair", {"burst": -1.0}, "burst must not be negative, not -1.0"),
         ("fair", {"weights": {"a": 0.0}}, "the weight of 'a' must be positive, not 0.0"),
         ("priority", {"aging": 0.0}, "aging must be positive"),
         ("fcfs", {"x": 1}, "policy 'fcfs' has no option 'x'; it has none"),

@@ -1,9 +1,22 @@
 """S-LoRA's synthetic trace, number for number, and traces from files."""
 
+import dataclasses
+
 import pytest
 
 from slora_jax.errors import AdapterError, RequestError
-from slora_jax.traces import SETTINGS, Setting, TraceRequest, burst, parse_trace, synthetic_trace
+from slora_jax.traces import (
+    SETTINGS,
+    Setting,
+    TraceRequest,
+    burst,
+    chat_trace,
+    merge,
+    parse_trace,
+    prompt_tokens,
+    synthetic_trace,
+    with_prefix,
+)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +53,53 @@ def test_popularity_of_adapters(alpha, top):
             43,
             292,
         ]
+
+
+def test_the_burst_that_others_were_measured_with():
+    trace = burst(synthetic_trace(adapters=200, rate=10, requests=1000))
+    assert (len(trace), sum(r.prompt_len for r in trace), sum(r.output_len for r in trace)) == (1000, 266_036, 257_916)
+
+
+def test_conversations_are_as_long_as_those_of_the_paper():
+    trace = chat_trace(rate=2, requests=20_000)
+    assert sum(r.prompt_len for r in trace) / len(trace) == pytest.approx(85, rel=0.02)
+    assert sum(r.output_len for r in trace) / len(trace) == pytest.approx(165, rel=0.02)
+    assert max(max(r.prompt_len, r.output_len) for r in trace) < 512
+    assert len({r.adapter for r in trace}) == 26
+    assert chat_trace(rate=2, requests=50) == chat_trace(rate=2, seconds=25)
+
+
+def test_prompts_share_their_adapters_prefix_and_nothing_else():
+    trace = with_prefix(synthetic_trace(adapters=3, rate=1, requests=12, lengths=(4, 9)), 40)
+    trace[5] = dataclasses.replace(trace[5], prefix_len=50, prompt_len=60)
+    prompts = prompt_tokens(trace, 32_000, seed=1)
+    assert [len(p) for p in prompts] == [r.prompt_len for r in trace]
+    assert all(3 <= t < 32_000 for p in prompts for t in p)
+    for i, a in enumerate(trace):
+        for j, b in enumerate(trace[:i]):
+            same = a.adapter == b.adapter
+            assert (prompts[i][:40] == prompts[j][:40]) == same
+            assert prompts[i][50:54] != prompts[j][50:54] or len(prompts[i]) < 54
+    quiet, noisy = (synthetic_trace(adapters=1, rate=r, seconds=9) for r in (1, 5))
+    both = merge(quiet, noisy)
+    assert len(both) == 54 and [r.arrival for r in both] == sorted(r.arrival for r in [*quiet, *noisy])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(rate=1, seconds=1, requests=1), "either its seconds or its requests"),
+        (dict(rate=1), "either its seconds or its requests"),
+        (dict(rate=0.1, seconds=1), "less than one request"),
+        (dict(rate=1, requests=0), "must be positive"),
+        (dict(rate=1, requests=1, alpha=0), "alpha and cv of a trace must be positive"),
+        (dict(rate=1, requests=1, lengths=(5, 5)), "lengths of a trace must go up"),
+        (dict(rate=1, requests=1, adapters=-1), "0 or more adapters, not -1"),
+    ],
+)
+def test_bad_options_of_a_trace_are_named(options, words):
+    with pytest.raises(RequestError, match=words):
+        synthetic_trace(**dict(adapters=2) | options)
 
 
 def test_base_model_burst_and_settings():

@@ -1,6 +1,6 @@
 """A tiny random model whose tokens are bytes, with adapters in directories, behind the server."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 import contextlib
 import dataclasses
 from pathlib import Path
@@ -9,6 +9,7 @@ from adapter_files import qv_tensors, write_adapter
 from byte_tokenizer import byte_tokenizer
 import httpx
 import pytest
+from running_server import Running
 
 from slora_jax import Engine, EngineConfig
 from slora_jax.loading import load_model
@@ -83,5 +84,25 @@ def serving(engine, adapters):
         finally:
             await service.close()
         assert service.in_flight == 0
+
+    return start
+
+
+@pytest.fixture
+def running(engine, adapters):
+    """``with running(...) as server``; arguments are ServerConfig's."""
+
+    @contextlib.contextmanager
+    def start(**config) -> Iterator[Running]:
+        options = dict(model_name="tiny", adapters=adapters, scan_seconds=1000.0) | config
+        server = Running(Service(ServerConfig(**options), lambda: engine))
+        try:
+            yield server
+        finally:
+            server.stop()
+        assert server.service.in_flight == 0
+        pages = engine.stats()["pages"]
+        assert pages["kv"] == pages["adapter"] == pages["idle_adapter"] == 0
+        assert pages["free"] + pages["idle_kv"] == 200  # prefixes of base requests may be kept
 
     return start

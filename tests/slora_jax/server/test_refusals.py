@@ -91,7 +91,7 @@ def test_a_bad_completion_names_the_parameter(serving, change, param):
         ({"messages": "hi"}, "messages"),
         ({"messages": [{"role": "user"}, {"content": "x"}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
-        ({"messages": [{"role": "user", "content": "x" * 600}]}, "prompt"),
+        ({"messages": [{"role": "user", "content": "x" * 600}]}, "messages"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
         ({"tools": [TOOL]}, "tools"),  # the template of this model teaches none

@@ -1,0 +1,1 @@
+"""What ``slora-jax bench`` measures with, and the systems it compares; see README.md."""

@@ -1,0 +1,55 @@
+"""silu(gate) * up on Hopper, in float32 and rounded once: a thread block takes a few chunks of one row."""
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels.geometry import ceil_div
+from pallas_kernels.vectors_sm90 import ALIGN, chunk_layout, load, unsupported_row
+
+_BLOCKS = 2048
+"""About as many thread blocks as run at once. Past that, each takes more than one chunk."""
+_MAX_CHUNKS = 4
+
+
+def unsupported(size: int, dtype) -> str | None:
+    """Why the kernel cannot take halves of `size` columns, or None if it can."""
+    return unsupported_row(size, dtype)
+
+
+def _kernel(in_ref, out_ref, *, size: int, per_block: int):
+    row, part = lax.axis_index("row"), lax.axis_index("part")
+    chunk, layout = chunk_layout(size)
+    # The last chunks end with the row: what they share is computed twice. Counted in units, so that the compiler sees
+    # how far every address is aligned.
+    units = [jnp.minimum((part * per_block + i) * (chunk // ALIGN), (size - chunk) // ALIGN) for i in range(per_block)]
+    starts = [unit * ALIGN for unit in units]
+    gates = [load(in_ref.at[row, pl.ds(start, chunk)], layout) for start in starts]
+    ups = [load(in_ref.at[row, pl.ds((unit + size // ALIGN) * ALIGN, chunk)], layout) for unit in units]
+    for start, gate, up in zip(starts, gates, ups, strict=True):
+        out_ref[row, pl.ds(start, chunk)] = (gate / (1 + jnp.exp(-gate)) * up).astype(out_ref.dtype)
+
+
+def silu_mul_sm90(
+    gate_up: Float[Array, "T F2"], *, per_block: int | None = None, interpret: bool = False
+) -> Float[Array, "T F"]:
+    """As pallas_kernels.silu_mul.silu_mul. per_block: chunks of a thread block, if not the default."""
+    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+    chunks = ceil_div(size, chunk_layout(size)[0])
+    if per_block is None:
+        per_block = max(1, min(rows * chunks // _BLOCKS, _MAX_CHUNKS, chunks))
+
+    def silu_mul(in_ref, out_ref):  # profilers show this name
+        _kernel(in_ref, out_ref, size=size, per_block=per_block)
+
+    return plgpu.kernel(
+        silu_mul,
+        out_type=jax.ShapeDtypeStruct((rows, size), gate_up.dtype),
+        grid=(rows, ceil_div(chunks, per_block)),
+        grid_names=("row", "part"),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )(gate_up)
