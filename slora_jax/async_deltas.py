@@ -1,4 +1,4 @@
-"""Answers for asyncio: deltas come from the engine's thread and are read on the event loop, which never waits."""
+"""Answers for asyncio: deltas come from the delivery thread and are read on the event loop, which never waits."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ class AsyncDeltas:
         self._open = 0
 
     def sink(self, index: int) -> Sink:
-        """Where the engine's thread puts the deltas of request number `index`."""
+        """Where the delivery thread puts the deltas of request number `index`."""
 
         def put(delta: Delta) -> None:
             with contextlib.suppress(RuntimeError):  # the event loop has ended, and nobody reads any more

@@ -31,6 +31,11 @@ class Buckets:
     def max_seqs(self) -> int:
         return self.seqs[-1]
 
+    @property
+    def wide_rows(self) -> int:
+        """Rows of logits of steps in which log-probabilities of prompts are wanted: more than the others have."""
+        return self.max_seqs + min(self.tokens[-1], max(self.max_seqs, 256))
+
     def shape(self, num_seqs: int, num_tokens: int, decode_only: bool) -> tuple[int, int]:
         """Padded (sequences, tokens) of a step."""
         if decode_only:

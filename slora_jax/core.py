@@ -1,34 +1,82 @@
-"""The engine's inner loop body: plan a step, load adapters, run it, hand out tokens. Owned by one thread."""
+"""The engine's inner loop body: plan a step, load adapters, dispatch it, take the results of the one before. Owned by
+one thread.
+"""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+import contextlib
+import dataclasses
 import logging
 import time
 from typing import Any
 
+import numpy as np
+
+from slora_jax.adapters import Adapter
+from slora_jax.batch import Output, Sampling
+from slora_jax.batch_builder import Rows
+from slora_jax.delivery import Event
 from slora_jax.jobs import Generation, Job
 from slora_jax.page_pool import PagePool
-from slora_jax.policies import Drop
 from slora_jax.requests import TokenLogprob
 from slora_jax.runner import Runner
-from slora_jax.sampling_batch import build_sampling
-from slora_jax.scheduler import Chunk, Scheduler, StepPlan, adapter_owner
+from slora_jax.sampling_batch import SamplingTable, build_sampling, with_all_features
+from slora_jax.scheduler import Scheduler, StepPlan, adapter_owner
+from slora_jax.sequence import Sequence as Seq
 
 logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(slots=True)
+class _Step:
+    """A step that was dispatched and whose results were not taken yet."""
+
+    plan: StepPlan
+    rows: Rows
+    generations: list[Generation]  # of each row
+    output: Output | None  # on the device; None if there are no rows
+    logits: Any  # on the device: there when the step is over
+    began: float
+    compiles: int  # programs that had been compiled when it began
+
+    @property
+    def needs_host_tokens(self) -> bool:
+        return any(generation.needs_host_tokens for generation in self.generations)
 
 
 class EngineCore:
     """Runs jobs to their end.
 
     keeps_adapter: whether contents of a digest are still registered under some name; if not, their pages are freed as
-    soon as no job uses them.
+    soon as no job uses them. deliver: takes what happened to completions, in order, and returns at once.
+    overlap: plan and dispatch a step while the one before it runs. Its tokens are then not known yet: they stay on the
+    device, where the next step finds them. A sequence that turns out to have ended was computed a token too far, which
+    is dropped.
     """
 
-    def __init__(self, runner: Runner, pool: PagePool, scheduler: Scheduler, keeps_adapter: Callable[[str], bool]):
+    def __init__(
+        self,
+        runner: Runner,
+        pool: PagePool,
+        scheduler: Scheduler,
+        keeps_adapter: Callable[[str], bool],
+        deliver: Callable[[Sequence[Event]], object],
+        *,
+        overlap: bool = True,
+    ):
         self.runner = runner
         self.pool = pool
         self.scheduler = scheduler
+        self.overlap = overlap
         self._keeps_adapter = keeps_adapter
-        self._generations: dict[Any, Generation] = {}  # by sequence id
+        self._deliver = deliver
+        self._generations: dict[Seq, Generation] = {}  # those that are computed
+        self._adapters: dict[str, Adapter] = {}  # of jobs, by digest
+        self._adapter_jobs: Counter[str] = Counter()
+        self._sampling = SamplingTable(scheduler.max_seqs)
+        self._in_flight: _Step | None = None
+        self._last_done = 0.0  # when the results of the last step came
+        self._events: list[Event] = []  # not delivered yet
         self.counters = dict(
             steps=0,
             prompt_tokens=0,
@@ -40,144 +88,218 @@ class EngineCore:
         )
 
     def has_work(self) -> bool:
-        return self.scheduler.has_work()
+        return self._in_flight is not None or self.scheduler.has_work()
 
     def jobs(self) -> list[Job]:
         return list({id(g.job): g.job for g in self._generations.values()}.values())
 
     def describe_jobs(self) -> list[dict[str, Any]]:
         """What is in flight, for people and dashboards. A job is running once one of its sequences is."""
-        running = {seq.seq_id for seq in self.scheduler.running}
         return [
             dict(
                 request_id=job.output.request_id,
                 adapter=job.request.adapter,
-                state="running" if any(g.seq.seq_id in running for g in job.generations) else "waiting",
+                state="running" if any(g.seq in self.scheduler.running for g in job.generations) else "waiting",
                 prompt_tokens=len(job.output.prompt_token_ids),
-                generated_tokens=sum(len(g.completion.token_ids) for g in job.generations),
+                generated_tokens=sum(g.seq.output_len for g in job.generations),
             )
             for job in self.jobs()
         ]
 
     def start(self, job: Job) -> None:
+        if job.adapter is not None:
+            self._adapters[job.adapter.digest] = job.adapter
+            self._adapter_jobs[job.adapter.digest] += 1
+        job.open = len(job.generations)
         for generation in job.generations:
-            self._generations[generation.seq.seq_id] = generation
+            self._generations[generation.seq] = generation
             self.scheduler.add(generation.seq)
 
     def end(self, job: Job, reason: str, error: str | None = None) -> None:
         """Ends what is left of a job at once and frees its pages."""
-        for generation in [g for g in job.generations if not g.finished]:
-            self._drop(generation)
-            generation.finish(reason, error=error)
-        self._after(job)
+        for generation in [g for g in job.generations if g.seq in self._generations]:
+            self._close(generation)
+            self._events.append((generation, None, None, reason, error))
+        self.flush()
+
+    def stopped(self, generation: Generation) -> None:
+        """A completion has ended, as its text says."""
+        if generation.seq in self._generations:
+            self._close(generation)
+
+    def flush(self) -> None:
+        """Delivers what has happened so far."""
+        events, self._events = self._events, []
+        self._deliver(events)
+
+    def drain(self) -> None:
+        """Waits for the step in flight, whose results nobody wants any more."""
+        step, self._in_flight = self._in_flight, None
+        if step is not None:
+            with contextlib.suppress(Exception):
+                self.runner.fetch(step.output, step.logits)
 
     def step(self) -> bool:
-        """One step. False if there was nothing to compute.
+        """Dispatches a step and takes the results of the one before, or of itself if steps do not overlap. False if
+        there was nothing to do.
 
-        An error of the device ends the requests that were running, with the error as their text, and no others.
+        An error of the device or of planning ends the requests that were running, with the error as their text, and no
+        others; if none ran, all of them.
         """
+        pending, self._in_flight = self._in_flight, None
+        did = pending is not None
+        try:
+            if pending is not None and pending.needs_host_tokens:
+                step, pending = pending, None
+                self._collect(step)
+            started = self._start_step()
+            self.flush()  # while the device works
+            if pending is not None:
+                step, pending = pending, None
+                self._collect(step)
+            if self.overlap:
+                self._in_flight = started
+            elif started is not None:
+                self._collect(started)
+            did = did or started is not None
+        except Exception as error:  # the loop must outlive whatever the device or a policy raises
+            logger.exception("a step failed; its requests end with an error")
+            if pending is not None:
+                with contextlib.suppress(Exception):
+                    self._collect(pending)
+            self._recover(error)
+            did = True
+        if not (self.overlap and self.has_work()):
+            self.flush()
+        return did
+
+    def _start_step(self) -> _Step | None:
+        """Plans a step and dispatches it. None if there is nothing to compute."""
         plan = self.scheduler.schedule()
         self.counters["preemptions"] += len(plan.preempted)
+        now = time.monotonic()
         for drop in plan.dropped:
-            self._give_up(drop)
+            generation = self._generations[drop.seq]
+            self._forget(generation)
+            self._events.append((generation, None, None, "abort", drop.reason))
+            self.counters["dropped"] += 1
         if not plan.chunks:
-            return False
-        began = time.monotonic()
-        try:
-            results = self._run(plan)
-        except Exception as error:  # the loop must outlive whatever the device raises
-            logger.exception("a step failed; its requests end with an error")
-            self._recover(error)
-            return True
-        self.scheduler.complete(plan, time.monotonic() - began)
-        self.counters["steps"] += 1
-        for chunk, position, token, logprob, finite in results:
-            generation = self._generations[chunk.seq.seq_id]
-            if position < len(chunk.seq.tokens) - 1:
-                self._prompt_logprob(generation, position, logprob)
-            elif not finite:
-                self._drop(generation)
-                text = "the model's logits are not finite; check the adapter's weights, or use dtype float32"
-                generation.finish("error", error=text)
-            else:
-                generation.push(token, logprob)
-                self.counters["generated_tokens"] += 1
-                if generation.finished:
-                    self._drop(generation)
-            if generation.job.finished:
-                self._after(generation.job)
-        return True
+            return None
+        for seq in plan.admitted:
+            generation = self._generations[seq]
+            timings = generation.job.output.timings
+            timings.scheduled = timings.scheduled or now
+            self._sampling.set(seq.row, generation.job.params, generation.seed, seq.prompt_len)
+        self.counters["prompt_tokens"] += sum(
+            min(c.length, c.seq.prompt_len - c.start) for c in plan.chunks if c.start < c.seq.prompt_len
+        )
+        compiles = self.runner.compiles
+        for use in plan.loads:
+            self.runner.load_adapter(self._adapters[use.digest], self.pool.pages(adapter_owner(use.digest)))
+            self.counters["adapter_loads"] += 1
+        sampled = np.fromiter((c.seq.row for c in plan.chunks if c.samples), np.int32)
+        # samplers that know penalties and biases are for the largest batch only
+        special = self.scheduler.deterministic or not self._sampling.covers(sampled)
+        batch, rows = self.runner.builder.build(
+            plan.chunks, self.pool, self._adapters, widest=special, decode_only=plan.decode_only
+        )
+        logits = self.runner.forward(batch)
+        generations = [self._generations[plan.chunks[i].seq] for i in rows.index.tolist()]
+        output = None
+        if generations:
+            plain = not special and len(sampled) == len(rows)
+            sampling, last = self._row_sampling(rows, generations, len(batch.logit_rows), plain)
+            output = self.runner.sample(logits, sampling, last)
+        return _Step(plan, rows, generations, output, logits, now, compiles)
 
-    def _give_up(self, drop: Drop) -> None:
-        """Ends a completion that the policy dropped from the queue."""
-        generation = self._generations.pop(drop.seq.seq_id)
-        generation.finish("abort", error=drop.reason)
-        self.counters["dropped"] += 1
-        if generation.job.finished:
-            self._after(generation.job)
+    def _row_sampling(
+        self, rows: Rows, generations: list[Generation], size: int, plain: bool
+    ) -> tuple[Sampling, np.ndarray]:
+        """How the rows' tokens are chosen, and the sequences' rows of the device's last tokens that take them."""
+        count = len(rows)
+        of_seq = np.fromiter((g.seq.row for g in generations), np.int32, count)
+        last = np.full(size, self.scheduler.max_seqs, np.int32)  # past the end: for nobody
+        last[:count] = np.where(rows.samples, of_seq, self.scheduler.max_seqs)
+        if plain:
+            return self._sampling.gather(of_seq, rows.position + 1, size), last
+        wanted = [g.row_sampling(p) for g, p in zip(generations, rows.position.tolist(), strict=True)]
+        sizes = (self.runner.builder.max_model_len, self.runner.config.vocab_size)
+        return with_all_features(build_sampling(wanted, size), *sizes), last
+
+    def _collect(self, step: _Step) -> None:
+        """Waits for a step's results and hands them out."""
+        output = self.runner.fetch(step.output, step.logits)
+        now = time.monotonic()
+        # a step's time begins when the device is free for it; one in which something was compiled tells nothing
+        seconds = now - max(step.began, self._last_done) if self.runner.compiles == step.compiles else 0.0
+        self._last_done = now
+        self.scheduler.complete(step.plan, seconds)
+        self.counters["steps"] += 1
+        if output is None:
+            return
+        assert output.finite is not None  # sample always tells
+        alive, events = self._generations, self._events
+        columns = (step.generations, output.tokens.tolist(), output.finite.tolist(), step.rows.samples.tolist())
+        for i, (generation, token, finite, samples) in enumerate(zip(*columns, strict=False)):
+            seq = generation.seq
+            if seq not in alive:
+                continue  # it ended meanwhile
+            if not samples:
+                self._prompt_logprob(generation, int(step.rows.position[i]), output, i)
+            elif not finite:
+                self._close(generation)
+                text = "the model's logits are not finite; check the adapter's weights, or use dtype float32"
+                events.append((generation, None, None, "error", text))
+            else:
+                reason, error = generation.advance(token)
+                wanted = generation.completion.logprobs is not None
+                logprob = _logprob(output, i, token, generation.job.params.logprobs or 0) if wanted else None
+                events.append((generation, token, logprob, reason, error))
+                self.counters["generated_tokens"] += 1
+                if reason is not None:
+                    self._close(generation)
+
+    @staticmethod
+    def _prompt_logprob(generation: Generation, position: int, output: Output, i: int) -> None:
+        table, top = generation.job.output.prompt_logprobs, generation.job.params.prompt_logprobs
+        if generation.completion.index == 0 and table is not None and top is not None:
+            table[position + 1] = _logprob(output, i, generation.seq.tokens[position + 1], top)
 
     def release_adapter(self, digest: str) -> None:
         """Frees the pages of contents that are neither registered nor used any more."""
-        if not self._keeps_adapter(digest) and not any(j.adapter and j.adapter.digest == digest for j in self.jobs()):
+        if not self._keeps_adapter(digest) and not self._adapter_jobs[digest]:
             self.scheduler.forget_adapter(digest)
 
-    def _run(self, plan: StepPlan) -> list[tuple[Chunk, int, int, TokenLogprob | None, bool]]:
-        now = time.monotonic()
-        adapters = {}
-        for chunk in plan.chunks:
-            job = self._generations[chunk.seq.seq_id].job
-            job.output.timings.scheduled = job.output.timings.scheduled or now
-            if job.adapter is not None:
-                adapters[job.adapter.digest] = job.adapter
-            prompt_left = chunk.seq.prompt_len - chunk.start
-            self.counters["prompt_tokens"] += max(0, min(chunk.length, prompt_left))
-        for use in plan.loads:
-            self.runner.load_adapter(adapters[use.digest], self.pool.pages(adapter_owner(use.digest)))
-            self.counters["adapter_loads"] += 1
-        batch, rows = self.runner.builder.build(plan.chunks, self.pool, adapters)
-        logits = self.runner.forward(batch)
-        if not rows:
-            return []
-        wanted = [self._generations[r.chunk.seq.seq_id].row_sampling(r.position) for r in rows]
-        output = self.runner.sample(logits, build_sampling(wanted, len(batch.logit_rows)))
-        assert output.finite is not None  # sample always tells
-        results = []
-        for i, (row, sampling) in enumerate(zip(rows, wanted, strict=True)):
-            token = int(output.tokens[i])
-            logprob = None
-            if sampling.top_logprobs is not None:
-                assert output.logprobs is not None
-                top: dict[int, float] = {}
-                if n := sampling.top_logprobs:
-                    assert output.top_ids is not None and output.top_logprobs is not None
-                    top = dict(zip(output.top_ids[i, :n].tolist(), output.top_logprobs[i, :n].tolist(), strict=True))
-                shown = sampling.target if sampling.params is None else token
-                logprob = TokenLogprob(shown, float(output.logprobs[i]), top)
-            results.append((row.chunk, row.position, token, logprob, bool(output.finite[i])))
-        return results
-
-    def _prompt_logprob(self, generation: Generation, position: int, logprob: TokenLogprob | None) -> None:
-        table = generation.job.output.prompt_logprobs
-        if generation.completion.index == 0 and table is not None:
-            table[position + 1] = logprob
-
-    def _drop(self, generation: Generation) -> None:
-        del self._generations[generation.seq.seq_id]
+    def _close(self, generation: Generation) -> None:
+        """Computes no more of a completion."""
         self.scheduler.remove(generation.seq)
+        self._forget(generation)
 
-    def _after(self, job: Job) -> None:
+    def _forget(self, generation: Generation) -> None:
+        del self._generations[generation.seq]
+        job = generation.job
+        job.open -= 1
+        if job.open:
+            return
         self.counters["finished_requests"] += 1
         if job.adapter is not None:
-            self.release_adapter(job.adapter.digest)
+            digest = job.adapter.digest
+            self._adapter_jobs[digest] -= 1
+            if not self._adapter_jobs[digest]:
+                del self._adapter_jobs[digest], self._adapters[digest]
+            self.release_adapter(digest)
 
     def _recover(self, error: Exception) -> None:
         """The pool was donated to a step that failed: its contents are lost. What ran ends, what waits goes on."""
         lines = str(error).strip().splitlines()
         text = f"the step failed: {lines[0] if lines else type(error).__name__}"
-        lost = {id(g.job): g.job for g in (self._generations[s.seq_id] for s in self.scheduler.running)}
-        for job in lost.values():
-            self.end(job, "error", text)
+        waiting = set(self.scheduler.waiting)
+        lost = {id(g.job): g.job for g in self._generations.values() if g.seq not in waiting}
         self.scheduler.reset()
+        for job in lost.values() or self.jobs():
+            self.end(job, "error", text)
+        for seq in self._generations:
+            seq.num_unknown = 0  # a preempted one's last token is lost, and will be sampled again
         self.runner.reset()
 
     def page_map(self) -> list[str | None]:
@@ -203,3 +325,14 @@ class EngineCore:
             hit_rate=cache.hit_tokens / max(cache.prompt_tokens, 1),
             resumed_tokens=cache.resumed_tokens,
         )
+
+
+def _logprob(output: Output, row: int, token: int, num_top: int) -> TokenLogprob:
+    """Log-probability of a row's token, and of the best `num_top`."""
+    assert output.logprobs is not None
+    top: dict[int, float] = {}
+    if num_top:
+        assert output.top_ids is not None and output.top_logprobs is not None
+        ids, values = output.top_ids[row, :num_top].tolist(), output.top_logprobs[row, :num_top].tolist()
+        top = dict(zip(ids, values, strict=True))
+    return TokenLogprob(token, float(output.logprobs[row]), top)

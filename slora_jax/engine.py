@@ -10,21 +10,19 @@ import time
 from typing import Any
 
 import jax
-from jax import numpy as jnp
 
 from pallas_kernels.geometry import PAGE_TOKENS
 from slora_jax.adapters import Adapter, read_adapter
 from slora_jax.admission import Admission
 from slora_jax.async_deltas import AsyncDeltas
-from slora_jax.buckets import Buckets
 from slora_jax.core import EngineCore
+from slora_jax.delivery import Delivery
 from slora_jax.engine_config import EngineConfig
 from slora_jax.engine_loop import EngineLoop
 from slora_jax.errors import AdapterError, CapacityError, SloraError
-from slora_jax.followers import make_runner
-from slora_jax.jobs import Job, Sink
+from slora_jax.jobs import Generation, Job, Sink
 from slora_jax.loading import LoadedModel, load_config, load_model
-from slora_jax.memory import check_weights_fit, choose_num_pages, num_weights
+from slora_jax.memory import check_weights_fit, num_weights
 from slora_jax.model_config import ModelConfig
 from slora_jax.page_pool import PagePool
 from slora_jax.parallel import Parallel, choose_parallel, param_shards, shard_params
@@ -35,6 +33,7 @@ from slora_jax.registry import AdapterRegistry
 from slora_jax.requests import Delta, Request, RequestOutput
 from slora_jax.scheduler import Scheduler
 from slora_jax.sequence import AdapterUse
+from slora_jax.startup import make_runner
 
 _HOST_TO_DEVICE_BYTES_PER_SECOND = 40e9  # measured from pinned memory on an H200; sets what evicting an adapter costs
 _PROMPT_OPERATIONS_PER_SECOND = 600e12  # the same for evicting a prefix; bfloat16 on an H200
@@ -43,7 +42,8 @@ _PROMPT_OPERATIONS_PER_SECOND = 600e12  # the same for evicting a prefix; bfloat
 class Engine:
     """Serves requests on one base model, each with its own adapter or none.
 
-    Make one with from_pretrained. Methods may be called from any thread; a thread of the engine's own runs the model.
+    Make one with from_pretrained. Methods may be called from any thread; a thread of the engine's own runs the model,
+    another hands out answers.
     Use it as a context manager, or call close.
     """
 
@@ -58,6 +58,7 @@ class Engine:
         settings = config.resolved()
         if settings.compile_cache_dir:
             jax.config.update("jax_compilation_cache_dir", settings.compile_cache_dir)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # there are many small samplers
         self.settings = settings
         self.parallel = parallel or choose_parallel(model.config, settings, list((adapters or {}).values()))
         if self.parallel:
@@ -69,29 +70,22 @@ class Engine:
         for name, adapter in (adapters or {}).items():
             self._registry.add(name, adapter)
         rank = settings.max_lora_rank or max((a.max_rank for _, a in self._registry.items()), default=8)
-        default = Buckets.default(settings.max_seqs, settings.max_step_tokens)
-        buckets = Buckets(seqs=settings.seq_buckets or default.seqs, tokens=settings.token_buckets or default.tokens)
-        num_pages = choose_num_pages(
-            model.config, model.params, settings, buckets, self.max_model_len, rank, self.parallel
-        )
         runner = make_runner(
-            config=model.config,
-            params=model.params,
-            dtype=jnp.dtype(settings.dtype),
-            num_pages=num_pages,
-            buckets=buckets,
-            max_model_len=self.max_model_len,
-            max_rank=rank,
-            implementation=settings.implementation,
-            loop=settings.loop,
-            parallel=self.parallel,
+            model,
+            settings,
+            self.max_model_len,
+            rank,
+            self.parallel,
+            adapters=bool(adapters) or settings.max_lora_rank is not None,
         )
-        num_pages = runner.num_pages
+        num_pages, buckets = runner.num_pages, runner.builder.buckets
         pool = PagePool(num_pages)
         scheduler = Scheduler(
             pool,
             max_seqs=settings.max_seqs,
             max_step_tokens=settings.max_step_tokens,
+            deterministic=settings.deterministic,
+            max_prompt_rows=buckets.wide_rows - buckets.max_seqs,
             policy=make_policy(settings.policy, settings.policy_options),
             quotas=Quotas(settings.adapter_quota, settings.adapter_quotas),
             prefix_page_cost=_prefix_page_cost(model.config) if settings.prefix_caching else None,
@@ -99,15 +93,12 @@ class Engine:
         for name, adapter in self._registry.items():
             self._check_adapter_fits(name, adapter, num_pages)
         self._lock = threading.Lock()  # of the registry
-        self._core = EngineCore(runner, pool, scheduler, self._registry.has_digest)
+        self._delivery = Delivery(self._stopped)
+        self._core = EngineCore(
+            runner, pool, scheduler, self._registry.has_digest, self._delivery.put, overlap=settings.overlap
+        )
         self._admission = Admission(model, self.max_model_len, scheduler, self._find_adapter, self._adapter_use)
         self._loop = EngineLoop(self._core)
-        if settings.warm_up:
-            try:
-                self.warm_up(adapters=bool(adapters))
-            except BaseException:
-                self.close()
-                raise
 
     @classmethod
     def from_pretrained(
@@ -140,9 +131,10 @@ class Engine:
         return cls(loaded, settings, read, parallel)
 
     def warm_up(self, *, adapters: bool) -> None:
-        """Compiles every step shape now, up to the largest rank registered. What is asked meanwhile waits.
+        """Compiles every step shape now, up to the largest rank registered. What is asked meanwhile waits. With
+        EngineConfig.warm_up it was done at start, when it leaves the pool more memory.
 
-        adapters: the shapes of steps in which some request uses an adapter, or of those in which none does.
+        adapters: also the shapes of steps in which some request uses an adapter.
         Raises CapacityError if a step does not fit in the device's memory.
         """
         with progress_bar("compiling", self.settings.progress) as progress:
@@ -155,7 +147,7 @@ class Engine:
 
         Every request is checked before any is queued: RequestError or AdapterError names the first bad one. A failure
         later on ends that request alone, with finish_reason "error". on_delta: called with each piece of every answer,
-        on the engine's thread; what it raises is logged and changes no answer.
+        on a thread that hands out all answers; what it raises is logged and changes no answer.
         """
         finished: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
 
@@ -255,6 +247,8 @@ class Engine:
         adapter = _read(name, source, self.model.config)
         self._check_adapter_fits(name, adapter, self._core.pool.num_pages)
         limit = self.settings.max_lora_rank
+        if self.settings.deterministic and limit is None:  # steps for a higher rank may give other bits
+            limit = self._core.runner.max_rank
         if limit is not None and adapter.max_rank > limit:
             raise AdapterError(f"adapter {name!r} has rank {adapter.max_rank}, max_lora_rank is {limit}; set it higher")
         self._loop.call(lambda: self._core.runner.require_rank(adapter.max_rank))
@@ -310,12 +304,16 @@ class Engine:
         ]
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the start, and the present: running, waiting, pages by use, hits of the prefix cache."""
+        """Counters since the start, and the present: running, waiting, pages by use, hits of the prefix cache.
+
+        compiles: programs that were compiled while serving, because a step needed them: 0 after a full warm-up.
+        """
 
         def collect() -> dict[str, Any]:
             core = self._core
             return dict(
                 **core.counters,
+                compiles=core.runner.compiles,
                 running=len(core.scheduler.running),
                 waiting=len(core.scheduler.waiting),
                 pages=core.scheduler.used_pages(),
@@ -336,8 +334,9 @@ class Engine:
         self._loop.call(self._core.pool.check_integrity)
 
     def close(self) -> None:
-        """Aborts what is in flight and stops the engine's thread. The engine takes no requests afterwards."""
+        """Aborts what is in flight and stops the engine's threads. The engine takes no requests afterwards."""
         self._loop.close()
+        self._delivery.close()
         self._admission.close()
         self._core.runner.close()
 
@@ -351,6 +350,11 @@ class Engine:
         """Queues jobs. On the engine's thread."""
         for job in jobs:
             self._core.start(job)
+
+    def _stopped(self, generation: Generation) -> None:
+        """A stop string ended a completion. On the delivery thread."""
+        with contextlib.suppress(SloraError):  # a closed engine computes no more of it anyway
+            self._loop.submit(lambda: self._core.stopped(generation))
 
     def _abort(self, request_id: str) -> bool:
         """On the engine's thread."""

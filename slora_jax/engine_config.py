@@ -40,6 +40,10 @@ class EngineConfig:
     adapter_quota: what each adapter may take; None is no limit. adapter_quotas: the same for single adapters, by name.
     prefix_caching: keep the keys and values of full pages after their request, in pages that nobody needs just now, for
         requests that begin with the same tokens under the same adapter.
+    overlap: plan and dispatch a step while the one before it runs; False waits for each step's results first. Answers
+        are the same.
+    deterministic: an answer is the same bit for bit, log-probabilities too, whatever else is in the batch, and before
+        and after preemption or loading an adapter again. Slower: see docs/deterministic.md.
     tensor_parallel: devices that one model is spread over; page_pool_bytes and memory are those of each.
     lora_layout: how adapters are cut for several devices, see docs/sharding.md: "s-lora" (nothing twice, a collective
         for each group of projections), "comm-free" (more bytes, no collectives), or "auto", which takes the cheaper one
@@ -47,7 +51,9 @@ class EngineConfig:
     implementation: kernels, "auto", "mosaic" or "xla".
     loop: "unroll" or "scan" over the layers, see Llama; None: unroll where the Hopper kernels run, else scan, because
         the XLA kernels take long to compile.
-    warm_up: compile every step shape at start instead of when it is first needed.
+    warm_up: compile every step and sampler at start instead of when it is first needed; "greedy": only what requests
+        need that want nothing but the likeliest token. Steps with adapters are among them if adapters are given at
+        start, or max_lora_rank.
     compile_cache_dir: where compiled steps are kept between runs; "" keeps none. It holds executable code: use a
         directory that only you can write to.
     progress: show progress bars.
@@ -67,11 +73,13 @@ class EngineConfig:
     adapter_quota: Quota | None = None
     adapter_quotas: Mapping[str, Quota] = dataclasses.field(default_factory=dict)
     prefix_caching: bool = True
+    overlap: bool = True
+    deterministic: bool = False
     tensor_parallel: int = 1
     lora_layout: Literal["auto", "s-lora", "comm-free"] = "auto"
     implementation: Implementation = "auto"
     loop: Literal["unroll", "scan"] | None = None
-    warm_up: bool = False
+    warm_up: bool | Literal["greedy"] = False
     compile_cache_dir: str = dataclasses.field(default_factory=_default_cache_dir)
     progress: bool = False
 
@@ -87,6 +95,7 @@ class EngineConfig:
             ("lora_layout", ("auto", "s-lora", "comm-free")),
             ("implementation", ("auto", "mosaic", "xla")),
             ("loop", (None, "unroll", "scan")),
+            ("warm_up", (False, True, "greedy")),
         ):
             if getattr(self, name) not in allowed:
                 choices = ", ".join(repr(a) for a in allowed if a)
@@ -109,11 +118,17 @@ class EngineConfig:
             sizes = getattr(self, name)
             if sizes is not None and (list(sizes) != sorted(set(sizes)) or sizes[0] < 1 or sizes[-1] != last):
                 raise SloraError(f"{name} must increase from at least 1 to {last}, not {sizes}")
+        if self.deterministic and any(len(sizes or ()) > 1 for sizes in (self.seq_buckets, self.token_buckets)):
+            raise SloraError("deterministic steps have one size each; leave seq_buckets and token_buckets out")
+        if self.deterministic and max_step_tokens < 4:
+            raise SloraError(f"deterministic steps need max_step_tokens of at least 4, not {max_step_tokens}")
         settings: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         settings |= dict(
             dtype=self.dtype or ("bfloat16" if gpu else "float32"),
             max_seqs=max_seqs,
             max_step_tokens=max_step_tokens,
+            seq_buckets=(max_seqs,) if self.deterministic else self.seq_buckets,
+            token_buckets=(max_step_tokens,) if self.deterministic else self.token_buckets,
             loop=self.loop or ("unroll" if self.implementation != "xla" and hopper_available() else "scan"),
         )
         return ResolvedConfig(**settings)

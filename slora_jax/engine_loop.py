@@ -57,9 +57,11 @@ class EngineLoop:
                 continue
             if item is None:
                 break
+            self._core.flush()  # before something that may take long
             self._serve(*item)
         for job in self._core.jobs():
             self._core.end(job, "abort")
+        self._core.drain()
         while not self._calls.empty():
             if (item := self._calls.get()) and item[1].set_running_or_notify_cancel():
                 item[1].set_exception(SloraError("the engine is closed"))

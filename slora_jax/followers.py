@@ -65,9 +65,9 @@ class LeaderRunner(Runner):
         self._send("forward", batch)
         return super().forward(batch)
 
-    def sample(self, logits: jax.Array, sampling: Sampling) -> Output:
-        self._send("sample", sampling)  # of the logits of the last step
-        return super().sample(logits, sampling)
+    def sample(self, logits: jax.Array, sampling: Sampling, rows: np.ndarray) -> Output:
+        self._send("sample", sampling, rows)  # of the logits of the last step
+        return super().sample(logits, sampling, rows)
 
     def close(self) -> None:
         """Lets the followers go. Steps are no longer possible."""

@@ -7,7 +7,7 @@ import time
 from slora_jax.adapters import Adapter
 from slora_jax.grammar import Constraint
 from slora_jax.requests import Completion, Delta, Request, RequestOutput, TokenLogprob
-from slora_jax.sampling_batch import RowSampling
+from slora_jax.sampling_batch import RowSampling, penalised
 from slora_jax.sampling_params import SamplingParams
 from slora_jax.sequence import Sequence
 from slora_jax.text_stream import TextStream
@@ -18,7 +18,9 @@ Sink = Callable[[Delta], object]  # what it returns is ignored
 
 
 class Generation:
-    """One completion of a job."""
+    """One completion of a job. The engine's thread samples its tokens; the delivery thread makes text of them, which
+    may end it earlier, at a stop string.
+    """
 
     def __init__(
         self,
@@ -37,60 +39,85 @@ class Generation:
         self.seed = seed
         self.end_ids = end_ids  # token ids that end the text
         self.constraint = constraint  # of structured output
+        self.max_length = seq.prompt_len + seq.max_tokens  # of the sequence
+        # whether a step cannot be built before the values of all tokens so far are on the host; such a request makes
+        # the engine wait for each step's results before it plans the next
+        self.needs_host_tokens = constraint is not None or penalised(job.params)
 
     @property
     def finished(self) -> bool:
+        """Whether the text is complete. The engine may have ended it before, or notice a little later."""
         return self.completion.finish_reason is not None
 
-    @property
-    def needs_host_tokens(self) -> bool:
-        """Whether its next token cannot be chosen before the host has seen the last one."""
-        return self.constraint is not None
-
     def row_sampling(self, position: int) -> RowSampling:
-        """Sampling for the row of logits that predicts the token after `position`."""
+        """Sampling for the row of logits that predicts the token after `position`. Tokens up to there must be known if
+        penalties apply.
+        """
         p = self.job.params
-        if position == len(self.seq.tokens) - 1:
+        if position + 1 >= self.seq.prompt_len:
             return RowSampling(
                 params=p,
                 seed=self.seed,
-                tokens=self.seq.tokens,
+                tokens=self.seq.tokens[: position + 1] if self.needs_host_tokens else (),
+                length=position + 1,
                 prompt_len=self.seq.prompt_len,
                 top_logprobs=p.logprobs,
                 constraint=self.constraint,
             )
         return RowSampling(params=None, target=self.seq.tokens[position + 1], top_logprobs=p.prompt_logprobs)
 
-    def push(self, token: int, logprob: TokenLogprob | None) -> None:
-        """Takes a sampled token: text, stopping rules, and a delta to the sink. May finish the completion."""
-        now = time.monotonic()
+    def advance(self, token: int) -> tuple[str | None, str | None]:
+        """Takes a sampled token into the sequence. Returns (reason, error) as in Event. On the engine's thread."""
+        self.seq.push(token)
+        if self.constraint is not None and (error := self.constraint.advance(token)):
+            return "error", error
+        if token in self.end_ids:
+            return "stop", None
+        if self.constraint is not None and self.constraint.done:
+            return "complete", None
+        return ("length" if len(self.seq.tokens) >= self.max_length else None), None
+
+    def take(
+        self,
+        token: int | None,
+        logprob: TokenLogprob | None,
+        reason: str | None,
+        error: str | None,
+        stopped: Callable[["Generation"], object],
+    ) -> None:
+        """A sampled token, or the end of the completion, or both: text, stop strings, and a delta to the sink. On the
+        delivery thread; arguments as in Event and Delivery.
+        """
         done = self.completion
-        self.seq.tokens.append(token)
+        if self.finished:  # at a stop string, and the engine did not know yet
+            return
+        if token is None:
+            assert reason is not None
+            self.finish(reason, error=error)
+            return
         done.token_ids.append(token)
+        timings = self.job.output.timings
+        timings.first_token = timings.first_token or time.monotonic()
         if done.logprobs is not None and logprob is not None:
             done.logprobs.append(logprob)
-        timings = self.job.output.timings
-        timings.first_token = timings.first_token or now
-        if self.constraint is not None and (error := self.constraint.advance(token)):
+        if reason == "error":
             self.finish("error", error=error, new_tokens=(token,))
             return
-        if token in self.end_ids:
-            stop: str | int | None = self.stream.flush() or token
-            self.finish("stop", stop, new_tokens=(token,))
+        if reason == "stop":
+            self.finish("stop", self.stream.flush() or token, new_tokens=(token,))
             return
         stop = self.stream.push(token)
-        if stop is None and self.constraint is not None and self.constraint.done:
-            self.finish("stop", self.stream.flush(), new_tokens=(token,))
-            return
-        if stop is None and self.seq.output_len >= self.seq.max_tokens:
+        if stop is None and reason is not None:
             stop = self.stream.flush()
             if stop is None:
-                self.finish("length", new_tokens=(token,))
+                self.finish("stop" if reason == "complete" else reason, new_tokens=(token,))
                 return
-        if stop is not None:
-            self.finish("stop", stop, new_tokens=(token,))
+        if stop is None:
+            self._emit((token,))
             return
-        self._emit((token,))
+        if reason is None:
+            stopped(self)
+        self.finish("stop", stop, new_tokens=(token,))
 
     def finish(
         self,
@@ -132,6 +159,7 @@ class Job:
         self.output = output
         self.sink = sink
         self.generations: list[Generation] = []
+        self.open = 0  # completions that the engine computes; its thread's own
 
     @property
     def params(self) -> SamplingParams:
@@ -139,4 +167,5 @@ class Job:
 
     @property
     def finished(self) -> bool:
+        """Whether all of its texts are complete."""
         return all(g.finished for g in self.generations)

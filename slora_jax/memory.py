@@ -1,20 +1,20 @@
 """How many pages the pool gets."""
 
 import math
+from pathlib import Path
 
 import jax
 from jax import numpy as jnp
 from jax.typing import DTypeLike
-import numpy as np
 
-from slora_jax.batch import State
 from slora_jax.batch_builder import BatchBuilder
 from slora_jax.buckets import Buckets
 from slora_jax.engine_config import ResolvedConfig
 from slora_jax.errors import CapacityError
 from slora_jax.model_config import ModelConfig, param_specs
 from slora_jax.parallel import Parallel, local_config
-from slora_jax.step import Params, make_forward
+from slora_jax.programs import Programs, StepOptions, StepShape
+from slora_jax.step import Params
 
 _CPU_POOL_BYTES = 1 << 30
 _MARGIN = 0.03  # of the device's memory, left for fragmentation and small arrays
@@ -70,36 +70,37 @@ def choose_num_pages(
     max_rank: int,
     parallel: Parallel | None = None,
 ) -> int:
-    """Pages that fit: as page_pool_bytes says, or all memory that the weights and the largest step leave free.
+    """Pages that fit: as page_pool_bytes says, or all memory that the weights and the steps leave free.
+
+    The number of pages is part of a compiled step, while what a step needs beside the pool hardly depends on it. So the
+    largest step is compiled for a guess, and once more if it needs more than the guess left it; an engine that compiles
+    all steps ahead checks them all (see fitting_pages). The number is rounded down by less than 1 %, so that memory
+    that differs a little from start to start does not make another program of every step.
 
     settings must be resolved. Raises CapacityError if not even one page fits.
     """
     size = page_bytes(config, settings.dtype, parallel)
-    memory = device_memory()
-    if settings.page_pool_bytes is not None or memory is None:
+    if settings.page_pool_bytes is not None or device_memory() is None:
         budget = settings.page_pool_bytes or _CPU_POOL_BYTES
         if budget < size:
             raise CapacityError(
                 f"page_pool_bytes {budget} is less than one page of this model ({size} bytes); set it higher"
             )
         return budget // size
-    limit, used = memory
-    logits = 4 * buckets.max_seqs * config.vocab_size * 4  # float32, and the sampler's temporaries
-    # XLA times its matrix products on buffers of its own when it compiles a step, also one that is compiled later: as
-    # large as the largest argument, which is a stacked weight
-    tuning = max(_param_sizes(config, parallel)) * jnp.dtype(settings.dtype).itemsize
-    free = int(limit * (1 - _MARGIN)) - used - logits - tuning
-    # the need of a step hardly depends on the number of pages, but the compiled program does: guess, compile, correct
-    guess = (free - (1 << 30)) // size
+    options = step_options(config, settings, max_rank, parallel)
+    guess = fitting_pages(options, settings, buckets, 1 << 30)
     for _ in range(2):
         if guess < 1:
             break
-        need = _step_bytes(config, params, settings, buckets, max_model_len, max_rank, parallel, guess)
-        fits = (free - need) // size
+        need = _step_bytes(options, params, settings, buckets, max_model_len, guess)
+        fits = fitting_pages(options, settings, buckets, need)
         if fits >= guess:
             return guess
         guess = fits
     if guess < 1:
+        memory = device_memory()
+        assert memory is not None
+        limit, used = memory
         raise CapacityError(
             f"no memory is left for the page pool: {used / 2**30:.1f} of {limit / 2**30:.1f} GiB are used by the "
             "weights; "
@@ -108,25 +109,47 @@ def choose_num_pages(
     return guess
 
 
-def _step_bytes(config, params, settings, buckets, max_model_len, max_rank, parallel, num_pages) -> int:
-    """Temporary memory of the largest step, from its compiled program."""
-    forward = make_forward(
-        config,
+def fitting_pages(options: StepOptions, settings: ResolvedConfig, buckets: Buckets, temp_bytes: int) -> int:
+    """Pages that fit beside the weights and programs that need `temp_bytes`, or 0. Only where the device tells."""
+    memory = device_memory()
+    assert memory is not None
+    limit, used = memory
+    logits = 2 * buckets.wide_rows * options.config.vocab_size * 4  # float32, of two steps
+    free = int(limit * (1 - _MARGIN)) - used - logits - temp_bytes
+    if not settings.warm_up:
+        # XLA times its matrix products on buffers of its own when it compiles a step, here with the pool in place: as
+        # large as the largest argument, which is a stacked weight
+        free -= max(_param_sizes(options.config, options.parallel)) * options.dtype.itemsize
+    pages = max(0, free // page_bytes(options.config, options.dtype, options.parallel))
+    return pages - pages % (1 << max(0, pages.bit_length() - 8))
+
+
+def step_options(
+    config: ModelConfig, settings: ResolvedConfig, max_rank: int, parallel: Parallel | None
+) -> StepOptions:
+    """What the compiled steps of an engine have in common."""
+    return StepOptions(
+        config=config,
         dtype=jnp.dtype(settings.dtype),
-        max_rank=max_rank,
+        max_rank=max(8, 1 << (max_rank - 1).bit_length()),
         implementation=settings.implementation,
         loop=settings.loop,
         parallel=parallel,
     )
-    layout = parallel.layout if parallel else None
-    builder = BatchBuilder(config.geometry, buckets, num_pages, max_model_len, layout)
-    batch = builder.padding(buckets.max_seqs, buckets.tokens[-1], decode_only=False, use_adapters=True)
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), batch)
-    elements = parallel.page_elements if parallel else config.geometry.page_elements
-    shape = (config.num_layers, num_pages, elements)
-    where = parallel.pool if parallel else None
-    state = State(pages=jax.ShapeDtypeStruct(shape, jnp.dtype(settings.dtype), sharding=where))
-    compiled = jax.jit(forward, donate_argnums=1).lower(params, state, batch).compile()
-    analysis = compiled.memory_analysis()
-    assert analysis is not None, "the backend does not tell how much memory a program needs"
-    return analysis.temp_size_in_bytes
+
+
+def steps_dir(settings: ResolvedConfig) -> Path | None:
+    """Where compiled steps are kept between runs."""
+    return Path(settings.compile_cache_dir) / "steps" if settings.compile_cache_dir else None
+
+
+def _step_bytes(
+    options: StepOptions, params: Params, settings: ResolvedConfig, buckets: Buckets, max_model_len: int, num_pages: int
+) -> int:
+    """Temporary memory of the largest step, from its compiled program."""
+    layout = options.parallel.layout if options.parallel else None
+    builder = BatchBuilder(options.config.geometry, buckets, num_pages, max_model_len, layout)
+    programs = Programs(options, params, builder, steps_dir(settings))
+    shape = StepShape(buckets.max_seqs, buckets.tokens[-1], buckets.max_seqs, False, True)
+    programs.compile(shape)
+    return programs.temp_bytes(shape)

@@ -60,15 +60,15 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._users)
 
-    def match(self, seq: Seq) -> list[Key]:
-        """Entries that hold the beginning of a waiting sequence, in order.
+    def match(self, seq: Seq, limit: int) -> list[Key]:
+        """Entries that hold the beginning of a waiting sequence, in order; `limit` tokens at most.
 
-        Its last token is always left to compute, for somebody must predict the next one; and where log-probabilities of
-        the prompt are wanted, all of it is.
+        limit: less than the sequence has, for somebody must predict its next token. Where log-probabilities of the
+        prompt are wanted, there are none.
         """
         if seq.prompt_logprobs:
             return []
-        keys = page_keys(seq, (len(seq.tokens) - 1) // PAGE_TOKENS)
+        keys = page_keys(seq, max(limit, 0) // PAGE_TOKENS)
         count = next((i for i, key in enumerate(keys) if key not in self._users), len(keys))
         return keys[:count]
 
@@ -94,10 +94,12 @@ class PrefixCache:
             self.prompt_tokens += seq.prompt_len
             self.hit_tokens += seq.num_computed
 
-    def publish(self, seq: Seq, owner: Owner) -> None:
-        """Makes entries of the pages that a running sequence has filled since the last call."""
+    def publish(self, seq: Seq, owner: Owner, end: int) -> None:
+        """Makes entries of the pages that a running sequence has filled up to token `end` since the last call. The
+        values of these tokens must be known.
+        """
         held = self._held[seq]
-        full = seq.num_computed // PAGE_TOKENS
+        full = end // PAGE_TOKENS
         if held.pages == full:
             return
         keys, pages = page_keys(seq, full), self._pool.pages(owner)
@@ -130,8 +132,8 @@ class PrefixCache:
             self._forget(key)
 
     def clear(self) -> None:
-        """Forgets all entries, whose pages are gone. No sequence may be running."""
-        assert not self._held
+        """Forgets all entries, whose pages are gone, and who uses them."""
+        self._held.clear()
         self._users.clear()
         self._digests.clear()
         self._by_digest.clear()

@@ -1,27 +1,28 @@
 """The device side of the engine: parameters, page pool and compiled steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import contextlib
-from typing import Any, Literal
+import dataclasses
+from pathlib import Path
+from typing import Any
 
 import jax
-from jax import numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
-from pallas_kernels import Implementation
+from sharding import WHOLE, ShardedTable
+from slora_jax.adapter_rows import Table
 from slora_jax.adapters import Adapter
 from slora_jax.batch import Batch, Output, Sampling
 from slora_jax.batch_builder import BatchBuilder
 from slora_jax.buckets import Buckets
 from slora_jax.errors import CapacityError
 from slora_jax.memory import page_bytes
-from slora_jax.model_config import ModelConfig
-from slora_jax.parallel import Parallel
 from slora_jax.placement import adapter_images, join_images, make_write, new_state
+from slora_jax.programs import Programs, Progress, StepOptions, StepShape
 from slora_jax.sampling_batch import build_sampling
-from slora_jax.step import Params, make_forward, make_sample
+from slora_jax.step import Params
 
-Progress = Callable[[int, int, str], None]
 _LOAD_BYTES = 16 << 20  # of adapter weights a device copy moves at a time
 
 
@@ -37,39 +38,41 @@ def device_memory_errors(what: str, remedy: str):
 
 
 class Runner:
-    """Runs steps of one model over one pool. Not thread-safe: the engine's loop owns it."""
+    """Runs steps of one model over one pool. Not thread-safe: the engine's loop owns it.
+
+    There is no pool before `reset` makes one: programs can be compiled first, and take the memory that they need.
+
+    cache_dir: where compiled programs are kept between runs; None keeps none. deterministic: see BatchBuilder.
+    """
 
     def __init__(
         self,
-        config: ModelConfig,
+        options: StepOptions,
         params: Params,
         *,
-        dtype: jnp.dtype,
         num_pages: int,
         buckets: Buckets,
         max_model_len: int,
-        max_rank: int,
-        implementation: Implementation,
-        loop: Literal["unroll", "scan"],
-        parallel: Parallel | None = None,
+        cache_dir: Path | None = None,
+        deterministic: bool = False,
     ):
-        self.config = config
         self.params = params
-        self.dtype = jnp.dtype(dtype)
         self.num_pages = num_pages
-        self.parallel = parallel
-        layout = parallel.layout if parallel else None
-        self.builder = BatchBuilder(config.geometry, buckets, num_pages, max_model_len, layout)
-        self.page_bytes = page_bytes(config, self.dtype, parallel)
+        self.config, self.dtype, self.parallel = options.config, options.dtype, options.parallel
+        layout = self.parallel.layout if self.parallel else None
+        # batches travel to other processes as they are, so there the table stays in numpy
+        put = self._put_table if jax.process_count() == 1 else None
+        place = (self.config.geometry, buckets, num_pages, max_model_len, layout, put)
+        self.builder = BatchBuilder(*place, deterministic=deterministic)
+        self.page_bytes = page_bytes(self.config, self.dtype, self.parallel)
         self._load_pages = max(1, _LOAD_BYTES // self.page_bytes)
-        self._options: dict[str, Any] = dict(
-            dtype=self.dtype, implementation=implementation, loop=loop, parallel=parallel
-        )
-        self._write = jax.jit(make_write(parallel), donate_argnums=0)
-        self._sample = jax.jit(make_sample(parallel))
-        self.max_rank = 0
-        self.require_rank(max_rank)
-        self.reset()
+        self._write = jax.jit(make_write(self.parallel), donate_argnums=0)
+        self._cache_dir = cache_dir
+        self._options = dataclasses.replace(options, max_rank=0)
+        self._compiles = 0  # of programs that were given up
+        self.programs: Programs
+        self.require_rank(options.max_rank)
+        self.state: Any = None
 
     def reset(self) -> None:
         """Makes a new, empty pool. Raises CapacityError if it does not fit."""
@@ -77,60 +80,98 @@ class Runner:
         size = self.num_pages * self.page_bytes / 2**30
         with device_memory_errors(f"a page pool of {size:.1f} GiB", "set page_pool_bytes lower"):
             self.state = jax.block_until_ready(new_state(self.config, self.num_pages, self.dtype, self.parallel))
+        self.last_tokens = self._put(np.zeros(self.builder.buckets.max_seqs, np.int32), WHOLE)
+
+    @property
+    def max_rank(self) -> int:
+        """Up to which rank of a module steps take adapters."""
+        return self._options.max_rank
+
+    @property
+    def compiles(self) -> int:
+        """Programs that were compiled because a step needed them."""
+        return self._compiles + self.programs.compiles
 
     def require_rank(self, rank: int) -> bool:
         """Makes the steps take adapters up to `rank`. True if that means they will be compiled anew."""
         if rank <= self.max_rank:
             return False
-        self.max_rank = max(8, 1 << (rank - 1).bit_length())
-        self._forward = jax.jit(make_forward(self.config, max_rank=self.max_rank, **self._options), donate_argnums=1)
+        self._compiles += self.programs.compiles if self.max_rank else 0
+        self._options = dataclasses.replace(self._options, max_rank=max(8, 1 << (rank - 1).bit_length()))
+        self.programs = Programs(self._options, self.params, self.builder, self._cache_dir)
         return True
+
+    def _put(self, array: np.ndarray, spec: PartitionSpec) -> jax.Array:
+        return jax.device_put(array, NamedSharding(self.parallel.mesh, spec) if self.parallel else None)
+
+    def _put_table(self, table: Table) -> Table:
+        specs = ShardedTable.specs() if self.parallel else jax.tree.map(lambda _: WHOLE, table)
+        return jax.tree.map(self._put, table, specs)
 
     def load_adapter(self, adapter: Adapter, page_ids: Sequence[int]) -> None:
         """Writes an adapter's weights to its pages, a few pages at a time, without waiting for the device."""
         images = adapter_images(adapter, self.config, self.dtype, self.parallel)
         for start in range(0, len(page_ids), self._load_pages):
-            ids = np.full(self._load_pages, self.num_pages, np.int32)
             n = min(self._load_pages, len(page_ids) - start)
-            ids[:n] = page_ids[start : start + n]
-            parts = []
-            for image in images:
-                part = np.zeros((self._load_pages, *image.shape[1:]), image.dtype)
-                part[:n] = image[start : start + n]
-                parts.append(part)
-            self.state = self._write(self.state, ids, join_images(parts, self.parallel))
+            self._write_pages(page_ids[start : start + n], [image[start : start + n] for image in images])
+
+    def _write_pages(self, page_ids: Sequence[int], images: Sequence[np.ndarray]) -> None:
+        ids = np.full(self._load_pages, self.num_pages, np.int32)
+        ids[: len(page_ids)] = page_ids
+        parts = []
+        for image in images:
+            part = np.zeros((self._load_pages, *image.shape[1:]), image.dtype)
+            part[: len(image)] = image
+            parts.append(part)
+        self.state = self._write(self.state, ids, join_images(parts, self.parallel))
 
     def forward(self, batch: Batch) -> jax.Array:
-        """Runs a step and returns its logits, still on the device."""
-        self.state, logits = self._forward(self.params, self.state, batch)
+        """Dispatches a step and returns its logits, still on the device. Tokens of the batch that are negative, -1 -
+        row, are those that `sample` chose last for that row.
+        """
+        self.state, logits = self.programs.forward(self.params, self.state, self.last_tokens, batch)
         return logits
 
-    def sample(self, logits: jax.Array, sampling: Sampling) -> Output:
-        """Chooses tokens and brings the results to the host."""
-        return jax.device_get(self._sample(logits, sampling))
+    def sample(self, logits: jax.Array, sampling: Sampling, rows: np.ndarray) -> Output:
+        """Dispatches the choice of tokens, which the device keeps for `rows` (int32 [R]; max_seqs: for none). Its
+        results are on their way to the host; `fetch` waits for them.
+        """
+        output, self.last_tokens = self.programs.sample(logits, sampling, self.last_tokens, rows)
+        for array in jax.tree.leaves(output):
+            array.copy_to_host_async()
+        return output
 
-    def warm_up(self, *, adapters: bool, progress: Progress | None = None) -> None:
-        """Compiles the steps of every bucket by running them on padding."""
-        buckets = self.builder.buckets
-        shapes = [(n, n, True) for n in buckets.seqs] + [(buckets.max_seqs, n, False) for n in buckets.tokens]
-        for i, (seqs, tokens, decode_only) in enumerate(shapes):
-            what = f"{'decode' if decode_only else 'prompt'} step of {tokens} tokens"
-            if progress:
-                progress(i, len(shapes), what)
-            batch = self.builder.padding(seqs, tokens, decode_only=decode_only, use_adapters=adapters)
+    def fetch(self, output: Output | None, logits: jax.Array) -> Output | None:
+        """Waits for a step and returns its results in numpy. None for a step that samples nothing."""
+        if output is None:
+            jax.block_until_ready(logits)
+            return None
+        return jax.device_get(output)
+
+    def warm_up(self, *, adapters: bool, greedy_only: bool = False, progress: Progress | None = None) -> None:
+        """Compiles what is not compiled yet, and runs every step once on padding: a program's first run is slow, too.
+
+        Arguments as in Programs.compile_ahead. Raises CapacityError if a step does not fit in the device's memory.
+        """
+        self.programs.compile_ahead(adapters=adapters, greedy_only=greedy_only, progress=progress)
+        for shape in self.programs.compiled_steps():
             remedy = "set max_step_tokens, max_seqs or page_pool_bytes lower"
-            with device_memory_errors(f"a {what}", remedy):
-                logits = self.forward(batch)
-                self.sample(logits, build_sampling([], logits.shape[0]))
-        if progress:
-            progress(len(shapes), len(shapes), "done")
+            with device_memory_errors(f"a {shape}", remedy):
+                logits = self.forward(self.programs.padding(shape))
+                if shape.rows <= self.builder.buckets.max_seqs:
+                    nobody = np.full(shape.rows, self.builder.buckets.max_seqs, np.int32)
+                    self.fetch(self.sample(logits, build_sampling([], shape.rows), nobody), logits)
+                jax.block_until_ready(logits)
+        if adapters:
+            geometry = self.parallel.layout.local if self.parallel else self.config.geometry
+            image = np.zeros((0, self.config.num_layers, geometry.page_elements), self.dtype)
+            self._write_pages([], [image] * (self.parallel.layout.devices if self.parallel else 1))
 
     def close(self) -> None:
         """Ends what steps need; a Runner on its own needs nothing."""
 
     def temp_bytes(self, batch: Batch) -> int:
         """Temporary device memory of the compiled step of this batch's shape, in bytes."""
-        compiled = self._forward.lower(self.params, self.state, batch).compile()
-        analysis = compiled.memory_analysis()
-        assert analysis is not None, "the backend does not tell how much memory a program needs"
-        return analysis.temp_size_in_bytes
+        shape = StepShape.of(batch)
+        self.programs.compile(shape)
+        return self.programs.temp_bytes(shape)

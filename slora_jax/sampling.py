@@ -123,6 +123,8 @@ def sample(logits: Float[Array, "R v"], s: Sampling, vocabulary: Vocabulary | No
     if s.allowed.shape[1]:
         allowed = vocabulary.part(_unpack(s.allowed, vocabulary.size), logits.shape[1])
         logits = jnp.where(allowed, logits, -jnp.inf)
+    # what follows is compiled alike whatever came before: the same logits then give the same bits
+    logits, raw = lax.optimization_barrier((logits, raw))
     largest = jnp.max(raw, axis=1, keepdims=True)
     found = dict(
         greedy=_best(logits, 1, vocabulary),

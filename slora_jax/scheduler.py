@@ -6,6 +6,9 @@ later (S-LoRA reserves the worst case at admission instead and leaves memory idl
 
 A policy says in which order waiting sequences are tried. One that does not fit is overtaken by others that do, but only
 so often: then nobody is admitted before it.
+
+A step may be planned while the one before it still runs: its sampled tokens then count as tokens whose values are not
+known yet. The device runs steps in order, so pages change hands as soon as nothing that is planned needs them.
 """
 
 from collections import Counter, deque
@@ -30,6 +33,8 @@ class StepPlan:
     loads: list[AdapterUse]  # adapters whose weights must be written to their pages before the step
     preempted: list[Sequence]
     dropped: list[Drop] = dataclasses.field(default_factory=list)  # given up by the policy; they are no longer queued
+    admitted: list[Sequence] = dataclasses.field(default_factory=list)  # started, or started again
+    decode_only: bool | None = None  # which of its two kinds the step is of, where kinds are not mixed
 
     @property
     def num_tokens(self) -> int:
@@ -47,9 +52,14 @@ def adapter_owner(digest: str) -> Hashable:
 class Scheduler:
     """Shares one page pool and the tokens of each step among sequences.
 
+    deterministic: a token of a prompt is computed in a step of prompts only, any other in a step of single tokens only,
+    also when a preempted sequence is computed again: so that each token always meets the same program. A prompt is
+    never cut so that one token stands alone, which kernels may treat as one to decode.
     max_seqs: sequences in a step at most. max_step_tokens: tokens in a step at most. max_overtakes: how often a
-    sequence that does not fit may be overtaken. prefix_page_cost: seconds to compute a page of keys and values again,
-    which says how long one that nobody uses is kept for later sequences; None: none is kept. clock: returns seconds.
+    sequence that does not fit may be overtaken. max_prompt_rows: tokens in a step whose log-probabilities are wanted
+    because they are of a prompt; None is no limit. prefix_page_cost: seconds to compute a page of keys and values
+    again, which says how long one that nobody uses is kept for later sequences; None: none is kept. clock: returns
+    seconds.
     """
 
     def __init__(
@@ -61,15 +71,23 @@ class Scheduler:
         policy: Policy | None = None,
         quotas: Quotas | None = None,
         max_overtakes: int = 64,
+        max_prompt_rows: int | None = None,
+        deterministic: bool = False,
         prefix_page_cost: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         if max_step_tokens < max_seqs:
             raise ValueError(f"max_step_tokens {max_step_tokens} must be at least max_seqs {max_seqs}")
+        if deterministic and max_step_tokens < 4:
+            raise ValueError(f"max_step_tokens {max_step_tokens} must be at least 4, to cut prompts in pieces of two")
         self.pool = pool
         self.max_seqs = max_seqs
         self.max_step_tokens = max_step_tokens
         self.max_overtakes = max_overtakes
+        self.max_prompt_rows = max_prompt_rows
+        self.deterministic = deterministic
+        self._prompts_last = False  # whether the last step was of prompts, if kinds are not mixed
+        self._prompt_rows = 0  # left in the step that is being planned
         self.policy = policy or Fcfs()
         self.quotas = quotas or Quotas()
         self.clock = clock
@@ -80,7 +98,10 @@ class Scheduler:
         self._queue: dict[Sequence, None] = {}  # never ran, in order of arrival
         self._overdue: dict[Sequence, None] = {}  # those of _queue that may not be overtaken any more
         self._preempted: deque[Sequence] = deque()
+        self._ending: list[Sequence] = []  # whose last token is being sampled
         self._adapter_users: dict[str, int] = {}
+        self._rows = list(range(max_seqs - 1, -1, -1))  # not in use
+        self._tickets = 0
 
     @property
     def waiting(self) -> list[Sequence]:
@@ -102,14 +123,16 @@ class Scheduler:
         self.policy.added(seq)
 
     def remove(self, seq: Sequence) -> None:
-        """Takes a finished or cancelled sequence out and frees its pages at once."""
+        """Takes a finished or cancelled sequence out and frees its pages at once. A step that was planned with it may
+        still run: it is over before another can use the pages.
+        """
         if seq in self.running:
             del self.running[seq]
             self._give_back(seq)
         elif seq in self._queue:
             del self._queue[seq]
             self._overdue.pop(seq, None)
-        else:
+        elif seq in self._preempted:
             self._preempted.remove(seq)
         self.policy.removed(seq)
 
@@ -120,49 +143,130 @@ class Scheduler:
         return digest in self._adapter_users
 
     def schedule(self) -> StepPlan:
-        """Plans a step and takes the pages it needs.
+        """Plans a step and takes the pages it needs. The sequences advance at once; the values of the tokens that the
+        step samples are given to Sequence.push later, before the step after the next is planned.
 
-        It has no chunks only if there is nothing to do, or if quotas let nothing start just now.
+        It has no chunks only if there is nothing to do, if quotas let nothing start just now, or if all that runs waits
+        for its last token.
         """
         now = self.clock()
+        self._let_go()
         dropped = self._drop(now)
-        budget = self.max_step_tokens
+        decoding: list[Sequence] = []
+        prompts: list[Sequence] = []
+        for seq in self.running:
+            if self.deterministic:
+                (decoding if seq.num_computed >= seq.prompt_len else prompts).append(seq)
+            else:
+                (decoding if seq.num_pending == 1 else prompts).append(seq)
         chunks: list[Chunk] = []
         preempted: list[Sequence] = []
-        # a token of every decoding sequence before any prompt, so that running answers keep their pace
-        for decoding in (True, False):
-            for seq in [s for s in self.running if (s.num_pending == 1) == decoding]:
-                length = min(seq.num_pending, budget)
-                if length and seq in self.running and self._grow(seq, length, preempted):
-                    chunks.append(Chunk(seq, seq.num_computed, length))
-                    budget -= length
-        chunks = [c for c in chunks if c.seq not in preempted]
         loads: list[AdapterUse] = []
-        if not preempted:
-            settled = list(self.running)
-            budget = self._admit_waiting(chunks, loads, budget, now)
-            chunks = self._make_way(settled, chunks, loads, budget, now, preempted)
+        admitted: list[Sequence] = []
+        # kinds that are not mixed take turns
+        decode_only = self._prompts_last and bool(decoding) if self.deterministic else None
+        # a token of every decoding sequence before any prompt, so that running answers keep their pace
+        if decode_only is not False:
+            self._decode(decoding, chunks, preempted)
+        if not decode_only:
+            self._compute_prompts(prompts, chunks, preempted)
+            if not preempted:
+                settled = list(self.running)
+                self._admit_waiting(chunks, now, loads, admitted)
+                chunks = self._make_way(settled, chunks, now, preempted, loads, admitted)
+        if decode_only is False and not chunks:
+            self._decode(decoding, chunks, preempted)
+            decode_only = True
+        self._prompts_last = not decode_only
+        if preempted:
+            chunks = [c for c in chunks if c.seq.row >= 0]
         # a sequence preempted in this step goes before everything that was waiting, in its old order
         self._preempted.extendleft(preempted)
-        chunks.sort(key=lambda c: (c.length > 1, c.seq.adapter.digest if c.seq.adapter else ""))
-        return StepPlan(chunks, loads, preempted, dropped)
+        chunks.sort(key=lambda c: c.seq.group)
+        chunks.sort(key=lambda c: c.length > 1)
+        self._advance(chunks)
+        return StepPlan(chunks, loads, preempted, dropped, admitted, decode_only)
+
+    def _decode(self, decoding: list[Sequence], chunks: list[Chunk], preempted: list[Sequence]) -> None:
+        """Adds the next token of sequences that decode. There are never more of them than tokens in a step."""
+        for seq in decoding:
+            if seq.num_computed < seq.room or self._grow(seq, 1, preempted):
+                chunks.append(Chunk(seq, seq.num_computed, 1))
+
+    def _compute_prompts(self, prompts: list[Sequence], chunks: list[Chunk], preempted: list[Sequence]) -> None:
+        """Goes on with prompts that were begun."""
+        self._prompt_rows = self.max_step_tokens if self.max_prompt_rows is None else self.max_prompt_rows
+        budget = self.max_step_tokens - len(chunks)
+        for seq in prompts:
+            length = self._chunk_length(seq, budget)
+            if length and self._grow(seq, length, preempted):
+                chunks.append(Chunk(seq, seq.num_computed, length))
+                budget -= length
+
+    def _chunk_length(self, seq: Sequence, budget: int) -> int:
+        pending = seq.num_pending
+        if self.deterministic:
+            pending = seq.prompt_len - seq.num_computed
+        length = min(pending, budget)
+        if seq.prompt_logprobs and seq.num_computed < seq.prompt_len:
+            length = min(length, self._prompt_rows)
+        if self.deterministic and length < pending:
+            length -= pending - length == 1
+            length = 0 if length == 1 else length
+        if seq.prompt_logprobs:
+            self._prompt_rows -= length
+        return length
+
+    def _advance(self, chunks: list[Chunk]) -> None:
+        for chunk in chunks:
+            seq = chunk.seq
+            seq.num_computed = end = chunk.start + chunk.length
+            if chunk.samples:
+                seq.num_unknown += 1
+                if end + 1 - seq.prompt_len >= seq.max_tokens:
+                    self._ending.append(seq)
+
+    def _let_go(self) -> None:
+        """Frees what sequences hold whose last token is being sampled: no further step needs it."""
+        for seq in self._ending:
+            if seq in self.running:
+                self._publish(seq, seq.num_computed)
+                del self.running[seq]
+                self._give_back(seq)
+        self._ending.clear()
 
     def complete(self, plan: StepPlan, seconds: float = 0.0) -> None:
-        """Records that a plan's tokens are in their pages. The caller then appends sampled tokens to the sequences.
+        """Records that a plan's step has run. The caller then pushes the sampled tokens.
 
         seconds: what the step took, for policies that estimate; 0 if it was not measured.
         """
-        now = self.clock()
+        if self.quotas.limited:
+            now = self.clock()
+            for chunk in plan.chunks:
+                self.quotas.charge(chunk.seq, chunk.length, now)
         for chunk in plan.chunks:
-            chunk.seq.num_computed = chunk.start + chunk.length
-            self.quotas.charge(chunk.seq, chunk.length, now)
-            if self.prefixes is not None and chunk.seq in self.running:
-                self.prefixes.publish(chunk.seq, sequence_owner(chunk.seq))
+            end = chunk.start + chunk.length
+            if end // PAGE_TOKENS > chunk.start // PAGE_TOKENS and chunk.seq in self.running:
+                self._publish(chunk.seq, end)
         self.policy.completed(plan.chunks, seconds)
 
+    def _publish(self, seq: Sequence, end: int) -> None:
+        """Offers the full pages of a running sequence up to token `end` to later ones."""
+        if self.prefixes is not None:
+            end = min(end, seq.prompt_len) if self.deterministic else end
+            self.prefixes.publish(seq, sequence_owner(seq), end)
+
     def reset(self) -> None:
-        """Drops every page's contents, because the device lost them. No sequence may be running."""
-        assert not self.running
+        """Stops every running sequence and drops every page's contents, because the device lost them or the books
+        cannot be trusted. What waits goes on waiting.
+        """
+        for seq in self.running:
+            self.quotas.stopped(seq)
+            seq.row, seq.room = -1, 0
+        self.running.clear()
+        self._ending.clear()
+        self._adapter_users.clear()
+        self._rows = list(range(self.max_seqs - 1, -1, -1))
         for owner in list(self.pool.owners()):
             self.pool.release(owner)
         if self.prefixes is not None:
@@ -197,34 +301,38 @@ class Scheduler:
             self.remove(drop.seq)
         return dropped
 
-    def _admit_waiting(self, chunks: list[Chunk], loads: list[AdapterUse], budget: int, now: float) -> int:
-        """Starts what fits, and adds its first chunks and the adapters to load. Returns the tokens left of `budget`."""
+    def _admit_waiting(
+        self, chunks: list[Chunk], now: float, loads: list[AdapterUse], admitted: list[Sequence]
+    ) -> None:
+        """Starts what fits and adds its first chunks, and to `loads` the adapters to load."""
+        budget = self.max_step_tokens - sum(c.length for c in chunks)
         refused: list[Sequence] = []
         if not budget or not self._has_room():
-            return budget
+            return
         for seq, first in self._candidates(now):
-            if not self.quotas.admits(seq, now):
+            if not self.quotas.admits(seq, now) or (seq.prompt_logprobs and not self._prompt_rows):
                 continue
             if not self._admit(seq, loads):
                 refused.append(seq)
                 if first or len(refused) == _TRIES:
                     break
                 continue
-            length = min(seq.num_pending, budget)
-            chunks.append(Chunk(seq, seq.num_computed, length))
-            budget -= length
-            if self._overtaken(refused) or not budget or not self._has_room():
+            admitted.append(seq)
+            length = self._chunk_length(seq, budget)
+            if length:
+                chunks.append(Chunk(seq, seq.num_computed, length))
+                budget -= length
+            if self._overtaken(refused) or not length or not budget or not self._has_room():
                 break
-        return budget
 
     def _make_way(
         self,
         settled: list[Sequence],
         chunks: list[Chunk],
-        loads: list[AdapterUse],
-        budget: int,
         now: float,
         preempted: list[Sequence],
+        loads: list[AdapterUse],
+        admitted: list[Sequence],
     ) -> list[Chunk]:
         """Preempts whom the policy names for a waiting sequence, and starts that one. Returns the step's chunks.
 
@@ -235,15 +343,17 @@ class Scheduler:
             if pair is None or not self.quotas.admits(pair[1], now):
                 break
             victim, seq = pair
-            budget += sum(c.length for c in chunks if c.seq is victim)
+            others = [c for c in chunks if c.seq is not victim]
+            budget = self.max_step_tokens - sum(c.length for c in others)
             if not budget:
                 break
             settled.remove(victim)
             self._preempt(victim, preempted)
-            chunks = [c for c in chunks if c.seq is not victim]
+            chunks = others
             if self._admit(seq, loads):
-                chunks.append(Chunk(seq, seq.num_computed, min(seq.num_pending, budget)))
-                budget -= chunks[-1].length
+                admitted.append(seq)
+                if length := self._chunk_length(seq, budget):
+                    chunks.append(Chunk(seq, seq.num_computed, length))
         return chunks
 
     def _preempt(self, victim: Sequence, preempted: list[Sequence]) -> None:
@@ -274,19 +384,20 @@ class Scheduler:
                 overdue = True
         return overdue
 
-    def _missing_pages(self, seq: Sequence, length: int) -> int:
-        owner = sequence_owner(seq)
-        held = len(self.pool.pages(owner)) if self.pool.holds(owner) else 0
-        return ceil_div(seq.num_computed + length, PAGE_TOKENS) - held
+    def _take_pages(self, seq: Sequence, count: int) -> None:
+        self.pool.allocate(sequence_owner(seq), count)
+        seq.room += count * PAGE_TOKENS
 
     def _grow(self, seq: Sequence, length: int, preempted: list[Sequence]) -> bool:
         """Gets the pages for the next `length` tokens, preempting whom the policy names. False if `seq` itself had to
-        go.
+        go, now or before.
         """
-        missing = self._missing_pages(seq, length)
+        if preempted and seq not in self.running:
+            return False
+        missing = ceil_div(seq.num_computed + length - seq.room, PAGE_TOKENS)
         while missing > 0:
             try:
-                self.pool.allocate(sequence_owner(seq), missing)
+                self._take_pages(seq, missing)
                 return True
             except OutOfPages:
                 victim = self.policy.victim(self.running)
@@ -297,7 +408,10 @@ class Scheduler:
 
     def _admit(self, seq: Sequence, loads: list[AdapterUse]) -> bool:
         """Starts a waiting sequence if its adapter and its tokens fit beside a spare page for each running sequence."""
-        hits = self.prefixes.match(seq) if self.prefixes is not None else []
+        assert not seq.num_unknown, "a sequence cannot start while its last token is not known"
+        # what was decoded is decoded again, and at least two tokens of a prompt are computed together
+        limit = seq.prompt_len - 2 if self.deterministic else len(seq.tokens) - 1
+        hits = self.prefixes.match(seq, limit) if self.prefixes is not None else []
         need = ceil_div(len(seq.tokens), PAGE_TOKENS) - len(hits)
         available = self.pool.available
         if self.prefixes is not None:
@@ -313,6 +427,7 @@ class Scheduler:
             return False
         if self.prefixes is not None:  # before anything is evicted to make room
             self.prefixes.take(seq, sequence_owner(seq), hits)
+        seq.room = seq.num_computed  # of the pages that the cache gave
         if adapter is not None:
             owner = adapter_owner(adapter.digest)
             if not resident:
@@ -321,18 +436,23 @@ class Scheduler:
             elif self.pool.is_idle(owner):
                 self.pool.revive(owner)
             self._adapter_users[adapter.digest] = self._adapter_users.get(adapter.digest, 0) + 1
-        self.pool.allocate(sequence_owner(seq), self._missing_pages(seq, seq.num_pending))
+        self._take_pages(seq, ceil_div(seq.num_computed + seq.num_pending - seq.room, PAGE_TOKENS))
         if seq in self._queue:
             del self._queue[seq]
             self._overdue.pop(seq, None)
         else:
             self._preempted.remove(seq)
         self.running[seq] = None
+        seq.row = self._rows.pop()
+        self._tickets += 1
+        seq.ticket = self._tickets
         self.quotas.admitted(seq)
         self.policy.admitted(seq)
         return True
 
     def _give_back(self, seq: Sequence) -> None:
+        self._rows.append(seq.row)
+        seq.row, seq.room = -1, 0
         self.quotas.stopped(seq)
         if self.prefixes is not None:
             self.prefixes.leave(seq)

@@ -19,7 +19,11 @@ class AdapterUse:
 class Sequence:
     """One prompt and what has been generated after it.
 
-    `num_computed` of its tokens have their keys and values in pages. Preemption sets it back to 0 and keeps the tokens.
+    `num_computed` of its tokens have their keys and values in pages, or will have when the steps planned so far have
+    run. Preemption sets it back to 0 and keeps the tokens. `num_unknown` tokens after `tokens` are being sampled: they
+    count for lengths and pages, and only their values are not known on the host yet.
+    row: of the running sequence in arrays with a row for each of them; -1 while it does not run. ticket: another one
+    each time it is started. room: tokens that its pages hold.
     adapter_name, tenant: whom policies and quotas count it for. priority: larger goes first, where the policy heeds it.
     arrival: seconds of the scheduler's clock, set when it is queued if not given. overtaken: how many sequences were
     admitted before it although its turn had come, because it did not fit.
@@ -38,15 +42,32 @@ class Sequence:
     priority: int = 0
     arrival: float | None = None
     overtaken: int = 0
+    num_unknown: int = 0
+    row: int = -1
+    ticket: int = 0
+    room: int = 0
     page_keys: list[bytes] = dataclasses.field(default_factory=list, repr=False)  # see slora_jax/prefix_cache.py
+    group: str = dataclasses.field(init=False, repr=False)  # sequences of one adapter stand together in a batch
 
     def __post_init__(self):
         assert 0 < self.prompt_len <= len(self.tokens)
+        self.group = self.adapter.digest if self.adapter else ""
+
+    @property
+    def length(self) -> int:
+        """Tokens, with those whose values are not known yet."""
+        return len(self.tokens) + self.num_unknown
 
     @property
     def num_pending(self) -> int:
         """Tokens whose keys and values are still to be computed."""
-        return len(self.tokens) - self.num_computed
+        return len(self.tokens) + self.num_unknown - self.num_computed
+
+    def push(self, token: int) -> None:
+        """The value of the oldest unknown token."""
+        assert self.num_unknown, "no token was sampled for the sequence"
+        self.num_unknown -= 1
+        self.tokens.append(token)
 
     @property
     def output_len(self) -> int:
@@ -59,15 +80,18 @@ class Sequence:
         return pages + (self.adapter.num_pages if self.adapter else 0)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(eq=False, slots=True)
 class Chunk:
-    """Tokens ``start`` to ``start + length`` of a sequence, to be computed in this step."""
+    """Tokens ``start`` to ``start + length`` of a sequence, to be computed in one step. Not to be changed.
+
+    samples: whether the chunk reaches the sequence's end as it was when the chunk was made, so that its next token is
+    wanted.
+    """
 
     seq: Sequence
     start: int
     length: int
+    samples: bool = dataclasses.field(init=False)
 
-    @property
-    def samples(self) -> bool:
-        """Whether the chunk reaches the sequence's end, so that its next token is wanted."""
-        return self.start + self.length == len(self.seq.tokens)
+    def __post_init__(self):
+        self.samples = self.start + self.length == self.seq.length

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     if not console.is_terminal:
         console.width = 120
-    with Engine.from_pretrained(args.model, EngineConfig(**options, warm_up=True), adapters) as engine:
+    with Engine.from_pretrained(args.model, EngineConfig(**options, warm_up="greedy"), adapters) as engine:
         fullest = _answer(engine, answers, args.max_tokens, console)
         _report(console, engine, answers, fullest)
     return 1 if any(a.output and a.output.finish_reason == "error" for a in answers) else 0

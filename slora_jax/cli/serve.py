@@ -30,7 +30,12 @@ def run(args: argparse.Namespace) -> int:
         drain_seconds=args.drain_seconds,
         traces=args.traces,
     )
-    settings = EngineConfig(**engine_options(args), max_lora_rank=args.max_lora_rank)
+    settings = EngineConfig(
+        **engine_options(args),
+        max_lora_rank=args.max_lora_rank,
+        # else the adapters, which are read later, say up to which rank steps are compiled
+        warm_up=config.warm_up and args.max_lora_rank is not None,
+    )
     if jax.distributed.is_initialized() and jax.process_index():  # only process 0 has callers
         Engine.from_pretrained(args.model, settings)  # runs its steps and ends this process after the last
     service = Service(config, lambda: Engine.from_pretrained(args.model, settings))

@@ -36,6 +36,7 @@ class Quotas:
         self._running: Counter[str] = Counter()
         self._pages: Counter[str] = Counter()
         self._tokens: dict[str, tuple[float, float]] = {}  # name -> (tokens that may be taken, when that was so)
+        self.limited = bool(each or self._named)  # whether anybody has a quota at all
 
     def of(self, seq: Seq) -> Quota | None:
         return None if seq.adapter_name is None else self._named.get(seq.adapter_name, self._each)

@@ -184,7 +184,7 @@ class _Run:
     def _push(self, seq: Seq) -> None:
         """A token was sampled for the sequence."""
         record = self.records[self._index(seq)]
-        seq.tokens.append(self._index(seq))
+        seq.push(self._index(seq))
         if record.first_token is None:
             record.first_token = self.now
         if seq.output_len == seq.max_tokens:

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 
+from engines import PROMPT, adapters_for, config, greedy
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 import jax
@@ -24,24 +25,6 @@ from slora_jax import (
     SloraError,
 )
 from slora_jax.adapters import random_adapter
-from slora_jax.loading import load_model
-from slora_jax.memory import page_bytes
-
-PROMPT = [5, 9, 200, 31, 7, 7, 90]
-
-
-def config(name="tiny-gqa", pages=200, **kw):
-    model = load_model(f"random:{name}", dtype="float32")
-    options = dict(dtype="float32", max_seqs=8, max_step_tokens=64, compile_cache_dir="", max_lora_rank=32)
-    options |= dict(seq_buckets=(8,), token_buckets=(64,))  # two programs to compile
-    options |= dict(page_pool_bytes=pages * page_bytes(model.config, "float32")) | kw
-    return model, EngineConfig(**options)
-
-
-def adapters_for(model, n=4):
-    rng = np.random.default_rng(0)
-    tables = [rng.choice([0, 1, 8, 12, 32], (model.config.num_layers, 7)) for _ in range(n)]
-    return {f"a{i}": random_adapter(model.config, t, seed=i, scale=0.5) for i, t in enumerate(tables)}
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +32,6 @@ def engine():
     model, settings = config()
     with Engine(model, settings, adapters_for(model)) as engine:
         yield engine
-
-
-def greedy(n=8, **kw):
-    return SamplingParams(max_tokens=n, ignore_eos=True, **kw)
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gqa", "tiny-qwen2", "tiny-qwen3", "tiny-tied"])
@@ -464,7 +443,7 @@ def test_quotas_hold_requests_back_and_refuse_what_can_never_fit(engine):
         requests = [Request(None, name, greedy(), PROMPT) for name in ("a0", "a1", "a1", "a0", None)]
         got = limited.generate(requests)
         assert [o.token_ids for o in got] == [o.token_ids for o in engine.generate(requests)]
-        assert got[2].timings.scheduled >= got[1].timings.finished
+        assert got[2].timings.first_token >= got[1].timings.finished
     model, settings = config(adapter_quota=Quota(max_pages=1))
     with Engine(model, settings, adapters_for(model)) as limited:
         with pytest.raises(CapacityError, match="the quota of its adapter is 1; lower max_tokens or raise"):

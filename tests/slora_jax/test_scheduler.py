@@ -22,6 +22,7 @@ class FakeModel:
     def __init__(self):
         self.slots = {}  # (page, slot) -> token
         self.adapters = {}  # page -> digest
+        self.last = {}  # row -> token that was sampled last for the sequence there
 
     def run(self, plan, pool):
         for use in plan.loads:
@@ -32,21 +33,35 @@ class FakeModel:
             seq = chunk.seq
             pages = pool.pages(sequence_owner(seq))
             for i in range(chunk.start, chunk.start + chunk.length):
-                self.slots[pages[i // 16], i % 16] = seq.tokens[i]
+                self.slots[pages[i // 16], i % 16] = seq.tokens[i] if i < len(seq.tokens) else self.last[seq.row]
                 self.adapters.pop(pages[i // 16], None)
             if seq.adapter:
                 held = [self.adapters.get(p) for p in pool.pages(adapter_owner(seq.adapter.digest))]
                 assert held == [seq.adapter.digest] * seq.adapter.num_pages, "the adapter's pages were overwritten"
             if chunk.samples:
-                context = [self.slots[pages[i // 16], i % 16] for i in range(len(seq.tokens))]
-                sampled.append((seq, hash((tuple(context), seq.adapter and seq.adapter.digest)) % 1000))
+                context = [self.slots[pages[i // 16], i % 16] for i in range(chunk.start + chunk.length)]
+                token = hash((tuple(context), seq.adapter and seq.adapter.digest)) % 1000
+                self.last[seq.row] = token
+                sampled.append((seq, token))
         return sampled
 
 
-def serve(requests, num_pages, max_seqs, max_step_tokens, aborts=(), texts=1000, stats=None, **options):
+def serve(
+    requests,
+    num_pages,
+    max_seqs,
+    max_step_tokens,
+    aborts=(),
+    texts=1000,
+    stats=None,
+    overlap=False,
+    end=None,
+    **options,
+):
     """Runs requests to their end. requests: (prompt length, max_tokens, adapter index or None, arrival step).
 
     texts: how many different prompts there are, each the beginning of one text. stats: takes the prefix cache's.
+    overlap: a step's results are taken after the next one was planned and run. end: tokens divisible by it end a text.
     """
     pool = PagePool(num_pages)
     scheduler = Scheduler(pool, max_seqs=max_seqs, max_step_tokens=max_step_tokens, clock=lambda: step * 1.0, **options)
@@ -54,7 +69,8 @@ def serve(requests, num_pages, max_seqs, max_step_tokens, aborts=(), texts=1000,
     uses = [AdapterUse(f"adapter{i}", pages, 0.1) for i, pages in enumerate((1, 3, 5, 2))]
     arrivals = sorted((arrival, i) for i, (_, _, _, arrival) in enumerate(requests))
     step = 0
-    while arrivals or scheduler.has_work():
+    pending = None
+    while arrivals or scheduler.has_work() or pending:
         while arrivals and (arrivals[0][0] <= step or not scheduler.has_work()):
             _, i = arrivals.pop(0)
             prompt, answer, adapter, _ = requests[i]
@@ -73,24 +89,29 @@ def serve(requests, num_pages, max_seqs, max_step_tokens, aborts=(), texts=1000,
             if i in seqs and i not in done and step % 3 == 2:
                 scheduler.remove(seqs[i])
                 done[i] = None
-        if not scheduler.has_work():
+        if not scheduler.has_work() and not pending:
             continue
         plan = scheduler.schedule()
         pool.check_integrity()
         for drop in plan.dropped:
             done[drop.seq.seq_id] = None
-        assert plan.chunks or not scheduler.has_work(), "nothing was scheduled although there is work"
+        assert plan.chunks or pending or not scheduler.has_work(), "nothing was scheduled although there is work"
         assert plan.num_tokens <= max_step_tokens and len(plan.chunks) <= max_seqs
         kinds = [(c.length > 1, c.seq.adapter.digest if c.seq.adapter else "") for c in plan.chunks]
         assert kinds == sorted(kinds)
         assert len({id(c.seq) for c in plan.chunks}) == len(plan.chunks)
-        sampled = model.run(plan, pool)
-        scheduler.complete(plan)
-        for seq, token in sampled:
-            seq.tokens.append(token)
-            if seq.output_len == seq.max_tokens:
-                scheduler.remove(seq)
-                done[seq.seq_id] = seq.tokens[seq.prompt_len :]
+        ready = plan, model.run(plan, pool)
+        if overlap:
+            pending, ready = ready if plan.chunks else None, pending
+        if ready:
+            scheduler.complete(ready[0])
+            for seq, token in ready[1]:
+                if seq.seq_id in done:
+                    continue  # aborted, or ended a token before
+                seq.push(token)
+                if seq.output_len == seq.max_tokens or (end and token % end == 0):
+                    scheduler.remove(seq)
+                    done[seq.seq_id] = seq.tokens[seq.prompt_len :]
         step += 1
         assert step < 20000, "the requests do not finish"
     assert all(pool.is_idle(owner) for owner in pool.owners())  # only idle adapters and prefixes are left
@@ -138,6 +159,27 @@ def test_prefix_caching_changes_no_token(requests, num_pages, max_seqs, extra, t
         small = serve(requests, pages, seqs, step, aborts, texts, prefix_page_cost=page_cost)
         for i, tokens in small.items():
             assert tokens == large[i] or (tokens is None and i in aborts)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    requests=requests,
+    num_pages=st.integers(12, 40),
+    max_seqs=st.integers(1, 6),
+    extra=st.integers(0, 40),
+    texts=st.sampled_from([1, 3, 1000]),
+    page_cost=st.sampled_from([None, 0.01]),
+    aborts=st.sets(st.integers(0, 11), max_size=2),
+    end=st.sampled_from([None, 5, 20]),
+)
+def test_planning_before_the_results_are_known_changes_no_token(
+    requests, num_pages, max_seqs, extra, texts, page_cost, aborts, end
+):
+    large = serve(requests, 1000, 64, 4096, texts=texts, end=end)
+    sizes = (num_pages, max_seqs, max_seqs + extra)
+    small = serve(requests, *sizes, aborts, texts, overlap=True, end=end, prefix_page_cost=page_cost)
+    for i, tokens in small.items():
+        assert tokens == large[i] or (tokens is None and i in aborts)
 
 
 def test_equal_beginnings_are_computed_once_for_each_adapter():
@@ -223,7 +265,7 @@ def test_preempted_sequences_keep_their_place_and_their_tokens():
         scheduler.complete(plan)
         for chunk in plan.chunks:
             if chunk.samples:
-                chunk.seq.tokens.append(7)
+                chunk.seq.push(7)
         if step == 0:
             scheduler.add(late)
         if preempted:
@@ -257,7 +299,7 @@ def test_one_that_does_not_fit_is_overtaken_but_only_so_often():
         for chunk in plan.chunks:
             overtook += chunk.seq.seq_id > 1 and large in scheduler.waiting and chunk.start == 0
             if chunk.samples:
-                chunk.seq.tokens.append(1)
+                chunk.seq.push(1)
                 if chunk.seq.output_len >= chunk.seq.max_tokens:
                     scheduler.remove(chunk.seq)
         if large in scheduler.running:

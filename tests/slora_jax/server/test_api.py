@@ -258,10 +258,10 @@ def test_metrics(serving):
 def test_nothing_is_compiled_after_the_warm_up(serving, engine):
     async def main():
         async with serving(warm_up=True) as (client, _):
-            compiled = engine._core.runner._forward._cache_size()
+            compiled = engine.stats()["compiles"]
             for name in ("tiny", "one"):
                 await ask(client, model=name, prompt="hello", max_tokens=3)
-            assert engine._core.runner._forward._cache_size() == compiled
+            assert engine.stats()["compiles"] == compiled
 
     asyncio.run(main())
 

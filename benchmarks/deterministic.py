@@ -1,0 +1,105 @@
+"""What deterministic mode costs, and that it keeps its word: the same requests with and without it.
+
+    python -m benchmarks.deterministic [--model random:llama-2-7b] [--adapters 64] [--json FILE]
+
+First some requests run alone; then they run again among all others, and every bit of their answers is compared. Without
+the mode differences are counted: they are the near-ties that fall the other way, and all that follows from them.
+"""
+
+import argparse
+import gc
+from pathlib import Path
+import time
+from typing import Any
+
+import numpy as np
+
+from benchmarks.record import write_result
+from slora_jax import Engine, EngineConfig, Request, RequestOutput, SamplingParams
+from slora_jax.adapters import random_adapter
+from slora_jax.loading import LoadedModel, load_model
+
+_RANKS = (8, 16, 32, 64)
+
+
+def _requests(args: argparse.Namespace, vocab_size: int) -> list[Request]:
+    rng = np.random.default_rng(0)
+    names = [None, *(f"adapter-{i}" for i in range(args.adapters))]
+    return [
+        Request(
+            None,
+            names[i % len(names)],
+            SamplingParams(max_tokens=int(rng.integers(8, args.longest)), ignore_eos=True, logprobs=1),
+            rng.integers(3, vocab_size, int(rng.integers(8, args.longest))).tolist(),
+        )
+        for i in range(args.requests)
+    ]
+
+
+def _bits(output: RequestOutput) -> list[tuple[int, bytes]]:
+    return [(p.token_id, np.float32(p.logprob).tobytes()) for p in output.completions[0].logprobs or ()]
+
+
+def _measure(model: LoadedModel, adapters: dict, args: argparse.Namespace, deterministic: bool) -> dict[str, Any]:
+    settings = EngineConfig(
+        max_model_len=2 * args.longest,
+        max_lora_rank=max(_RANKS),
+        page_pool_bytes=args.page_pool_gib << 30,
+        deterministic=deterministic,
+        warm_up=True,
+        progress=True,
+    )
+    requests = _requests(args, model.config.vocab_size)
+    with Engine(model, settings, adapters) as engine:
+        alone = [_bits(engine.generate([request])[0]) for request in requests[: args.check]]
+        start = time.perf_counter()
+        outputs = engine.generate(requests)
+        seconds = time.perf_counter() - start
+        stats = engine.stats()
+        engine.check_integrity()
+    among = [_bits(output) for output in outputs[: args.check]]
+    tokens = [([t for t, _ in a], [t for t, _ in b]) for a, b in zip(alone, among, strict=True)]
+    return dict(
+        requests_per_second=round(args.requests / seconds, 3),
+        answer_tokens_per_second=round(sum(len(o.token_ids) for o in outputs) / seconds, 1),
+        checked=args.check,
+        answers_with_other_bits=sum(a != b for a, b in zip(alone, among, strict=True)),
+        answers_with_other_tokens=sum(a != b for a, b in tokens),
+        preemptions=stats["preemptions"],
+        compiles=stats["compiles"],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="random:llama-2-7b")
+    parser.add_argument("--adapters", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=512)
+    parser.add_argument("--longest", type=int, default=512, help="tokens of a prompt, and of an answer, at most")
+    parser.add_argument("--check", type=int, default=16, help="requests that also run alone")
+    parser.add_argument("--page-pool-gib", type=int, default=48, help="small enough that some requests are preempted")
+    parser.add_argument("--json", type=Path, help="file for the result")
+    args = parser.parse_args()
+    model = load_model(args.model)
+    adapters = {
+        f"adapter-{i}": random_adapter(
+            model.config, _RANKS[i % len(_RANKS)], ("q", "k", "v", "o"), seed=i, dtype=model.params["embed"].dtype
+        )
+        for i in range(args.adapters)
+    }
+    result = {}
+    for mode in (False, True):
+        result["deterministic" if mode else "default"] = _measure(model, adapters, args, mode)
+        gc.collect()  # the engine's pool
+    cost = 1 - result["deterministic"]["requests_per_second"] / result["default"]["requests_per_second"]
+    result = dict(result, arguments={k: str(v) for k, v in vars(args).items()}, cost=round(cost, 3))
+    for name, value in result.items():
+        print(f"{name:14} {value}")
+    if args.json:
+        write_result(args.json, result)
+    if result["deterministic"]["answers_with_other_bits"]:
+        raise SystemExit("deterministic mode gave other bits in a batch than alone")
+
+
+if __name__ == "__main__":
+    main()

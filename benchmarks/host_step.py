@@ -1,0 +1,199 @@
+"""Host work of a step: planning, building, dispatching and taking results, for a model that takes no time.
+
+    python -m benchmarks.host_step [--seqs 256] [--adapters 2000] [--json FILE]
+
+The engine's own loop body runs; only the forward pass and the sampler are empty programs that take the same arguments.
+So the sum is what the device would wait for if steps did not overlap, and what must stay below a step's time if they
+do. Delivery (detokenising and calling back) runs on a thread of its own and is timed apart. Decode steps are given by
+their lower quartile: other work on the machine can only add.
+"""
+
+import argparse
+from collections import defaultdict
+from collections.abc import Callable
+import json
+from pathlib import Path
+import time
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+import numpy as np
+
+from benchmarks.record import write_result
+from pallas_kernels.geometry import MODULES
+from slora_jax.batch import Batch, Output, Sampling
+from slora_jax.batch_builder import BatchBuilder
+from slora_jax.buckets import Buckets
+from slora_jax.core import EngineCore
+from slora_jax.delivery import Event
+from slora_jax.jobs import Generation, Job
+from slora_jax.page_pool import PagePool
+from slora_jax.requests import Completion, Request, RequestOutput, Timings
+from slora_jax.sampling_params import SamplingParams
+from slora_jax.scheduler import Scheduler
+from slora_jax.sequence import AdapterUse, Sequence
+from slora_jax.shapes import named_shape
+from slora_jax.text_stream import TextStream
+
+_PAGES = 13_000  # of Llama-2-7B beside its weights on an H200
+_RANKS = (8, 16, 32, 64)
+
+
+class _Adapter:
+    """What a step needs to know of an adapter on q, k, v and o, without weights."""
+
+    def __init__(self, digest: str, rank: int, layers: int):
+        self.digest = digest
+        self.num_pages = rank // 8  # of Llama-2-7B
+        self.granules = np.zeros((layers, len(MODULES)), np.int32)
+        self.granules[:, :4] = rank // 8
+        self.scaling = np.ones((layers, len(MODULES)), np.float32)
+        self._tile_start = np.arange(layers, dtype=np.int32) * (rank * 64)
+
+    def tile_start(self, geometry) -> np.ndarray:
+        return self._tile_start
+
+
+class _EmptyRunner:
+    """A Runner whose programs take all arguments and do nothing with them."""
+
+    def __init__(self, builder: BatchBuilder):
+        self.builder = builder
+        self.compiles = 0
+        self._last = jnp.zeros(builder.buckets.max_seqs, jnp.int32)
+        self._forward = jax.jit(lambda last, batch: jnp.zeros(batch.logit_rows.shape, jnp.float32), keep_unused=True)
+
+        def sample(logits, sampling: Sampling, last, rows):
+            tokens = jnp.zeros(logits.shape, jnp.int32)
+            return Output(tokens=tokens, finite=jnp.ones(logits.shape, bool)), last.at[rows].set(tokens, mode="drop")
+
+        self._sample = jax.jit(sample, keep_unused=True)
+
+    def load_adapter(self, adapter, page_ids) -> None:
+        pass
+
+    def forward(self, batch: Batch) -> jax.Array:
+        return self._forward(self._last, batch)
+
+    def sample(self, logits: jax.Array, sampling: Sampling, rows: np.ndarray) -> Output:
+        output, self._last = self._sample(logits, sampling, self._last, rows)
+        for array in jax.tree.leaves(output):
+            array.copy_to_host_async()
+        return output
+
+    def fetch(self, output: Output | None, logits: jax.Array) -> Output | None:
+        return jax.device_get(output)
+
+
+def _timed(seconds: dict[str, float], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args, **kwargs):
+        began = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            seconds[name] += time.perf_counter() - began
+
+    return call
+
+
+def _job(index: int, adapter: _Adapter, prompt_len: int, max_tokens: int, params: SamplingParams) -> Job:
+    use = AdapterUse(adapter.digest, adapter.num_pages, 1e-3)
+    seq = Sequence(
+        seq_id=(f"req-{index}", 0, index),
+        tokens=[index] * prompt_len,
+        prompt_len=prompt_len,
+        max_tokens=max_tokens,
+        adapter=use,
+        adapter_name=adapter.digest,
+    )
+    request = Request(None, adapter.digest, params, seq.tokens)
+    completion = Completion(0)
+    output = RequestOutput(
+        request_id=f"req-{index}",
+        prompt=None,
+        prompt_token_ids=seq.tokens,
+        adapter=adapter.digest,
+        adapter_digest=adapter.digest,
+        completions=[completion],
+        prompt_logprobs=None,
+        timings=Timings(time.monotonic()),
+    )
+    job = Job(request, adapter, output, lambda delta: None)  # type: ignore[arg-type]  # only what a step needs
+    job.generations.append(Generation(job, seq, completion, TextStream(None, ()), index, frozenset((2,))))
+    return job
+
+
+def measure(seqs: int, num_adapters: int, steps: int, temperature: float) -> dict[str, Any]:
+    """Milliseconds a step, by part: lower quartiles over decode steps; and of all steps, those with prompts too."""
+    config = named_shape("llama-2-7b")
+    rng = np.random.default_rng(0)
+    ranks = [_RANKS[i % len(_RANKS)] for i in range(num_adapters)]
+    adapters = [_Adapter(f"adapter-{i:05d}", rank, config.num_layers) for i, rank in enumerate(ranks)]
+    pool = PagePool(_PAGES)
+    scheduler = Scheduler(pool, max_seqs=seqs, max_step_tokens=2048, prefix_page_cost=1e-3)
+    buckets = Buckets(seqs=(seqs,), tokens=(2048,))
+    builder = BatchBuilder(config.geometry, buckets, _PAGES, config.max_position, put=jax.device_put)
+    runner = _EmptyRunner(builder)
+    events: list[Event] = []
+    core = EngineCore(runner, pool, scheduler, lambda digest: True, events.extend)  # type: ignore[arg-type]
+    params = SamplingParams(temperature=temperature, max_tokens=512)
+    for i in range(seqs * 8):
+        adapter = adapters[int(rng.integers(num_adapters))]
+        core.start(_job(i, adapter, int(rng.integers(8, 512)), int(rng.integers(8, 512)), params))
+    seconds: dict[str, float] = defaultdict(float)
+    plans = []
+
+    def schedule():
+        plans.append(plain())
+        return plans[-1]
+
+    plain = scheduler.schedule
+    scheduler.schedule = _timed(seconds, "schedule", schedule)  # type: ignore[method-assign]
+    builder.build = _timed(seconds, "build", builder.build)  # type: ignore[method-assign]
+    for name in ("forward", "sample", "fetch"):
+        setattr(runner, name, _timed(seconds, name, getattr(runner, name)))
+    delivery = 0.0
+    decode: dict[str, list[float]] = defaultdict(list)
+    every = []
+    for step in range(steps):
+        seconds.clear()
+        began = time.perf_counter()
+        core.step()
+        total = time.perf_counter() - began
+        began = time.perf_counter()
+        for generation, token, logprob, reason, error in events:
+            generation.take(token, logprob, reason, error, lambda generation: None)
+        delivery = time.perf_counter() - began
+        events.clear()
+        if step < 50:
+            continue  # the first steps compile, and start the batch
+        every.append(total)
+        if len(plans[-1].chunks) >= 0.9 * seqs and all(c.length == 1 for c in plans[-1].chunks):
+            parts = dict(seconds, rest=total - sum(seconds.values()), total=total, delivery_thread=delivery)
+            for name, value in parts.items():
+                decode[name].append(value)
+    return dict(
+        decode_ms={name: round(float(np.percentile(values, 25)) * 1e3, 3) for name, values in decode.items()},
+        decode_steps=len(decode["total"]),
+        all_steps_mean_ms=round(float(np.mean(every)) * 1e3, 3),
+        all_steps_p99_ms=round(float(np.percentile(every, 99)) * 1e3, 3),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seqs", type=int, default=256, help="running sequences")
+    parser.add_argument("--adapters", type=int, default=2000, help="adapters that requests choose from")
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--json", type=Path, help="file for the result")
+    args = parser.parse_args()
+    result = measure(args.seqs, args.adapters, args.steps, args.temperature)
+    print(json.dumps(result, indent=2))
+    if args.json:
+        write_result(args.json, dict(result, seqs=args.seqs, adapters=args.adapters, temperature=args.temperature))
+
+
+if __name__ == "__main__":
+    main()

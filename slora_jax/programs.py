@@ -1,0 +1,286 @@
+"""The engine's compiled programs: steps and samplers, one for each padded shape, compiled ahead on several threads."""
+
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+import dataclasses
+import functools
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from jax import numpy as jnp
+from jax.sharding import NamedSharding
+import numpy as np
+
+from pallas_kernels import Implementation
+from sharding import LOGITS, WHOLE, ShardedTable
+from slora_jax.batch import Batch, Output, Sampling, State
+from slora_jax.batch_builder import BatchBuilder
+from slora_jax.executable_cache import ExecutableCache
+from slora_jax.model_config import ModelConfig
+from slora_jax.parallel import Parallel, local_config
+from slora_jax.sampling_batch import sampling_shapes
+from slora_jax.step import Forward, Params, make_forward, make_sample
+
+Progress = Callable[[int, int, str], None]
+_THREADS = 8  # compiling at once; XLA works without the interpreter's lock
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """What all programs of an engine have in common. See EngineConfig and make_batch_step."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+    max_rank: int
+    implementation: Implementation
+    loop: Literal["unroll", "scan"]
+    parallel: Parallel | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class StepShape:
+    """Padded sizes of a step: sequences, tokens, rows of logits; whether each sequence has one token only; whether some
+    sequence has an adapter.
+    """
+
+    seqs: int
+    tokens: int
+    rows: int
+    decode_only: bool
+    use_adapters: bool
+
+    @classmethod
+    def of(cls, batch: Batch) -> "StepShape":
+        sizes = (len(batch.kv_lens), len(batch.tokens), len(batch.logit_rows))
+        return cls(*sizes, batch.max_query == 1, batch.use_adapters)
+
+    def __str__(self) -> str:
+        kind = "decode" if self.decode_only else "prompt"
+        return f"{kind} step of {self.tokens} tokens{'' if self.use_adapters else ' without adapters'}"
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleShape:
+    """What a sampler is compiled for: see Sampling."""
+
+    rows: int
+    mode: str
+    logprobs: bool
+    top_logprobs: int
+    history: int
+    biases: int
+    mask_words: int
+
+    @classmethod
+    def of(cls, s: Sampling) -> "SampleShape":
+        return cls(
+            len(s.temperature),
+            s.mode,
+            s.logprobs,
+            s.top_logprobs,
+            s.history.shape[1],
+            s.bias_ids.shape[1],
+            s.allowed.shape[1],
+        )
+
+    def __str__(self) -> str:
+        return f"sampler of {self.rows} rows"
+
+
+def _with_last_tokens(forward: Forward) -> Callable[..., tuple[State, jax.Array]]:
+    """A step that finds tokens the host does not know among those that were sampled last."""
+
+    def step(params: Params, state: State, last: jax.Array, batch: Batch) -> tuple[State, jax.Array]:
+        tokens = jnp.where(batch.tokens < 0, last[jnp.maximum(-1 - batch.tokens, 0)], batch.tokens)
+        return forward(params, state, dataclasses.replace(batch, tokens=tokens))
+
+    return step
+
+
+def _into_last_tokens(sample: Callable[[jax.Array, Sampling], Output]) -> Callable[..., tuple[Output, jax.Array]]:
+    """A sampler that also notes each row's token among the last ones."""
+
+    def choose(logits: jax.Array, sampling: Sampling, last: jax.Array, rows: jax.Array) -> tuple[Output, jax.Array]:
+        output = sample(logits, sampling)
+        return output, last.at[rows].set(output.tokens, mode="drop")
+
+    return choose
+
+
+def _named(function: Callable[..., Any], suffix: str) -> Callable[..., Any]:
+    """The function under a name of its own, which is the program's."""
+
+    @functools.wraps(function)
+    def named(*args):
+        return function(*args)
+
+    named.__name__ = f"{function.__name__}_{suffix}"
+    return named
+
+
+class Programs:
+    """Finds the program of a shape, and compiles it if need be.
+
+    The number of pages is part of a step's shape, but no pool is needed to compile: so programs are compiled first, and
+    the pool gets the memory that they leave.
+
+    compiles: programs that were compiled or loaded because a call needed them. cache_dir: see ExecutableCache; None
+    keeps nothing, nor does a model on several devices, whose programs only JAX's own cache keeps.
+    """
+
+    def __init__(self, options: StepOptions, params: Params, builder: BatchBuilder, cache_dir: Path | None = None):
+        self.options = options
+        self.builder = builder
+        self.compiles = 0
+        self._params = params
+        self._steps: dict[StepShape, jax.stages.Compiled] = {}
+        self._samplers: dict[SampleShape, jax.stages.Compiled] = {}
+        self._cache: ExecutableCache | None = None
+        if cache_dir is not None and options.parallel is None:
+            specs = {name: (array.shape, array.dtype.name) for name, array in params.items()}
+            self._cache = ExecutableCache(
+                cache_dir, (options, specs, builder.num_pages, builder.table_pages, builder.buckets.max_seqs)
+            )
+        self._whole = NamedSharding(options.parallel.mesh, WHOLE) if options.parallel else None
+        forward = make_forward(**{f.name: getattr(options, f.name) for f in dataclasses.fields(options)})
+        outputs = None
+        self._logits = None
+        if options.parallel:
+            self._logits = NamedSharding(options.parallel.mesh, LOGITS)
+            outputs = (State(pages=options.parallel.pool), self._logits)
+        name = self._cache.name if self._cache else ""
+        self._step = jax.jit(_named(_with_last_tokens(forward), name), donate_argnums=1, out_shardings=outputs)
+        self._sample = jax.jit(
+            _named(_into_last_tokens(make_sample(options.parallel)), name), out_shardings=self._whole
+        )
+
+    def forward(self, params: Params, state: State, last: jax.Array, batch: Batch) -> tuple[State, jax.Array]:
+        """A step: the new state, and logits. Tokens of the batch that are negative, -1 - row, are taken from `last`."""
+        shape = StepShape.of(batch)
+        program = self._steps.get(shape)
+        if program is None:
+            self.compiles += 1
+            program = self._steps[shape] = self._compile_step(shape, batch)
+        return program(params, state, last, batch)
+
+    def sample(
+        self, logits: jax.Array, sampling: Sampling, last: jax.Array, rows: np.ndarray
+    ) -> tuple[Output, jax.Array]:
+        """Tokens for rows of logits, and `last` with those of `rows` in their places."""
+        shape = SampleShape.of(sampling)
+        program = self._samplers.get(shape)
+        if program is None:
+            self.compiles += 1
+            program = self._samplers[shape] = self._compile_sampler(shape, sampling)
+        return program(logits, sampling, last, rows)
+
+    def step_shapes(self, *, adapters: bool) -> list[StepShape]:
+        """Every shape that a step can have, the largest first; with `adapters`, of steps in which one is used, too."""
+        buckets = self.builder.buckets
+        sizes = [(buckets.max_seqs, buckets.tokens[-1], buckets.wide_rows, False)]
+        sizes += [(buckets.max_seqs, n, buckets.max_seqs, False) for n in reversed(buckets.tokens)]
+        sizes += [(n, n, n, True) for n in reversed(buckets.seqs)]
+        if self.builder.deterministic:
+            return [StepShape(*size, True) for size in (sizes[0], sizes[-1])]
+        return [StepShape(*size, used) for size in sizes for used in ((True, False) if adapters else (False,))]
+
+    def compile_ahead(self, *, adapters: bool, greedy_only: bool = False, progress: Progress | None = None) -> None:
+        """Compiles all that serving can need, on several threads. adapters: see step_shapes. greedy_only: no samplers
+        for anything but the likeliest token, and no steps for log-probabilities of prompts.
+        """
+        steps = [s for s in self.step_shapes(adapters=adapters) if s not in self._steps]
+        buckets = self.builder.buckets
+        if greedy_only and not self.builder.deterministic:
+            steps = [s for s in steps if s.rows < buckets.wide_rows]
+        sizes = (buckets.seqs, buckets.wide_rows, self.builder.max_model_len, self.options.config.vocab_size)
+        samplings = sampling_shapes(*sizes, greedy_only=greedy_only and not self.builder.deterministic)
+        kinds = {SampleShape.of(s): s for s in samplings}
+        samplers = [(shape, s) for shape, s in kinds.items() if shape not in self._samplers]
+        total = len(steps) + len(samplers)
+        with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
+            jobs: dict[Any, tuple[dict[Any, Any], Any]] = {}
+            for step in steps:
+                jobs[threads.submit(self._compile_step, step, self.padding(step))] = (self._steps, step)
+            for shape, sampling in samplers:
+                jobs[threads.submit(self._compile_sampler, shape, sampling)] = (self._samplers, shape)
+            try:
+                for done, job in enumerate(as_completed(jobs)):
+                    programs, shape = jobs[job]
+                    programs[shape] = job.result()
+                    if progress:
+                        progress(done + 1, total, str(shape))
+            except BaseException:
+                threads.shutdown(cancel_futures=True)
+                raise
+
+    def temp_bytes(self, shape: StepShape | None = None) -> int:
+        """Memory that programs need beside their arguments, in bytes: of one step, or the largest of all compiled."""
+        programs = [self._steps[shape]] if shape else [*self._steps.values(), *self._samplers.values()]
+        need = 0
+        for program in programs:
+            analysis = program.memory_analysis()
+            assert analysis is not None, "the backend does not tell how much memory a program needs"
+            need = max(need, analysis.temp_size_in_bytes)
+        return need
+
+    def compile(self, shape: StepShape) -> None:
+        """Compiles one step."""
+        if shape not in self._steps:
+            self._steps[shape] = self._compile_step(shape, self.padding(shape))
+
+    def compiled_steps(self) -> list[StepShape]:
+        return list(self._steps)
+
+    def padding(self, shape: StepShape) -> Batch:
+        """A batch of a shape that holds no token."""
+        return self.builder.padding(
+            shape.seqs, shape.tokens, decode_only=shape.decode_only, use_adapters=shape.use_adapters, rows=shape.rows
+        )
+
+    def _spec(self, x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=self._whole)
+
+    def _last(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((self.builder.buckets.max_seqs,), jnp.int32, sharding=self._whole)
+
+    def _state(self) -> State:
+        cfg, parallel = self.options.config, self.options.parallel
+        elements = parallel.page_elements if parallel else cfg.geometry.page_elements
+        where = parallel.pool if parallel else None
+        shape = (cfg.num_layers, self.builder.num_pages, elements)
+        return State(pages=jax.ShapeDtypeStruct(shape, self.options.dtype, sharding=where))
+
+    def _compile_step(self, shape: StepShape, batch: Batch) -> jax.stages.Compiled:
+        specs: Batch = jax.tree.map(self._spec, batch)
+        parallel = self.options.parallel
+        if parallel is not None and jax.process_count() == 1:  # between processes the table travels whole
+            placed = jax.tree.map(
+                lambda x, spec: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=NamedSharding(parallel.mesh, spec)),
+                batch.adapters,
+                ShardedTable.specs(),
+            )
+            specs = dataclasses.replace(specs, adapters=placed)
+        args = (self._params, self._state(), self._last(), specs)
+        return self._get(shape, self._step, args, (State(pages=0), 0))
+
+    def _compile_sampler(self, shape: SampleShape, sampling: Sampling) -> jax.stages.Compiled:
+        columns = self.options.config.vocab_size
+        if parallel := self.options.parallel:  # filled up where it does not divide
+            columns = parallel.layout.devices * local_config(self.options.config, parallel.layout).vocab_size
+        logits = jax.ShapeDtypeStruct((shape.rows, columns), jnp.float32, sharding=self._logits)
+        rows = jax.ShapeDtypeStruct((shape.rows,), jnp.int32, sharding=self._whole)
+        specs = jax.tree.map(self._spec, sampling)
+        given = 0 if shape.logprobs else None
+        top = 0 if shape.top_logprobs else None
+        output = Output(tokens=0, finite=0, logprobs=given, top_ids=top, top_logprobs=top)
+        return self._get(shape, self._sample, (logits, specs, self._last(), rows), (output, 0))
+
+    def _get(self, shape: Hashable, function: Any, args: Sequence[Any], returns: Any) -> jax.stages.Compiled:
+        if self._cache is not None:
+            known = self._cache.get(shape, jax.tree.structure((tuple(args), {})), jax.tree.structure(returns))
+            if known is not None:
+                return known
+            return self._cache.compile(shape, function.lower(*args))
+        return function.lower(*args).compile()
