@@ -164,7 +164,7 @@ class _Run:
         self.counters["busy_seconds"] += seconds
         self.counters["prompt_tokens"] += work.prompt_tokens
         self.counters["decode_tokens"] += work.decode_tokens
-        self.counters["loads"] += len(plan.loads)
+        self.counters["loads"] += sum(load.last for load in plan.loads)
 
     def _push(self, seq: Seq) -> None:
         """A token was sampled for the sequence."""
@@ -187,5 +187,5 @@ class _Run:
             decode_context=sum(c.start + 1 for c in decode),
             prompt_context=sum(c.length * c.start + c.length * (c.length + 1) // 2 for c in prompt),
             adapter_bytes=sum(self.adapters[a][1] for a in used if a is not None),
-            load_bytes=sum(use.num_pages for use in plan.loads) * self.sim.page_bytes,
+            load_bytes=sum(load.num_pages for load in plan.loads) * self.sim.page_bytes,
         )
