@@ -44,13 +44,14 @@ class AdapterFiles:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What configuration and header say: the shape, and where each factor lies in the data section."""
+    """What configuration and header say: the shape, and where each factor lies in the data section. key: their hash."""
 
     shape: AdapterShape
     entries: dict[str, TensorEntry]
     offsets: np.ndarray
     dtypes: np.ndarray
     base_model: str | None
+    key: bytes
 
 
 class AdapterReader:
@@ -135,10 +136,8 @@ class AdapterReader:
         with file:
             header, data_bytes = read_header_bytes(file, self._limits)
             plan = self._plan(config, header, data_bytes)
-            stamp = hashlib.blake2b(header, digest_size=16)
-            stamp.update(config)
             written = os.fstat(file.fileno()).st_mtime_ns
-            stamp.update(b"%d %d" % (data_bytes, written))
+            stamp = hashlib.blake2b(b"%b %d %d" % (plan.key, data_bytes, written), digest_size=16)
             yield path, file, plan, stamp.digest(), written
 
     def _make_plan(self, config_data: bytes, header: bytes, data_bytes: int) -> _Plan:
@@ -154,7 +153,8 @@ class AdapterReader:
             label = f"tensor {shown(name, 160)}"
             check_tensor(label, key, entry.shape, entry.dtype, ranks, self._config, peft.base_model)
             offsets[key], dtypes[key] = entry.start, WEIGHT_DTYPES.index(entry.dtype)
-        return _Plan(self._shape(ranks, scaling), entries, offsets, dtypes, peft.base_model)
+        key = hashlib.blake2b(len(header).to_bytes(8) + header + config_data).digest()
+        return _Plan(self._shape(ranks, scaling), entries, offsets, dtypes, peft.base_model, key)
 
     def _shape(self, ranks: np.ndarray, scaling: np.ndarray) -> AdapterShape:
         """One object for equal shapes, whatever else differs in the files."""
