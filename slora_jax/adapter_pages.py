@@ -20,8 +20,9 @@ class AdapterPages:
     """The scheduler's view of adapters.
 
     is_ready: whether an adapter that has no pages can be written to them now. prefetches: adapters to bring to free
-    pages although no sequence waits for them, by digest. pinned: digests of those that leave their pages last. hits, misses:
-    sequences that found their adapter in its pages, and those that did not. evictions: adapters that lost their pages.
+    pages although no sequence waits for them, by digest. pinned: digests of those that leave their pages last.
+    hits, misses: sequences that found their adapter in its pages, and those that did not. evictions: adapters that lost
+    their pages.
     """
 
     def __init__(self, pool: PagePool, loads: PageLoads | None = None):
@@ -99,7 +100,7 @@ class AdapterPages:
             self.load(use, limited)
 
     def take_loads(self) -> list[Load]:
-        """What is to be written before the step. Adapters that are complete with it and that nobody uses become idle."""
+        """What is to be written before the step. Adapters that are complete with it, and that nobody uses, are idle."""
         loads = self.loads.take()
         for load in loads:
             if load.last and load.adapter.digest not in self._users:
