@@ -7,6 +7,7 @@ above all, is the same on every device.
 from collections.abc import Callable, Iterator
 import dataclasses
 import logging
+import weakref
 
 import jax
 from jax import numpy as jnp
@@ -92,6 +93,7 @@ class HostImages:
         self._dtype = jnp.dtype(dtype)
         self._parallel = parallel
         self._chunk_pages = chunk_pages
+        self._num_pages: weakref.WeakKeyDictionary[AdapterShape, int] = weakref.WeakKeyDictionary()
         self._device = image_sharding(parallel)
         elements = parallel.page_elements if parallel else config.geometry.page_elements
         self._page_bytes = config.num_layers * elements * self._dtype.itemsize
@@ -101,7 +103,11 @@ class HostImages:
         self._pinned = self._device.with_memory_kind("pinned_host") if "pinned_host" in kinds else None
 
     def num_pages(self, shape: AdapterShape) -> int:
-        return adapter_pages(shape, self._config, self._parallel)
+        """Page ids that an adapter takes. Worked out once for a shape, as every request and every step asks."""
+        known = self._num_pages.get(shape)
+        if known is None:
+            known = self._num_pages[shape] = adapter_pages(shape, self._config, self._parallel)
+        return known
 
     def nbytes(self, shape: AdapterShape) -> int:
         """Host memory that an adapter's image takes, for all devices together."""

@@ -153,8 +153,8 @@ class AdapterReader:
             label = f"tensor {shown(name, 160)}"
             check_tensor(label, key, entry.shape, entry.dtype, ranks, self._config, peft.base_model)
             offsets[key], dtypes[key] = entry.start, WEIGHT_DTYPES.index(entry.dtype)
-        key = hashlib.blake2b(len(header).to_bytes(8) + header + config_data).digest()
-        return _Plan(self._shape(ranks, scaling), entries, offsets, dtypes, peft.base_model, key)
+        content = hashlib.blake2b(len(header).to_bytes(8) + header + config_data).digest()
+        return _Plan(self._shape(ranks, scaling), entries, offsets, dtypes, peft.base_model, content)
 
     def _shape(self, ranks: np.ndarray, scaling: np.ndarray) -> AdapterShape:
         """One object for equal shapes, whatever else differs in the files."""
