@@ -13,7 +13,7 @@ from typing import Any
 from slora_jax.adapter_loader import AdapterLoader, Outcome
 from slora_jax.adapter_pages import adapter_owner
 from slora_jax.adapters import AdapterShape
-from slora_jax.errors import AdapterError
+from slora_jax.errors import AdapterError, SloraError
 from slora_jax.jobs import Job
 from slora_jax.page_loads import Load
 from slora_jax.placement import HostImage
@@ -158,6 +158,12 @@ class AdapterTiers:
         if record.digest is not None:
             self._pin_pages(record.digest)
 
+    def close(self) -> None:
+        """Ends the loader's threads, and tells those who wait for a prefetch. When the engine's thread has ended."""
+        self.loader.close()
+        for record in list(self._prefetched):
+            self._settle(record, SloraError("the engine is closed"))
+
     def in_use(self, record: AdapterRecord) -> bool:
         """Whether a job in flight began with it."""
         return record in self._jobs
@@ -233,6 +239,8 @@ class AdapterTiers:
             if not self._pages.resident(record.digest):
                 self._pages.prefetches[record.digest] = self.use(record)
         for future in futures:
+            if not future.set_running_or_notify_cancel():
+                continue
             if error is None:
                 future.set_result(None)
             else:

@@ -117,8 +117,13 @@ class EngineCore:
     def adapters_read(self) -> None:
         """To be called when the loader has something to tell."""
         self.tiers.poll()
-        if not self.has_work():  # else the next step does it
+        if self.has_work():  # then the next step does the rest
+            return
+        try:
             self.tiers.write(self.scheduler.schedule().loads)
+        except Exception as error:  # as in step
+            logger.exception("an adapter could not be copied to its pages")
+            self._recover(error)
 
     def prefetch(self, record: AdapterRecord) -> "Future[None]":
         """See Engine.prefetch_adapter."""

@@ -318,7 +318,7 @@ class Engine(EngineAdapters):
     def close(self) -> None:
         """Aborts what is in flight and stops the engine's threads. The engine takes no requests afterwards."""
         self._loop.close()
-        self._core.tiers.loader.close()
+        self._core.tiers.close()
         self._delivery.close()
         self._admission.close()
 

@@ -245,6 +245,17 @@ def test_prefetching_brings_an_adapter_to_pages_before_anybody_asks(directory, a
             engine.prefetch_adapter("nobody")
 
 
+def test_closing_the_engine_answers_who_waits_for_a_prefetch(directory, monkeypatch):
+    with Engine(MODEL, config()) as engine:
+        engine.add_adapter_directory(directory)
+        gate = Gate(engine, monkeypatch, "a1")
+        future = engine.prefetch_adapter("a1")
+        assert gate.entered.wait(30) and not future.done()
+        threading.Timer(0.2, gate.open.set).start()
+    with pytest.raises(SloraError, match="the engine is closed"):
+        future.result(30)
+
+
 def test_a_pinned_adapter_stays_while_others_come_and_go(directory, answers):
     room = PAGES[0] + PAGES[1] + PAGES[2] + 3
     budget = (PAGES[0] + PAGES[2]) * PAGE
