@@ -22,13 +22,17 @@ import numpy as np
 
 from benchmarks.record import write_result
 from pallas_kernels.geometry import MODULES
+from slora_jax.adapter_loader import AdapterLoader
+from slora_jax.adapters import AdapterFiles, AdapterShape
 from slora_jax.batch import Batch, Output, Sampling
 from slora_jax.batch_builder import BatchBuilder
 from slora_jax.buckets import Buckets
 from slora_jax.core import EngineCore
 from slora_jax.delivery import Event
 from slora_jax.jobs import Generation, Job
+from slora_jax.model_config import ModelConfig
 from slora_jax.page_pool import PagePool
+from slora_jax.registry import AdapterRecord, AdapterRegistry
 from slora_jax.requests import Completion, Request, RequestOutput, Timings
 from slora_jax.sampling_params import SamplingParams
 from slora_jax.scheduler import Scheduler
@@ -40,19 +44,40 @@ _PAGES = 13_000  # of Llama-2-7B beside its weights on an H200
 _RANKS = (8, 16, 32, 64)
 
 
-class _Adapter:
-    """What a step needs to know of an adapter on q, k, v and o, without weights."""
+class _Images:
+    """Sizes of images that nobody makes."""
 
-    def __init__(self, digest: str, rank: int, layers: int):
-        self.digest = digest
-        self.num_pages = rank // 8  # of Llama-2-7B
-        self.granules = np.zeros((layers, len(MODULES)), np.int32)
-        self.granules[:, :4] = rank // 8
-        self.scaling = np.ones((layers, len(MODULES)), np.float32)
-        self._tile_start = np.arange(layers, dtype=np.int32) * (rank * 64)
+    def num_pages(self, shape: AdapterShape) -> int:
+        return shape.max_rank // 8  # of Llama-2-7B
 
-    def tile_start(self, geometry) -> np.ndarray:
-        return self._tile_start
+    def nbytes(self, shape: AdapterShape) -> int:
+        return self.num_pages(shape) << 23
+
+
+def _registry(count: int, config: ModelConfig) -> AdapterRegistry:
+    """Adapters on q, k, v and o whose digests are known, without weights."""
+    registry = AdapterRegistry()
+    shapes = []
+    for rank in _RANKS:
+        ranks = np.zeros((config.num_layers, len(MODULES)), np.int32)
+        ranks[:, :4] = rank
+        scaling = np.where(ranks, np.float32(1), np.float32(0))
+        sizes = dict(in_sizes=config.in_sizes, out_sizes=config.out_sizes)
+        shapes.append(AdapterShape(ranks=ranks, scaling=scaling, **sizes))
+    for i in range(count):
+        digest = f"adapter-{i:05d}"
+        record, _ = registry.add(digest, AdapterFiles("", shapes[i % len(shapes)], digest.encode()))
+        registry.read(record, digest, digest)
+    return registry
+
+
+def _loader(registry: AdapterRegistry) -> AdapterLoader:
+    """A loader that has read all of them."""
+    loader = AdapterLoader(1 << 60, _Images(), None, lambda: None)  # type: ignore[arg-type]
+    for digest, record in registry.items():
+        loader.tier.reserve(digest, loader.images.nbytes(record.shape), ())
+        loader.tier.fill(digest, digest, record)
+    return loader
 
 
 class _EmptyRunner:
@@ -70,7 +95,7 @@ class _EmptyRunner:
 
         self._sample = jax.jit(sample, keep_unused=True)
 
-    def load_adapter(self, adapter, page_ids) -> None:
+    def write_adapter(self, image, page_ids, start: int, stop: int) -> None:
         pass
 
     def forward(self, batch: Batch) -> jax.Array:
@@ -97,29 +122,29 @@ def _timed(seconds: dict[str, float], name: str, function: Callable[..., Any]) -
     return call
 
 
-def _job(index: int, adapter: _Adapter, prompt_len: int, max_tokens: int, params: SamplingParams) -> Job:
-    use = AdapterUse(adapter.digest, adapter.num_pages, 1e-3)
+def _job(index: int, name: str, record: AdapterRecord, prompt_len: int, max_tokens: int, params: SamplingParams) -> Job:
+    use = AdapterUse(name, _Images().num_pages(record.shape), 1e-3, record)
     seq = Sequence(
         seq_id=(f"req-{index}", 0, index),
         tokens=[index] * prompt_len,
         prompt_len=prompt_len,
         max_tokens=max_tokens,
         adapter=use,
-        adapter_name=adapter.digest,
+        adapter_name=name,
     )
-    request = Request(None, adapter.digest, params, seq.tokens)
+    request = Request(None, name, params, seq.tokens)
     completion = Completion(0)
     output = RequestOutput(
         request_id=f"req-{index}",
         prompt=None,
         prompt_token_ids=seq.tokens,
-        adapter=adapter.digest,
-        adapter_digest=adapter.digest,
+        adapter=name,
+        adapter_digest=name,
         completions=[completion],
         prompt_logprobs=None,
         timings=Timings(time.monotonic()),
     )
-    job = Job(request, adapter, output, lambda delta: None)  # type: ignore[arg-type]  # only what a step needs
+    job = Job(request, record, output, lambda delta: None)
     job.generations.append(Generation(job, seq, completion, TextStream(None, ()), index, frozenset((2,))))
     return job
 
@@ -128,19 +153,19 @@ def measure(seqs: int, num_adapters: int, steps: int, temperature: float) -> dic
     """Milliseconds a step, by part: lower quartiles over decode steps; and of all steps, those with prompts too."""
     config = named_shape("llama-2-7b")
     rng = np.random.default_rng(0)
-    ranks = [_RANKS[i % len(_RANKS)] for i in range(num_adapters)]
-    adapters = [_Adapter(f"adapter-{i:05d}", rank, config.num_layers) for i, rank in enumerate(ranks)]
+    registry = _registry(num_adapters, config)
+    adapters = registry.items()
     pool = PagePool(_PAGES)
     scheduler = Scheduler(pool, max_seqs=seqs, max_step_tokens=2048, prefix_page_cost=1e-3)
     buckets = Buckets(seqs=(seqs,), tokens=(2048,))
     builder = BatchBuilder(config.geometry, buckets, _PAGES, config.max_position, put=jax.device_put)
     runner = _EmptyRunner(builder)
     events: list[Event] = []
-    core = EngineCore(runner, pool, scheduler, lambda digest: True, events.extend)  # type: ignore[arg-type]
+    core = EngineCore(runner, pool, scheduler, registry, _loader(registry), events.extend)  # type: ignore[arg-type]
     params = SamplingParams(temperature=temperature, max_tokens=512)
     for i in range(seqs * 8):
-        adapter = adapters[int(rng.integers(num_adapters))]
-        core.start(_job(i, adapter, int(rng.integers(8, 512)), int(rng.integers(8, 512)), params))
+        name, record = adapters[int(rng.integers(num_adapters))]
+        core.start(_job(i, name, record, int(rng.integers(8, 512)), int(rng.integers(8, 512)), params))
     seconds: dict[str, float] = defaultdict(float)
     plans = []
 

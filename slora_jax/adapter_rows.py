@@ -6,10 +6,10 @@ import numpy as np
 
 from pallas_kernels import MODULES, AdapterTable, Geometry
 from sharding import Layout, ShardedTable
-from slora_jax.adapters import Adapter
+from slora_jax.adapter_pages import adapter_owner
+from slora_jax.adapters import AdapterShape
 from slora_jax.adapters.shards import table_rows
 from slora_jax.page_pool import PagePool
-from slora_jax.scheduler import adapter_owner
 
 Table = AdapterTable | ShardedTable
 
@@ -48,7 +48,7 @@ class AdapterRows:
         self._table: Table | None = None
 
     def place(
-        self, digests: Sequence[str], pool: PagePool, adapters: Mapping[str, Adapter]
+        self, digests: Sequence[str], pool: PagePool, adapters: Mapping[str, AdapterShape]
     ) -> tuple[dict[str, int], Table]:
         """Row of each adapter, and the table. All of them must have their pages in the pool. Arrays of a table that was
         given out never change.
@@ -82,7 +82,7 @@ class AdapterRows:
                 del self._row[digest]
                 self._free.append(row)
 
-    def _write(self, row: int, pages: Sequence[int], adapter: Adapter) -> None:
+    def _write(self, row: int, pages: Sequence[int], adapter: AdapterShape) -> None:
         self._pages[row] = pages
         self._page_arrays[row] = np.array(pages, np.int32)
         self._fields["granules"][row] = adapter.granules

@@ -5,11 +5,11 @@ import itertools
 import secrets
 import time
 
-from slora_jax.adapters import Adapter
 from slora_jax.errors import CapacityError, RequestError
 from slora_jax.grammar import Grammars
 from slora_jax.jobs import Generation, Job, Sink
 from slora_jax.loading import LoadedModel
+from slora_jax.registry import AdapterRecord
 from slora_jax.requests import Completion, Request, RequestOutput, Timings
 from slora_jax.scheduler import Scheduler
 from slora_jax.sequence import AdapterUse, Sequence
@@ -19,7 +19,7 @@ from slora_jax.text_stream import TextStream
 class Admission:
     """Turns requests into jobs.
 
-    find_adapter: the adapter of a name, or AdapterError. adapter_use: what the scheduler needs to know of an adapter.
+    find_adapter: the adapter of a name, or AdapterError. adapter_use: what the scheduler needs to know of it.
     """
 
     def __init__(
@@ -27,8 +27,8 @@ class Admission:
         model: LoadedModel,
         max_model_len: int,
         scheduler: Scheduler,
-        find_adapter: Callable[[str], Adapter],
-        adapter_use: Callable[[Adapter], AdapterUse],
+        find_adapter: Callable[[str], AdapterRecord],
+        adapter_use: Callable[[AdapterRecord], AdapterUse],
     ):
         self._model = model
         self._max_model_len = max_model_len
@@ -118,6 +118,9 @@ class Admission:
             output.completions.append(completion)
             stream = TextStream(tokenizer.stream(params.skip_special_tokens) if tokenizer else None, params.stop)
             job.generations.append(Generation(job, seq, completion, stream, seed + index, end_ids, constraint))
+        if adapter is not None:
+            adapter.hits += 1
+            adapter.last_used = time.time()
         return job
 
     def _check_fits(self, seq: Sequence) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from pallas_kernels import PAGE_TOKENS, Geometry
 from sharding import Layout
 from slora_jax.adapter_rows import AdapterRows, Table
-from slora_jax.adapters import Adapter
+from slora_jax.adapters import AdapterShape
 from slora_jax.batch import Batch
 from slora_jax.buckets import Buckets
 from slora_jax.page_pool import PagePool
@@ -82,7 +82,7 @@ class BatchBuilder:
         self,
         chunks: Sequence[Chunk],
         pool: PagePool,
-        adapters: Mapping[str, Adapter],
+        adapters: Mapping[str, AdapterShape],
         *,
         widest: bool = False,
         decode_only: bool | None = None,
@@ -173,7 +173,7 @@ class BatchBuilder:
         return tables
 
     def _segments(
-        self, chunks: Sequence[Chunk], q_start: np.ndarray, pool: PagePool, adapters: Mapping[str, Adapter]
+        self, chunks: Sequence[Chunk], q_start: np.ndarray, pool: PagePool, adapters: Mapping[str, AdapterShape]
     ) -> tuple[np.ndarray, np.ndarray, Table]:
         """Runs of chunks with the same adapter: token rows where they begin, their adapters' rows of the table, and the
         table.

@@ -2,8 +2,8 @@
 one thread.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 import contextlib
 import dataclasses
 import logging
@@ -12,16 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from slora_jax.adapters import Adapter
+from slora_jax.adapter_loader import AdapterLoader
+from slora_jax.adapter_tiers import AdapterTiers
 from slora_jax.batch import Output, Sampling
 from slora_jax.batch_builder import Rows
 from slora_jax.delivery import Event
 from slora_jax.jobs import Generation, Job
 from slora_jax.page_pool import PagePool
+from slora_jax.registry import AdapterRecord, AdapterRegistry
 from slora_jax.requests import TokenLogprob
 from slora_jax.runner import Runner
 from slora_jax.sampling_batch import SamplingTable, build_sampling, with_all_features
-from slora_jax.scheduler import Scheduler, StepPlan, adapter_owner
+from slora_jax.scheduler import Scheduler, StepPlan
 from slora_jax.sequence import Sequence as Seq
 
 logger = logging.getLogger(__name__)
@@ -47,8 +49,8 @@ class _Step:
 class EngineCore:
     """Runs jobs to their end.
 
-    keeps_adapter: whether contents of a digest are still registered under some name; if not, their pages are freed as
-    soon as no job uses them. deliver: takes what happened to completions, in order, and returns at once.
+    registry, loader: names of adapters, and what reads them. page_seconds: to copy a page of an adapter to the device.
+    deliver: takes what happened to completions, in order, and returns at once.
     overlap: plan and dispatch a step while the one before it runs. Its tokens are then not known yet: they stay on the
     device, where the next step finds them. A sequence that turns out to have ended was computed a token too far, which
     is dropped.
@@ -59,20 +61,27 @@ class EngineCore:
         runner: Runner,
         pool: PagePool,
         scheduler: Scheduler,
-        keeps_adapter: Callable[[str], bool],
+        registry: AdapterRegistry,
+        loader: AdapterLoader,
         deliver: Callable[[Sequence[Event]], object],
         *,
+        page_seconds: float = 0.0,
         overlap: bool = True,
     ):
         self.runner = runner
         self.pool = pool
         self.scheduler = scheduler
         self.overlap = overlap
-        self._keeps_adapter = keeps_adapter
+        self.tiers = AdapterTiers(
+            registry,
+            loader,
+            scheduler,
+            runner.write_adapter,
+            lambda job, text: self.end(job, "error", text),
+            page_seconds,
+        )
         self._deliver = deliver
         self._generations: dict[Seq, Generation] = {}  # those that are computed
-        self._adapters: dict[str, Adapter] = {}  # of jobs, by digest
-        self._adapter_jobs: Counter[str] = Counter()
         self._sampling = SamplingTable(scheduler.max_seqs)
         self._in_flight: _Step | None = None
         self._last_done = 0.0  # when the results of the last step came
@@ -83,7 +92,6 @@ class EngineCore:
             generated_tokens=0,
             preemptions=0,
             dropped=0,
-            adapter_loads=0,
             finished_requests=0,
         )
 
@@ -106,10 +114,26 @@ class EngineCore:
             for job in self.jobs()
         ]
 
+    def adapters_read(self) -> None:
+        """To be called when the loader has something to tell."""
+        self.tiers.poll()
+        if self.has_work():  # then the next step does the rest
+            return
+        try:
+            self.tiers.write(self.scheduler.schedule().loads)
+        except Exception as error:  # as in step
+            logger.exception("an adapter could not be copied to its pages")
+            self._recover(error)
+
+    def prefetch(self, record: AdapterRecord) -> "Future[None]":
+        """See Engine.prefetch_adapter."""
+        future = self.tiers.prefetch(record)
+        if future.done():
+            self.adapters_read()
+        return future
+
     def start(self, job: Job) -> None:
-        if job.adapter is not None:
-            self._adapters[job.adapter.digest] = job.adapter
-            self._adapter_jobs[job.adapter.digest] += 1
+        self.tiers.start(job)
         job.open = len(job.generations)
         for generation in job.generations:
             self._generations[generation.seq] = generation
@@ -183,6 +207,9 @@ class EngineCore:
             self._forget(generation)
             self._events.append((generation, None, None, "abort", drop.reason))
             self.counters["dropped"] += 1
+        compiles = self.runner.compiles
+        self.tiers.write(plan.loads)
+        self.tiers.look_ahead()
         if not plan.chunks:
             return None
         for seq in plan.admitted:
@@ -193,15 +220,11 @@ class EngineCore:
         self.counters["prompt_tokens"] += sum(
             min(c.length, c.seq.prompt_len - c.start) for c in plan.chunks if c.start < c.seq.prompt_len
         )
-        compiles = self.runner.compiles
-        for use in plan.loads:
-            self.runner.load_adapter(self._adapters[use.digest], self.pool.pages(adapter_owner(use.digest)))
-            self.counters["adapter_loads"] += 1
         sampled = np.fromiter((c.seq.row for c in plan.chunks if c.samples), np.int32)
         # samplers that know penalties and biases are for the largest batch only
         special = self.scheduler.deterministic or not self._sampling.covers(sampled)
         batch, rows = self.runner.builder.build(
-            plan.chunks, self.pool, self._adapters, widest=special, decode_only=plan.decode_only
+            plan.chunks, self.pool, self.tiers.shapes, widest=special, decode_only=plan.decode_only
         )
         logits = self.runner.forward(batch)
         generations = [self._generations[plan.chunks[i].seq] for i in rows.index.tolist()]
@@ -265,11 +288,6 @@ class EngineCore:
         if generation.completion.index == 0 and table is not None and top is not None:
             table[position + 1] = _logprob(output, i, generation.seq.tokens[position + 1], top)
 
-    def release_adapter(self, digest: str) -> None:
-        """Frees the pages of contents that are neither registered nor used any more."""
-        if not self._keeps_adapter(digest) and not self._adapter_jobs[digest]:
-            self.scheduler.forget_adapter(digest)
-
     def _close(self, generation: Generation) -> None:
         """Computes no more of a completion."""
         self.scheduler.remove(generation.seq)
@@ -282,12 +300,7 @@ class EngineCore:
         if job.open:
             return
         self.counters["finished_requests"] += 1
-        if job.adapter is not None:
-            digest = job.adapter.digest
-            self._adapter_jobs[digest] -= 1
-            if not self._adapter_jobs[digest]:
-                del self._adapter_jobs[digest], self._adapters[digest]
-            self.release_adapter(digest)
+        self.tiers.finish(job)
 
     def _recover(self, error: Exception) -> None:
         """The pool was donated to a step that failed: its contents are lost. What ran ends, what waits goes on."""

@@ -4,42 +4,45 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
+import logging
+import os
 import queue
-import threading
-import time
 from typing import Any
 
 import jax
 
 from pallas_kernels.geometry import PAGE_TOKENS
-from slora_jax.adapters import Adapter, read_adapter
+from slora_jax.adapter_loader import AdapterLoader
+from slora_jax.adapters import AdapterReader
 from slora_jax.admission import Admission
 from slora_jax.async_deltas import AsyncDeltas
 from slora_jax.core import EngineCore
 from slora_jax.delivery import Delivery
+from slora_jax.engine_adapters import EngineAdapters, read_contents
 from slora_jax.engine_config import EngineConfig
 from slora_jax.engine_loop import EngineLoop
-from slora_jax.errors import AdapterError, CapacityError, SloraError
+from slora_jax.errors import SloraError
 from slora_jax.jobs import Generation, Job, Sink
 from slora_jax.loading import LoadedModel, load_config, load_model
 from slora_jax.memory import check_weights_fit, num_weights
 from slora_jax.model_config import ModelConfig
+from slora_jax.page_loads import PageLoads
 from slora_jax.page_pool import PagePool
 from slora_jax.parallel import Parallel, choose_parallel, param_shards, shard_params
-from slora_jax.placement import adapter_pages
 from slora_jax.policies import Quotas, make_policy
 from slora_jax.progress import progress_bar
-from slora_jax.registry import AdapterRegistry
+from slora_jax.registry import AdapterRegistry, Contents, shapes_of
 from slora_jax.requests import Delta, Request, RequestOutput
 from slora_jax.scheduler import Scheduler
-from slora_jax.sequence import AdapterUse
 from slora_jax.startup import make_runner
+
+logger = logging.getLogger(__name__)
 
 _HOST_TO_DEVICE_BYTES_PER_SECOND = 40e9  # measured from pinned memory on an H200; sets what evicting an adapter costs
 _PROMPT_OPERATIONS_PER_SECOND = 600e12  # the same for evicting a prefix; bfloat16 on an H200
 
 
-class Engine:
+class Engine(EngineAdapters):
     """Serves requests on one base model, each with its own adapter or none.
 
     Make one with from_pretrained. Methods may be called from any thread; a thread of the engine's own runs the model,
@@ -51,25 +54,29 @@ class Engine:
         self,
         model: LoadedModel,
         config: EngineConfig,
-        adapters: Mapping[str, Adapter] | None = None,
+        adapters: Mapping[str, Contents] | None = None,
         parallel: Parallel | None = None,
     ):
-        """parallel: what the model was loaded for; None follows config.tensor_parallel."""
+        """adapters: weights, or files that were checked (AdapterReader.check), by name. parallel: what the model was
+        loaded for; None follows config.tensor_parallel.
+        """
+        adapters = adapters or {}
+        shapes = shapes_of(adapters)
         settings = config.resolved()
         if settings.compile_cache_dir:
             jax.config.update("jax_compilation_cache_dir", settings.compile_cache_dir)
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # there are many small samplers
         self.settings = settings
-        self.parallel = parallel or choose_parallel(model.config, settings, list((adapters or {}).values()))
+        self.parallel = parallel or choose_parallel(model.config, settings, len(adapters), shapes)
         if self.parallel:
             params = shard_params(model.config, model.params, self.parallel)
             model = dataclasses.replace(model, params=params)
         self.model = model
         self.max_model_len = min(settings.max_model_len or model.config.max_position, model.config.max_position)
         self._registry = AdapterRegistry()
-        for name, adapter in (adapters or {}).items():
+        for name, adapter in adapters.items():
             self._registry.add(name, adapter)
-        rank = settings.max_lora_rank or max((a.max_rank for _, a in self._registry.items()), default=8)
+        rank = settings.max_lora_rank or max((shape.max_rank for shape in shapes), default=8)
         runner = make_runner(
             model,
             settings,
@@ -89,26 +96,49 @@ class Engine:
             policy=make_policy(settings.policy, settings.policy_options),
             quotas=Quotas(settings.adapter_quota, settings.adapter_quotas),
             prefix_page_cost=_prefix_page_cost(model.config) if settings.prefix_caching else None,
+            loads=PageLoads(
+                runner.chunk_pages,
+                settings.adapter_step_bytes and max(1, settings.adapter_step_bytes // runner.page_bytes),
+            ),
         )
-        for name, adapter in self._registry.items():
-            self._check_adapter_fits(name, adapter, num_pages)
-        self._lock = threading.Lock()  # of the registry
+        self._images = runner.images
+        self._reader = AdapterReader(model.config)
+        loader = AdapterLoader(settings.host_adapter_bytes, runner.images, self._reader, self._adapters_read)
         self._delivery = Delivery(self._stopped)
         self._core = EngineCore(
-            runner, pool, scheduler, self._registry.has_digest, self._delivery.put, overlap=settings.overlap
+            runner,
+            pool,
+            scheduler,
+            self._registry,
+            loader,
+            self._delivery.put,
+            page_seconds=runner.page_bytes / _HOST_TO_DEVICE_BYTES_PER_SECOND,
+            overlap=settings.overlap,
         )
-        self._admission = Admission(model, self.max_model_len, scheduler, self._find_adapter, self._adapter_use)
+        try:
+            for shape, name in {record.shape: name for name, record in self._registry.items()}.items():
+                self._check_shape(name, shape)
+        except SloraError:
+            loader.close()
+            self._delivery.close()
+            raise
+        self._admission = Admission(model, self.max_model_len, scheduler, self._registry.get, self._core.tiers.use)
         self._loop = EngineLoop(self._core)
 
     @classmethod
     def from_pretrained(
-        cls, model: str, config: EngineConfig | None = None, adapters: Mapping[str, Any] | None = None
+        cls,
+        model: str,
+        config: EngineConfig | None = None,
+        adapters: Mapping[str, Any] | str | os.PathLike[str] | None = None,
     ) -> "Engine":
         """Loads a base model and adapters.
 
         model: a Hugging Face directory or id, a GGUF file, a directory written by ``slora-jax convert``, or
         "random:llama-2-7b".
-        adapters: name -> PEFT directory, Hugging Face id, or arrays (see read_adapter).
+        adapters: name -> PEFT directory, Hugging Face id, or arrays (see read_adapter); or a directory whose
+        subdirectories are PEFT directories, named by them, which are checked now and read when they are needed (see
+        add_adapter_directory; those that are refused are logged).
         Raises ModelError, AdapterError or CapacityError naming what is wrong, before anything is placed on the device
         where possible.
         """
@@ -116,8 +146,16 @@ class Engine:
         architecture = load_config(model)
         if settings.tensor_parallel == 1:
             check_weights_fit(architecture, settings.dtype, model)
-        read = {name: _read(name, source, architecture) for name, source in (adapters or {}).items()}
-        parallel = choose_parallel(architecture, settings, list(read.values()))
+        reader = AdapterReader(architecture)
+        read: Mapping[str, Contents]
+        if isinstance(adapters, str | os.PathLike):
+            read, refused = reader.check_all(adapters)
+            for reason in refused.values():
+                logger.warning("not added: %s", reason)
+        else:
+            sources = adapters or {}
+            read = {name: read_contents(name, source, reader, architecture) for name, source in sources.items()}
+        parallel = choose_parallel(architecture, settings, len(read), shapes_of(read))
         if parallel:
             check_weights_fit(architecture, settings.dtype, model, parallel)
         with progress_bar("loading", settings.progress) as progress:
@@ -236,75 +274,17 @@ class Engine:
         """Requests in flight: request_id, adapter, state ("running" or "waiting"), prompt_tokens, generated_tokens."""
         return self._loop.call(self._core.describe_jobs)
 
-    def add_adapter(self, name: str, source: Any) -> str:
-        """Registers an adapter and returns the digest of its contents.
-
-        source: PEFT directory, Hugging Face id, ``{"weights": pytree, "lora_alpha": 16}`` or an Adapter (see
-        read_adapter). A name that is known is pointed at the new contents at once: requests already queued or running
-        keep the old, later ones get the new, and neither meets the other's pages.
-        Raises AdapterError if the adapter is not acceptable; nothing is changed then.
-        """
-        adapter = _read(name, source, self.model.config)
-        self._check_adapter_fits(name, adapter, self._core.pool.num_pages)
-        limit = self.settings.max_lora_rank
-        if self.settings.deterministic and limit is None:  # steps for a higher rank may give other bits
-            limit = self._core.runner.max_rank
-        if limit is not None and adapter.max_rank > limit:
-            raise AdapterError(f"adapter {name!r} has rank {adapter.max_rank}, max_lora_rank is {limit}; set it higher")
-        self._loop.call(lambda: self._core.runner.require_rank(adapter.max_rank))
-        with self._lock:
-            known = dict(self._registry.items()).get(name)
-            kept = self._registry.add(name, adapter)
-        if known is not None and known.digest != kept.digest:
-            self._loop.call(lambda: self._core.release_adapter(known.digest))
-        return kept.digest
-
-    def remove_adapter(self, name: str, timeout: float | None = None) -> None:
-        """Forgets an adapter: new requests are refused, those in flight are waited for, then its memory is freed.
-
-        Raises AdapterError if the name is unknown, TimeoutError if requests still run after `timeout` seconds (the name
-        is gone by then, and the memory follows when they end).
-        """
-        with self._lock:
-            adapter = self._registry.remove(name)
-        deadline = None if timeout is None else time.monotonic() + timeout
-
-        def in_use() -> bool:
-            return any(j.request.adapter == name and j.adapter is adapter for j in self._core.jobs())
-
-        while self._loop.call(in_use):
-            if deadline is not None and time.monotonic() > deadline:
-                raise TimeoutError(f"requests still use adapter {name!r} after {timeout} seconds")
-            time.sleep(0.01)
-        self._loop.call(lambda: self._core.release_adapter(adapter.digest))
-
     def longest(self, adapter: str | None = None) -> int:
         """Tokens that a prompt and its answer may have together, as far as the model and the pool go. AdapterError if
         the adapter is unknown.
         """
-        pages = self._adapter_pages(self._find_adapter(adapter)) if adapter is not None else 0
+        pages = self._images.num_pages(self._registry.get(adapter).shape) if adapter is not None else 0
         # the last token is never fed back, so it needs no place
         return min(self.max_model_len, (self._core.pool.num_pages - pages) * PAGE_TOKENS + 1)
 
-    def list_adapters(self) -> list[dict[str, Any]]:
-        """Registered adapters: name, digest, ranks, targets, pages, and whether their weights are on the device."""
-        with self._lock:
-            items = self._registry.items()
-        resident = self._loop.call(lambda: set(self._core.page_map()))
-        return [
-            dict(
-                name=name,
-                digest=a.digest,
-                rank=a.max_rank,
-                targets=list(a.targets),
-                pages=self._adapter_pages(a),
-                resident=a.digest in resident,
-            )
-            for name, a in items
-        ]
-
     def stats(self) -> dict[str, Any]:
-        """Counters since the start, and the present: running, waiting, pages by use, hits of the prefix cache.
+        """Counters since the start, and the present: running, waiting, pages by use, hits of the prefix cache, and
+        hits, loads and evictions of each tier of adapters (docs/adapters.md).
 
         compiles: programs that were compiled while serving, because a step needed them: 0 after a full warm-up.
         """
@@ -320,7 +300,9 @@ class Engine:
                 prefix_cache=core.prefix_stats(),
                 num_pages=core.pool.num_pages,
                 page_bytes=core.runner.page_bytes,
-                adapters=len(self._registry.items()),
+                adapters=len(self._registry),
+                adapter_loads=core.tiers.page_loads,
+                adapter_tiers=core.tiers.stats(),
             )
 
         return self._loop.call(collect)
@@ -336,6 +318,7 @@ class Engine:
     def close(self) -> None:
         """Aborts what is in flight and stops the engine's threads. The engine takes no requests afterwards."""
         self._loop.close()
+        self._core.tiers.close()
         self._delivery.close()
         self._admission.close()
         self._core.runner.close()
@@ -363,33 +346,12 @@ class Engine:
             self._core.end(job, "abort")
         return bool(jobs)
 
-    def _find_adapter(self, name: str) -> Adapter:
-        with self._lock:
-            return self._registry.get(name)
-
-    def _adapter_pages(self, adapter: Adapter) -> int:
-        return adapter_pages(adapter, self.model.config, self.parallel)
-
-    def _adapter_use(self, adapter: Adapter) -> AdapterUse:
-        pages = self._adapter_pages(adapter)
-        seconds = pages * self._core.runner.page_bytes / _HOST_TO_DEVICE_BYTES_PER_SECOND
-        return AdapterUse(adapter.digest, pages, seconds)
-
-    def _check_adapter_fits(self, name: str, adapter: Adapter, num_pages: int) -> None:
-        need = self._adapter_pages(adapter)
-        if need >= num_pages:
-            raise CapacityError(
-                f"adapter {name!r} needs {need} pages and the pool has {num_pages}: set page_pool_bytes higher"
-            )
+    def _adapters_read(self) -> None:
+        """The loader has something to tell. On any thread."""
+        with contextlib.suppress(SloraError):  # a closed engine needs it no more
+            self._loop.submit(self._core.adapters_read)
 
 
 def _prefix_page_cost(config: ModelConfig) -> float:
     """Seconds to compute the keys and values of a page again: two operations a weight and token."""
     return 2 * num_weights(config) * PAGE_TOKENS / _PROMPT_OPERATIONS_PER_SECOND
-
-
-def _read(name: str, source: Any, config: ModelConfig) -> Adapter:
-    try:
-        return read_adapter(source, config)
-    except AdapterError as error:
-        raise AdapterError(f"adapter {name!r}: {error}") from None

@@ -1,13 +1,11 @@
 """One engine over several processes: process 0 schedules, and every other one repeats what its runner does.
 
 Programs on several processes must be started by all of them, in the same order and with the same arguments. So process
-0 sends each call of its Runner (a step's batch, sampling parameters, an adapter for its pages) to the others, which
+0 sends each call of its Runner (a step's batch, sampling parameters, pages of an adapter) to the others, which
 make the same call on a Runner of their own; see sharding/processes.py for how it travels.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
-import dataclasses
 from typing import Any
 
 import jax
@@ -15,18 +13,8 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from sharding import Processes, join
-from slora_jax.adapters import Adapter
 from slora_jax.batch import Batch, Output, Sampling
 from slora_jax.runner import Runner
-
-_KEPT_BYTES = 16 << 30  # of adapters that a follower keeps on its host, so that loading them again sends nothing
-
-
-@dataclasses.dataclass(frozen=True)
-class _Known:
-    """An adapter that the followers have already."""
-
-    digest: str
 
 
 class LeaderRunner(Runner):
@@ -35,7 +23,6 @@ class LeaderRunner(Runner):
     def __init__(self, processes: Processes, **options):
         self._processes = processes
         self._following = False  # the followers make their Runner themselves
-        self._known: OrderedDict[str, int] = OrderedDict()  # bytes by digest, least recently used first
         super().__init__(**options)
         self._following = True
 
@@ -51,15 +38,9 @@ class LeaderRunner(Runner):
         self._send("require_rank", rank)
         return super().require_rank(rank)
 
-    def load_adapter(self, adapter: Adapter, page_ids: Sequence[int]) -> None:
-        known = adapter.digest in self._known
-        self._known[adapter.digest] = adapter.weights.buffer.nbytes
-        self._known.move_to_end(adapter.digest)
-        forgotten = []
-        while sum(self._known.values()) > _KEPT_BYTES and len(self._known) > 1:
-            forgotten.append(self._known.popitem(last=False)[0])
-        self._send("load_adapter", _Known(adapter.digest) if known else adapter, list(page_ids), forgotten)
-        super().load_adapter(adapter, page_ids)
+    def _write_chunk(self, page_ids: Sequence[int], chunk: jax.Array | np.ndarray) -> None:
+        self._send("_write_chunk", list(page_ids), np.asarray(chunk))
+        super()._write_chunk(page_ids, chunk)
 
     def forward(self, batch: Batch) -> jax.Array:
         self._send("forward", batch)
@@ -90,7 +71,6 @@ def make_runner(**options) -> Runner:
 
 def follow(processes: Processes, runner: Runner) -> None:
     """Repeats process 0's calls until it closes."""
-    adapters: dict[str, Adapter] = {}
     logits = None
     while (message := processes.receive()) is not None:
         method, args = message
@@ -99,12 +79,5 @@ def follow(processes: Processes, runner: Runner) -> None:
         elif method == "sample":
             assert logits is not None, "a step comes before its sampling"
             runner.sample(logits, *args)
-        elif method == "load_adapter":
-            adapter, page_ids, forgotten = args
-            for digest in forgotten:
-                adapters.pop(digest, None)
-            adapter = adapters[adapter.digest] if isinstance(adapter, _Known) else adapter
-            adapters[adapter.digest] = adapter
-            runner.load_adapter(adapter, page_ids)
         else:
             getattr(runner, method)(*args)

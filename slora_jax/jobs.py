@@ -4,8 +4,8 @@ from collections.abc import Callable
 import logging
 import time
 
-from slora_jax.adapters import Adapter
 from slora_jax.grammar import Constraint
+from slora_jax.registry import AdapterRecord
 from slora_jax.requests import Completion, Delta, Request, RequestOutput, TokenLogprob
 from slora_jax.sampling_batch import RowSampling, penalised
 from slora_jax.sampling_params import SamplingParams
@@ -153,7 +153,7 @@ class Generation:
 class Job:
     """A request in flight."""
 
-    def __init__(self, request: Request, adapter: Adapter | None, output: RequestOutput, sink: Sink):
+    def __init__(self, request: Request, adapter: AdapterRecord | None, output: RequestOutput, sink: Sink):
         self.request = request
         self.adapter = adapter
         self.output = output

@@ -8,6 +8,7 @@ goes.
 from collections.abc import Callable, Hashable, Iterable, Sequence
 import dataclasses
 import heapq
+import math
 
 Owner = Hashable
 
@@ -24,6 +25,7 @@ class _Entry:
     idle: bool = False
     priority: float = 0.0
     ticket: int = 0  # of its place among the idle owners
+    keep: bool = False  # whether it goes after all that are not
 
 
 class PagePool:
@@ -130,6 +132,8 @@ class PagePool:
             raise ValueError(f"{owner!r} is idle already")
         entry.idle = True
         entry.priority = self._clock + entry.uses * entry.reload_cost / max(len(entry.pages), 1)
+        if entry.keep:
+            entry.priority = math.inf
         self._tickets += 1
         entry.ticket = self._tickets
         self._num_idle += 1
@@ -151,6 +155,14 @@ class PagePool:
         entry.uses += 1
         return entry.pages
 
+    def keep(self, owner: Owner, keep: bool) -> None:
+        """Says whether `owner`, while it is idle, goes only when no other idle owner is left."""
+        entry = self._entries[owner]
+        entry.keep = keep
+        if entry.idle:
+            self._forget_idle(entry)
+            self.retire(owner)
+
     def _forget_idle(self, entry: _Entry) -> None:
         entry.idle = False
         self._num_idle -= 1
@@ -169,7 +181,8 @@ class PagePool:
         while not self._is_current(self._heap[0]):
             heapq.heappop(self._heap)
         priority, _, owner = heapq.heappop(self._heap)
-        self._clock = max(self._clock, priority)
+        if priority < math.inf:
+            self._clock = max(self._clock, priority)
         self.release(owner)
         if self.on_evict:
             self.on_evict(owner)

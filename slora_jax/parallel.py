@@ -27,7 +27,7 @@ from sharding import (
     measure_latency,
     partition,
 )
-from slora_jax.adapters import Adapter
+from slora_jax.adapters import AdapterShape
 from slora_jax.batch import Batch, Output, Sampling, State
 from slora_jax.engine_config import ResolvedConfig
 from slora_jax.errors import SloraError
@@ -75,7 +75,9 @@ def make_parallel(
     return Parallel(mesh=mesh, layout=layout)
 
 
-def choose_parallel(config: ModelConfig, settings: ResolvedConfig, adapters: Collection[Adapter]) -> Parallel | None:
+def choose_parallel(
+    config: ModelConfig, settings: ResolvedConfig, num_adapters: int, shapes: Collection[AdapterShape]
+) -> Parallel | None:
     """What an engine's settings ask for; None for one device. lora_layout "auto" takes the cheaper layout for each
     group, for a full decode step in which the adapters known at start (or, if there are none, as many as sequences) are
     in use.
@@ -97,8 +99,8 @@ def choose_parallel(config: ModelConfig, settings: ResolvedConfig, adapters: Col
             config.geometry,
             devices=settings.tensor_parallel,
             tokens=settings.max_seqs,
-            adapters=min(len(adapters) or settings.max_seqs, settings.max_seqs),
-            rank=settings.max_lora_rank or max((a.max_rank for a in adapters), default=16),
+            adapters=min(num_adapters or settings.max_seqs, settings.max_seqs),
+            rank=settings.max_lora_rank or max((a.max_rank for a in shapes), default=16),
             model=CostModel(latency=measure_latency(mesh)),
         )
         if jax.process_count() > 1:  # each has measured for itself

@@ -12,18 +12,15 @@ import numpy as np
 
 from sharding import WHOLE, ShardedTable
 from slora_jax.adapter_rows import Table
-from slora_jax.adapters import Adapter
 from slora_jax.batch import Batch, Output, Sampling
 from slora_jax.batch_builder import BatchBuilder
 from slora_jax.buckets import Buckets
 from slora_jax.errors import CapacityError
 from slora_jax.memory import page_bytes
-from slora_jax.placement import adapter_images, join_images, make_write, new_state
+from slora_jax.placement import HostImage, HostImages, make_write, new_state
 from slora_jax.programs import Programs, Progress, StepOptions, StepShape
 from slora_jax.sampling_batch import build_sampling
 from slora_jax.step import Params
-
-_LOAD_BYTES = 16 << 20  # of adapter weights a device copy moves at a time
 
 
 @contextlib.contextmanager
@@ -55,6 +52,7 @@ class Runner:
         max_model_len: int,
         cache_dir: Path | None = None,
         deterministic: bool = False,
+        chunk_bytes: int = 16 << 20,
     ):
         self.params = params
         self.num_pages = num_pages
@@ -65,8 +63,10 @@ class Runner:
         place = (self.config.geometry, buckets, num_pages, max_model_len, layout, put)
         self.builder = BatchBuilder(*place, deterministic=deterministic)
         self.page_bytes = page_bytes(self.config, self.dtype, self.parallel)
-        self._load_pages = max(1, _LOAD_BYTES // self.page_bytes)
+        self.chunk_pages = 1 << (max(1, chunk_bytes // self.page_bytes).bit_length() - 1)
+        self.images = HostImages(self.config, self.dtype, self.chunk_pages, self.parallel)
         self._write = jax.jit(make_write(self.parallel), donate_argnums=0)
+        self._writers: dict[int, jax.stages.Compiled] = {}  # by pages
         self._cache_dir = cache_dir
         self._options = dataclasses.replace(options, max_rank=0)
         self._compiles = 0  # of programs that were given up
@@ -108,22 +108,18 @@ class Runner:
         specs = ShardedTable.specs() if self.parallel else jax.tree.map(lambda _: WHOLE, table)
         return jax.tree.map(self._put, table, specs)
 
-    def load_adapter(self, adapter: Adapter, page_ids: Sequence[int]) -> None:
-        """Writes an adapter's weights to its pages, a few pages at a time, without waiting for the device."""
-        images = adapter_images(adapter, self.config, self.dtype, self.parallel)
-        for start in range(0, len(page_ids), self._load_pages):
-            n = min(self._load_pages, len(page_ids) - start)
-            self._write_pages(page_ids[start : start + n], [image[start : start + n] for image in images])
+    def write_adapter(self, image: HostImage, page_ids: Sequence[int], start: int, stop: int) -> None:
+        """Writes pages `start` to `stop` of an adapter to their ids, without waiting for the device."""
+        for at, chunk in image.between(start, stop):
+            self._write_chunk(page_ids[at : at + chunk.shape[0]], chunk)
 
-    def _write_pages(self, page_ids: Sequence[int], images: Sequence[np.ndarray]) -> None:
-        ids = np.full(self._load_pages, self.num_pages, np.int32)
-        ids[: len(page_ids)] = page_ids
-        parts = []
-        for image in images:
-            part = np.zeros((self._load_pages, *image.shape[1:]), image.dtype)
-            part[: len(image)] = image
-            parts.append(part)
-        self.state = self._write(self.state, ids, join_images(parts, self.parallel))
+    def _write_chunk(self, page_ids: Sequence[int], chunk: jax.Array | np.ndarray) -> None:
+        args = (self.state, np.array(page_ids, np.int32), self.images.to_device(chunk))
+        write = self._writers.get(len(page_ids))
+        if write is None:
+            self._compiles += 1
+            write = self._writers[len(page_ids)] = self._write.lower(*args).compile()
+        self.state = write(*args)
 
     def forward(self, batch: Batch) -> jax.Array:
         """Dispatches a step and returns its logits, still on the device. Tokens of the batch that are negative, -1 -
@@ -162,10 +158,13 @@ class Runner:
                     nobody = np.full(shape.rows, self.builder.buckets.max_seqs, np.int32)
                     self.fetch(self.sample(logits, build_sampling([], shape.rows), nobody), logits)
                 jax.block_until_ready(logits)
-        if adapters:
-            geometry = self.parallel.layout.local if self.parallel else self.config.geometry
-            image = np.zeros((0, self.config.num_layers, geometry.page_elements), self.dtype)
-            self._write_pages([], [image] * (self.parallel.layout.devices if self.parallel else 1))
+        if adapters:  # the programs that copy adapters to pages; ids past the end are dropped
+            compiles, size = self._compiles, self.chunk_pages
+            while size:
+                if size <= self.num_pages:
+                    self._write_chunk([self.num_pages] * size, self.images.zeros(size))
+                size //= 2
+            self._compiles = compiles
 
     def close(self) -> None:
         """Ends what steps need; a Runner on its own needs nothing."""

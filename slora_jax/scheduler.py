@@ -5,7 +5,7 @@ token budget. Pages are taken as they are needed; when none can be had a sequenc
 later (S-LoRA reserves the worst case at admission instead and leaves memory idle).
 
 A policy says in which order waiting sequences are tried. One that does not fit is overtaken by others that do, but only
-so often: then nobody is admitted before it.
+so often: then nobody is admitted before it. One whose adapter is not in host memory yet holds up nobody.
 
 A step may be planned while the one before it still runs: its sampled tokens then count as tokens whose values are not
 known yet. The device runs steps in order, so pages change hands as soon as nothing that is planned needs them.
@@ -14,9 +14,12 @@ known yet. The device runs steps in order, so pages change hands as soon as noth
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator
 import dataclasses
+import itertools
 import time
 
 from pallas_kernels.geometry import PAGE_TOKENS, ceil_div
+from slora_jax.adapter_pages import AdapterPages
+from slora_jax.page_loads import Load, PageLoads
 from slora_jax.page_pool import OutOfPages, PagePool
 from slora_jax.policies import Drop, Fcfs, Policy, Quotas, View
 from slora_jax.prefix_cache import PrefixCache
@@ -30,7 +33,7 @@ class StepPlan:
     """One step. Chunks are in batch order: single tokens first, then longer chunks, each part grouped by adapter."""
 
     chunks: list[Chunk]
-    loads: list[AdapterUse]  # adapters whose weights must be written to their pages before the step
+    loads: list[Load]  # what must be written to adapters' pages before the step
     preempted: list[Sequence]
     dropped: list[Drop] = dataclasses.field(default_factory=list)  # given up by the policy; they are no longer queued
     admitted: list[Sequence] = dataclasses.field(default_factory=list)  # started, or started again
@@ -45,10 +48,6 @@ def sequence_owner(seq: Sequence) -> Hashable:
     return ("seq", seq.seq_id)
 
 
-def adapter_owner(digest: str) -> Hashable:
-    return ("adapter", digest)
-
-
 class Scheduler:
     """Shares one page pool and the tokens of each step among sequences.
 
@@ -58,8 +57,8 @@ class Scheduler:
     max_seqs: sequences in a step at most. max_step_tokens: tokens in a step at most. max_overtakes: how often a
     sequence that does not fit may be overtaken. max_prompt_rows: tokens in a step whose log-probabilities are wanted
     because they are of a prompt; None is no limit. prefix_page_cost: seconds to compute a page of keys and values
-    again, which says how long one that nobody uses is kept for later sequences; None: none is kept. clock: returns
-    seconds.
+    again, which says how long one that nobody uses is kept for later sequences; None: none is kept. loads: how adapters
+    come to their pages; None: each as a whole before the step that starts its sequence. clock: returns seconds.
     """
 
     def __init__(
@@ -74,6 +73,7 @@ class Scheduler:
         max_prompt_rows: int | None = None,
         deterministic: bool = False,
         prefix_page_cost: float | None = None,
+        loads: PageLoads | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         if max_step_tokens < max_seqs:
@@ -92,14 +92,14 @@ class Scheduler:
         self.quotas = quotas or Quotas()
         self.clock = clock
         self.prefixes = None if prefix_page_cost is None else PrefixCache(pool, prefix_page_cost)
-        if self.prefixes is not None:
-            pool.on_evict = self.prefixes.evicted
+        self.adapters = AdapterPages(pool, loads)
+        pool.on_evict = self._evicted
         self.running: dict[Sequence, None] = {}  # in order of admission
         self._queue: dict[Sequence, None] = {}  # never ran, in order of arrival
         self._overdue: dict[Sequence, None] = {}  # those of _queue that may not be overtaken any more
         self._preempted: deque[Sequence] = deque()
         self._ending: list[Sequence] = []  # whose last token is being sampled
-        self._adapter_users: dict[str, int] = {}
+        self._tried: list[Sequence] = []  # in the last step, but could not be started
         self._rows = list(range(max_seqs - 1, -1, -1))  # not in use
         self._tickets = 0
 
@@ -137,20 +137,31 @@ class Scheduler:
         self.policy.removed(seq)
 
     def has_work(self) -> bool:
-        return bool(self._queue or self._preempted or self.running)
+        return bool(self._queue or self._preempted or self.running or self.adapters.loads)
 
-    def adapter_in_use(self, digest: str) -> bool:
-        return digest in self._adapter_users
+    @property
+    def has_waiting(self) -> bool:
+        return bool(self._queue or self._preempted)
+
+    def upcoming(self, limit: int) -> Iterator[AdapterUse]:
+        """Adapters that are not in their pages and will be needed, those first whose sequences could not be started in
+        the last step. limit: waiting sequences that are looked at besides those.
+        """
+        waiting = itertools.islice(itertools.chain(self._preempted, self._overdue, self._queue), limit)
+        for seq in itertools.chain(self._tried, waiting):
+            if seq.adapter is not None and not self.adapters.resident(seq.adapter.digest):
+                yield seq.adapter
 
     def schedule(self) -> StepPlan:
         """Plans a step and takes the pages it needs. The sequences advance at once; the values of the tokens that the
         step samples are given to Sequence.push later, before the step after the next is planned.
 
-        It has no chunks only if there is nothing to do, if quotas let nothing start just now, or if all that runs waits
-        for its last token.
+        It has no chunks only if there is nothing to compute, if quotas let nothing start just now, if adapters are
+        still on their way, or if all that runs waits for its last token.
         """
         now = self.clock()
         self._let_go()
+        self.adapters.loads.begin_step(limited=bool(self.running))
         dropped = self._drop(now)
         decoding: list[Sequence] = []
         prompts: list[Sequence] = []
@@ -161,7 +172,6 @@ class Scheduler:
                 (decoding if seq.num_pending == 1 else prompts).append(seq)
         chunks: list[Chunk] = []
         preempted: list[Sequence] = []
-        loads: list[AdapterUse] = []
         admitted: list[Sequence] = []
         # kinds that are not mixed take turns
         decode_only = self._prompts_last and bool(decoding) if self.deterministic else None
@@ -172,20 +182,22 @@ class Scheduler:
             self._compute_prompts(prompts, chunks, preempted)
             if not preempted:
                 settled = list(self.running)
-                self._admit_waiting(chunks, now, loads, admitted)
-                chunks = self._make_way(settled, chunks, now, preempted, loads, admitted)
+                self._admit_waiting(chunks, now, admitted)
+                chunks = self._make_way(settled, chunks, now, preempted, admitted)
         if decode_only is False and not chunks:
             self._decode(decoding, chunks, preempted)
             decode_only = True
         self._prompts_last = not decode_only
         if preempted:
             chunks = [c for c in chunks if c.seq.row >= 0]
+        elif self.pool.free > len(self.running) and (self.has_waiting or self.adapters.prefetches):
+            self.adapters.prefetch(list(self.upcoming(_TRIES)), len(self.running), limited=bool(self.running))
         # a sequence preempted in this step goes before everything that was waiting, in its old order
         self._preempted.extendleft(preempted)
         chunks.sort(key=lambda c: c.seq.group)
         chunks.sort(key=lambda c: c.length > 1)
         self._advance(chunks)
-        return StepPlan(chunks, loads, preempted, dropped, admitted, decode_only)
+        return StepPlan(chunks, self.adapters.take_loads(), preempted, dropped, admitted, decode_only)
 
     def _decode(self, decoding: list[Sequence], chunks: list[Chunk], preempted: list[Sequence]) -> None:
         """Adds the next token of sequences that decode. There are never more of them than tokens in a step."""
@@ -265,7 +277,7 @@ class Scheduler:
             seq.row, seq.room = -1, 0
         self.running.clear()
         self._ending.clear()
-        self._adapter_users.clear()
+        self.adapters.reset()
         self._rows = list(range(self.max_seqs - 1, -1, -1))
         for owner in list(self.pool.owners()):
             self.pool.release(owner)
@@ -274,9 +286,7 @@ class Scheduler:
 
     def forget_adapter(self, digest: str) -> None:
         """Frees what is kept of an adapter that no sequence uses: its weights, and keys and values under it."""
-        owner = adapter_owner(digest)
-        if self.pool.holds(owner) and self.pool.is_idle(owner):
-            self.pool.release(owner)
+        self.adapters.forget(digest)
         if self.prefixes is not None:
             self.prefixes.forget(digest)
 
@@ -301,10 +311,15 @@ class Scheduler:
             self.remove(drop.seq)
         return dropped
 
-    def _admit_waiting(
-        self, chunks: list[Chunk], now: float, loads: list[AdapterUse], admitted: list[Sequence]
-    ) -> None:
-        """Starts what fits and adds its first chunks, and to `loads` the adapters to load."""
+    def _evicted(self, owner: Hashable) -> None:
+        if isinstance(owner, tuple) and owner[0] == "adapter":
+            self.adapters.evictions += 1
+        elif self.prefixes is not None:
+            self.prefixes.evicted(owner)
+
+    def _admit_waiting(self, chunks: list[Chunk], now: float, admitted: list[Sequence]) -> None:
+        """Starts what fits and adds its first chunks."""
+        self._tried = []
         budget = self.max_step_tokens - sum(c.length for c in chunks)
         refused: list[Sequence] = []
         if not budget or not self._has_room():
@@ -312,8 +327,13 @@ class Scheduler:
         for seq, first in self._candidates(now):
             if not self.quotas.admits(seq, now) or (seq.prompt_logprobs and not self._prompt_rows):
                 continue
-            if not self._admit(seq, loads):
-                refused.append(seq)
+            if not self.adapters.may_load(seq.adapter):
+                self._tried.append(seq)
+                continue
+            if not self._admit(seq):
+                self._tried.append(seq)
+                if not self.adapters.is_loading(seq.adapter):
+                    refused.append(seq)
                 if first or len(refused) == _TRIES:
                     break
                 continue
@@ -331,18 +351,22 @@ class Scheduler:
         chunks: list[Chunk],
         now: float,
         preempted: list[Sequence],
-        loads: list[AdapterUse],
         admitted: list[Sequence],
     ) -> list[Chunk]:
         """Preempts whom the policy names for a waiting sequence, and starts that one. Returns the step's chunks.
 
-        settled: whom it may name. What was started in this very step is not, because its adapter may be among `loads`.
+        settled: whom it may name. What was started in this very step is not, because its adapter may be loading. Nobody
+        makes way for a sequence whose adapter is not there in this step.
         """
         while settled and self._queue:
             pair = self.policy.make_way(View(now, list(self._queue), settled, self.max_step_tokens))
             if pair is None or not self.quotas.admits(pair[1], now):
                 break
             victim, seq = pair
+            pages, adapter = self.adapters, seq.adapter
+            if pages.is_loading(adapter) or not (pages.may_load(adapter) and pages.completes(adapter, limited=True)):
+                self._tried.append(seq)
+                break
             others = [c for c in chunks if c.seq is not victim]
             budget = self.max_step_tokens - sum(c.length for c in others)
             if not budget:
@@ -350,7 +374,7 @@ class Scheduler:
             settled.remove(victim)
             self._preempt(victim, preempted)
             chunks = others
-            if self._admit(seq, loads):
+            if self._admit(seq):
                 admitted.append(seq)
                 if length := self._chunk_length(seq, budget):
                     chunks.append(Chunk(seq, seq.num_computed, length))
@@ -406,8 +430,11 @@ class Scheduler:
                     return False
         return True
 
-    def _admit(self, seq: Sequence, loads: list[AdapterUse]) -> bool:
-        """Starts a waiting sequence if its adapter and its tokens fit beside a spare page for each running sequence."""
+    def _admit(self, seq: Sequence) -> bool:
+        """Starts a waiting sequence if its adapter and its tokens fit beside a spare page for each running sequence.
+
+        If they fit, but the adapter has to be copied and takes more than this step, that is begun.
+        """
         assert not seq.num_unknown, "a sequence cannot start while its last token is not known"
         # what was decoded is decoded again, and at least two tokens of a prompt are computed together
         limit = seq.prompt_len - 2 if self.deterministic else len(seq.tokens) - 1
@@ -416,26 +443,18 @@ class Scheduler:
         available = self.pool.available
         if self.prefixes is not None:
             available -= self.prefixes.count_idle(hits)
-        adapter = seq.adapter
-        resident = adapter is not None and self.pool.holds(adapter_owner(adapter.digest))
-        if adapter is not None:
-            if not resident:
-                need += adapter.num_pages
-            elif self.pool.is_idle(adapter_owner(adapter.digest)):
-                available -= adapter.num_pages  # its own idle pages cannot be evicted for it
-        if need + len(self.running) > available:
+        adapter, limited = seq.adapter, bool(self.running)
+        missing, own = self.adapters.pages_needed(adapter)
+        if need + missing + len(self.running) > available - own or self.adapters.is_loading(adapter):
+            return False
+        if adapter is not None and not self.adapters.completes(adapter, limited):
+            self.adapters.load(adapter, limited)
             return False
         if self.prefixes is not None:  # before anything is evicted to make room
             self.prefixes.take(seq, sequence_owner(seq), hits)
         seq.room = seq.num_computed  # of the pages that the cache gave
         if adapter is not None:
-            owner = adapter_owner(adapter.digest)
-            if not resident:
-                self.pool.allocate(owner, adapter.num_pages, adapter.reload_cost)
-                loads.append(adapter)
-            elif self.pool.is_idle(owner):
-                self.pool.revive(owner)
-            self._adapter_users[adapter.digest] = self._adapter_users.get(adapter.digest, 0) + 1
+            self.adapters.enter(adapter, limited)
         self._take_pages(seq, ceil_div(seq.num_computed + seq.num_pending - seq.room, PAGE_TOKENS))
         if seq in self._queue:
             del self._queue[seq]
@@ -458,8 +477,4 @@ class Scheduler:
             self.prefixes.leave(seq)
         self.pool.release(sequence_owner(seq))
         if seq.adapter is not None:
-            digest = seq.adapter.digest
-            self._adapter_users[digest] -= 1
-            if not self._adapter_users[digest]:
-                del self._adapter_users[digest]
-                self.pool.retire(adapter_owner(digest))
+            self.adapters.leave(seq.adapter)

@@ -2,17 +2,22 @@
 
 from collections.abc import Hashable
 import dataclasses
+from typing import Any
 
 from pallas_kernels.geometry import PAGE_TOKENS, ceil_div
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AdapterUse:
-    """What the scheduler needs to know of a sequence's adapter. Equal digests share pages."""
+    """What the scheduler needs to know of a sequence's adapter. Equal digests share pages.
+
+    source: where its weights come from, for whoever writes them; the scheduler hands it on.
+    """
 
     digest: str
     num_pages: int
     reload_cost: float = 0.0  # seconds
+    source: Any = dataclasses.field(default=None, compare=False, repr=False)
 
 
 @dataclasses.dataclass(eq=False, slots=True, kw_only=True)
@@ -52,6 +57,12 @@ class Sequence:
     def __post_init__(self):
         assert 0 < self.prompt_len <= len(self.tokens)
         self.group = self.adapter.digest if self.adapter else ""
+
+    def name_adapter(self, digest: str) -> None:
+        """The digest of the adapter's contents turned out. The sequence must not have run."""
+        assert self.adapter is not None
+        self.adapter = dataclasses.replace(self.adapter, digest=digest)
+        self.group = digest
 
     @property
     def length(self) -> int:

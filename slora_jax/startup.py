@@ -53,6 +53,7 @@ def make_runner(
             max_model_len=max_model_len,
             cache_dir=steps_dir(settings),
             deterministic=settings.deterministic,
+            chunk_bytes=settings.adapter_chunk_bytes,
         )
         if not settings.warm_up:
             break

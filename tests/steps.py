@@ -7,12 +7,13 @@ from jax import numpy as jnp
 import numpy as np
 
 from slora_jax import Adapter, ModelConfig, make_forward
+from slora_jax.adapter_pages import adapter_owner
 from slora_jax.batch_builder import BatchBuilder
 from slora_jax.buckets import Buckets
 from slora_jax.page_pool import PagePool
 from slora_jax.parallel import Parallel
-from slora_jax.placement import adapter_images, adapter_pages, join_images, make_write, new_state
-from slora_jax.scheduler import Scheduler, adapter_owner
+from slora_jax.placement import adapter_image, adapter_pages, image_sharding, make_write, new_state
+from slora_jax.scheduler import Scheduler
 from slora_jax.sequence import AdapterUse, Sequence
 
 
@@ -52,9 +53,11 @@ def prompt_logits(
     plan = scheduler.schedule()
     assert len(plan.chunks) == len(prompts)
     state, write = new_state(config, pool.num_pages, dtype, parallel), jax.jit(make_write(parallel), donate_argnums=0)
-    for use in plan.loads:
-        images = join_images(adapter_images(adapters[use.digest], config, np.dtype(dtype), parallel), parallel)
-        state = write(state, jnp.array(pool.pages(adapter_owner(use.digest))), jnp.asarray(images))
+    for load in plan.loads:
+        digest = load.adapter.digest
+        image = adapter_image(adapters[digest], config, np.dtype(dtype), parallel)
+        pages = jnp.array(pool.pages(adapter_owner(digest)))
+        state = write(state, pages, jax.device_put(image, image_sharding(parallel)))
     buckets = Buckets(seqs=(len(prompts),), tokens=(tokens,))
     layout = parallel.layout if parallel else None
     builder = BatchBuilder(config.geometry, buckets, pool.num_pages, max(len(p) for p, _ in prompts) + 1, layout)

@@ -114,7 +114,7 @@ class Probe:
             now = time.monotonic()
             began = max(self._planned.pop(id(plan), now), self._last)
             load = sum(load.num_pages for load in plan.loads) * page_bytes
-            loaded = {getattr(load, "adapter", load).digest for load in plan.loads}
+            loaded = {load.adapter.digest for load in plan.loads}
             self.loaded_for |= {
                 _request_id(c.seq) for c in plan.chunks if c.seq.adapter and c.seq.adapter.digest in loaded
             }

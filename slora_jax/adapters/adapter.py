@@ -2,40 +2,37 @@
 
 from collections.abc import Mapping
 import dataclasses
-import functools
-import os
+import hashlib
 from typing import Any
 
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float, Float32
 import numpy as np
 
-from pallas_kernels.geometry import MODULES, TILE_RANKS, Geometry, ceil_div
+from pallas_kernels.geometry import MODULES, Geometry
 from slora_jax.adapters.arrays import flatten
-from slora_jax.adapters.image import build_image, layer_tiles
+from slora_jax.adapters.image import build_image
 from slora_jax.adapters.limits import DEFAULT_LIMITS, AdapterLimits
-from slora_jax.adapters.messages import shown
-from slora_jax.adapters.peft_config import PeftLoraConfig, decode_config, parse_config
-from slora_jax.adapters.safetensors_file import read_data, read_header
-from slora_jax.adapters.source import WEIGHTS_FILE, locate, read_config_file
-from slora_jax.adapters.targets import resolve, scalings
-from slora_jax.adapters.tensors import check_complete, check_tensor, parse_names
-from slora_jax.adapters.weights import WEIGHT_DTYPES, Weights, freeze, pack
+from slora_jax.adapters.peft_config import parse_config
+from slora_jax.adapters.shape import AdapterShape
+from slora_jax.adapters.targets import scalings
+from slora_jax.adapters.tensors import check_complete, check_tensor
+from slora_jax.adapters.weights import Weights, pack
 from slora_jax.errors import AdapterError
 from slora_jax.model_config import ModelConfig
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Adapter:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Adapter(AdapterShape):
     """An immutable LoRA adapter of one base model. Two adapters are equal when their digests are.
 
     digest: SHA-256 (hex) of ranks, scaling and weights, the same for the same values in whatever file, name or dtype.
-    scaling: float32 [L, 7], factor of ``B A`` for each layer and module of MODULES, 0 where a module is not targeted.
+    weights_digest: the same without the scaling, which is all that the image in the page pool depends on.
     base_model: the name that the adapter gives for its base model, if any; it only informs.
     """
 
     digest: str
+    weights_digest: str
     weights: Weights
-    scaling: Float32[np.ndarray, "L 7"]
     base_model: str | None = None
 
     @classmethod
@@ -80,39 +77,28 @@ class Adapter:
         for key, (name, array) in tensors.items():
             check_tensor(name, key, array.shape, array.dtype, ranks, config, None)
         weights = pack({key: array for key, (_, array) in tensors.items()}, ranks, config)
-        return cls._checked(weights, scalings(peft, ranks), None)
+        return cls.from_weights(weights, scalings(peft, ranks))
 
     @classmethod
-    def _checked(cls, weights: Weights, scaling: np.ndarray, base_model: str | None) -> "Adapter":
+    def from_weights(
+        cls, weights: Weights, scaling: Float32[np.ndarray, "L 7"], base_model: str | None = None
+    ) -> "Adapter":
+        """An adapter of weights whose shapes were checked. Raises AdapterError where one is not finite."""
         scaling.setflags(write=False)
-        return cls(weights.check_and_digest(scaling), weights, scaling, base_model)
-
-    @property
-    def ranks(self) -> Int32[np.ndarray, "L 7"]:
-        """True rank of each layer and module, 0 where a module is not targeted."""
-        return self.weights.ranks
-
-    @functools.cached_property
-    def granules(self) -> Int32[np.ndarray, "L 7"]:
-        """Ranks in granules of 8, rounded up."""
-        granules = -(-self.ranks // TILE_RANKS)
-        granules.setflags(write=False)
-        return granules
-
-    @property
-    def max_rank(self) -> int:
-        return int(self.ranks.max())
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """Modules that are targeted in at least one layer, in the order of MODULES."""
-        return tuple(module for module, used in zip(MODULES, self.ranks.any(axis=0), strict=True) if used)
-
-    @property
-    def rank_summary(self) -> str:
-        """The rank, or "lowest-highest" where layers or modules differ."""
-        ranks = self.ranks[self.ranks > 0]
-        return str(ranks.max()) if ranks.min() == ranks.max() else f"{ranks.min()}-{ranks.max()}"
+        weights_digest = weights.check_and_digest()
+        digest = hashlib.sha256(
+            b"slora-jax adapter 2" + bytes.fromhex(weights_digest) + scaling.astype("<f4").tobytes()
+        )
+        return cls(
+            ranks=weights.ranks,
+            scaling=scaling,
+            in_sizes=weights.in_sizes,
+            out_sizes=weights.out_sizes,
+            digest=digest.hexdigest(),
+            weights_digest=weights_digest,
+            weights=weights,
+            base_model=base_model,
+        )
 
     @property
     def nbytes(self) -> int:
@@ -127,21 +113,6 @@ class Adapter:
         """PEFT's lora_B.weight of a targeted projection, read-only, in the dtype it came in. module: one of MODULES."""
         return self._factor(layer, module, 1)
 
-    def num_tiles(self, geometry: Geometry) -> int:
-        """Adapter tiles of the whole image."""
-        self._check_geometry(geometry)
-        return int(layer_tiles(self.granules, geometry).sum())
-
-    def num_pages(self, geometry: Geometry) -> int:
-        """Page ids that the adapter takes in the pool."""
-        return ceil_div(self.num_tiles(geometry), geometry.tiles_per_page_id)
-
-    def tile_start(self, geometry: Geometry) -> Int32[np.ndarray, "L"]:
-        """Tile of the image at which each layer begins."""
-        self._check_geometry(geometry)
-        tiles = layer_tiles(self.granules, geometry)
-        return (np.cumsum(tiles) - tiles).astype(np.int32)
-
     def image(self, geometry: Geometry, dtype: np.dtype | type) -> np.ndarray:
         """The weights as they lie in the page pool: a fresh array of `dtype` [num_pages, L, E], not scaled.
 
@@ -150,15 +121,9 @@ class Adapter:
         self._check_geometry(geometry)
         return build_image(self.weights, self.granules, geometry, np.dtype(dtype))
 
-    def check_fits(self, config: ModelConfig) -> None:
-        """Raises AdapterError where the adapter was made for a model of other sizes."""
-        ours = (self.ranks.shape[0], self.weights.in_sizes, self.weights.out_sizes)
-        if ours != (config.num_layers, config.in_sizes, config.out_sizes):
-            raise AdapterError(
-                f"adapter {self.digest[:12]} is for a model of {ours[0]} layers, input widths {ours[1]} and output "
-                f"widths {ours[2]}; this base model has {config.num_layers} layers, {config.in_sizes} and "
-                f"{config.out_sizes}; give an adapter of this base model"
-            )
+    @property
+    def label(self) -> str:
+        return f"adapter {self.digest[:12]}"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Adapter) and self.digest == other.digest
@@ -174,71 +139,3 @@ class Adapter:
         if not self.ranks[layer, index]:
             raise AdapterError(f"the adapter does not target {module}_proj of layer {layer}; see Adapter.ranks")
         return self.weights.factor(layer, index, factor)
-
-    def _check_geometry(self, geometry: Geometry) -> None:
-        ours = (self.ranks.shape[0], self.weights.in_sizes, self.weights.out_sizes)
-        theirs = (geometry.num_layers, geometry.in_sizes, geometry.out_sizes)
-        if ours != theirs:
-            raise ValueError(f"adapter of (layers, input widths, output widths) {ours} cannot be laid out for {theirs}")
-
-
-def read_adapter(
-    source: str | os.PathLike[str] | Mapping[Any, Any] | Adapter,
-    config: ModelConfig,
-    *,
-    limits: AdapterLimits = DEFAULT_LIMITS,
-) -> Adapter:
-    """Reads and checks an adapter for a base model.
-
-    source: a directory in PEFT's format; a Hugging Face id ``org/name[@revision]``; arrays with their settings,
-    ``{"weights": pytree, "lora_alpha": 16, "use_rslora": False, "alpha_pattern": {}}``, the last two optional (see
-    Adapter.from_arrays); or an Adapter, which is only checked against the model.
-    No tensor is read before the configuration and the file's header have been checked against the model.
-    Raises AdapterError, beginning with the source, that names what is refused, why, and the remedy.
-    """
-    label = str(source) if isinstance(source, str | os.PathLike) else "weights given as arrays"
-    try:
-        if isinstance(source, Adapter):
-            source.check_fits(config)
-            return source
-        if isinstance(source, Mapping):
-            return _from_mapping(source, config, limits)
-        return _read_directory(source, config, limits)
-    except AdapterError as error:
-        raise AdapterError(f"{label}: {error}") from None
-    except OSError as error:
-        reason = error.strerror or error
-        raise AdapterError(f"{label}: cannot be read ({reason}); check the files and their permissions") from None
-
-
-def _from_mapping(source: Mapping[Any, Any], config: ModelConfig, limits: AdapterLimits) -> Adapter:
-    if "weights" not in source or "lora_alpha" not in source:
-        raise AdapterError(
-            'give {"weights": pytree, "lora_alpha": number}; the scaling cannot be known from weights alone'
-        )
-    unknown = sorted(str(key) for key in source.keys() - {"weights", "lora_alpha", "use_rslora", "alpha_pattern"})
-    if unknown:
-        raise AdapterError(
-            f"unknown key {unknown[0]!r}; the keys are weights, lora_alpha, use_rslora and alpha_pattern"
-        )
-    settings = {key: value for key, value in source.items() if key != "weights"}
-    return Adapter.from_arrays(source["weights"], config, limits=limits, **settings)
-
-
-def _read_directory(source: str | os.PathLike[str], config: ModelConfig, limits: AdapterLimits) -> Adapter:
-    path = locate(source, limits)
-    peft: PeftLoraConfig = parse_config(decode_config(read_config_file(path, limits)), limits)
-    ranks, scaling = resolve(peft, config)
-    with open(path / WEIGHTS_FILE, "rb") as file:
-        entries = read_header(file, limits)
-        names = parse_names(entries, config)
-        check_complete(names, ranks, peft.base_model)
-        offsets = np.zeros((*ranks.shape, 2), np.int64)
-        dtypes = np.zeros((*ranks.shape, 2), np.uint8)
-        for key, name in names.items():
-            entry = entries[name]
-            check_tensor(f"tensor {shown(name, 160)}", key, entry.shape, entry.dtype, ranks, config, peft.base_model)
-            offsets[key], dtypes[key] = entry.start, WEIGHT_DTYPES.index(entry.dtype)
-        buffer = read_data(file, entries)
-    weights = freeze(Weights(buffer, offsets, dtypes, ranks, config.in_sizes, config.out_sizes))
-    return Adapter._checked(weights, scaling, peft.base_model)

@@ -33,9 +33,13 @@ class TensorEntry:
 def read_header(file: BinaryIO, limits: AdapterLimits) -> dict[str, TensorEntry]:
     """Reads and checks the header of an open safetensors file, leaving the file at the start of the data section.
 
-    Tensors must be float32, float16 or bfloat16 and cover the data section without gap or overlap.
     Raises AdapterError naming what is wrong.
     """
+    return parse_header(*read_header_bytes(file, limits), limits)
+
+
+def read_header_bytes(file: BinaryIO, limits: AdapterLimits) -> tuple[bytes, int]:
+    """The header's text and how many bytes of data follow it. AdapterError where the file cannot be what it says."""
     status = os.fstat(file.fileno())
     if not stat.S_ISREG(status.st_mode):
         raise AdapterError("adapter_model.safetensors is not a regular file; give a directory with the file itself")
@@ -57,7 +61,16 @@ def read_header(file: BinaryIO, limits: AdapterLimits) -> dict[str, TensorEntry]
             f"adapter_model.safetensors has a header of {length} bytes, over the limit of {limits.max_header_bytes}; "
             "raise AdapterLimits.max_header_bytes if it is meant"
         )
-    header = _decode_header(file.read(length))
+    return file.read(length), size - 8 - length
+
+
+def parse_header(text: bytes, data_bytes: int, limits: AdapterLimits) -> dict[str, TensorEntry]:
+    """Tensors by name, from what read_header_bytes gave.
+
+    They must be float32, float16 or bfloat16 and cover the data section without gap or overlap.
+    Raises AdapterError naming what is wrong.
+    """
+    header = _decode_header(text)
     if len(header) > limits.max_tensors:
         raise AdapterError(
             f"adapter_model.safetensors holds {len(header)} tensors, over the limit of {limits.max_tensors}; "
@@ -71,11 +84,11 @@ def read_header(file: BinaryIO, limits: AdapterLimits) -> dict[str, TensorEntry]
                 f"tensor {shown(name)} does not begin where the one before it ends; the file is damaged, save it again"
             )
         end = entry.end
-    if end != size - 8 - length:
-        what = "truncated" if end > size - 8 - length else "followed by bytes that belong to no tensor"
+    if end != data_bytes:
+        what = "truncated" if end > data_bytes else "followed by bytes that belong to no tensor"
         raise AdapterError(
             f"adapter_model.safetensors is {what}: its header describes {end} bytes of data, the file holds "
-            f"{size - 8 - length}; copy or download it again"
+            f"{data_bytes}; copy or download it again"
         )
     return entries
 

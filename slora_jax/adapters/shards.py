@@ -15,6 +15,7 @@ from pallas_kernels.geometry import GROUPS, MODULES, TILE_COLS, TILE_RANKS, ceil
 from sharding import ROW_GROUPS, Layout, run_length, take
 from slora_jax.adapters.adapter import Adapter
 from slora_jax.adapters.image import layer_tiles, write_tiles
+from slora_jax.adapters.shape import AdapterShape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,7 +33,7 @@ class AdapterShards:
     num_pages: int
 
 
-def shard_adapter(adapter: Adapter, layout: Layout) -> AdapterShards:
+def shard_adapter(adapter: AdapterShape, layout: Layout) -> AdapterShards:
     """The plan of an adapter's images under a layout."""
     return _plan(adapter.granules.tobytes(), layout)
 
@@ -73,7 +74,7 @@ def shard_image(adapter: Adapter, layout: Layout, device: int, dtype: np.dtype) 
     return image
 
 
-def table_rows(adapters: Sequence[Adapter], layout: Layout, size: int) -> dict[str, np.ndarray]:
+def table_rows(adapters: Sequence[AdapterShape], layout: Layout, size: int) -> dict[str, np.ndarray]:
     """The fields of a ShardedTable that differ between devices, for a table of `size` rows."""
     layers = layout.geometry.num_layers
     granules = np.zeros((layout.devices, size, layers, len(MODULES)), np.int32)

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 import re
+from typing import BinaryIO
 
 from slora_jax.adapters.limits import AdapterLimits
 from slora_jax.errors import AdapterError
@@ -47,9 +48,14 @@ def locate(source: str | os.PathLike[str], limits: AdapterLimits) -> Path:
     return path
 
 
-def read_config_file(path: Path, limits: AdapterLimits) -> bytes:
+def open_file(path: str | os.PathLike[str], name: str) -> BinaryIO:
+    """Opens a file of the directory. It never waits, as opening a named pipe would."""
+    return open(os.path.join(path, name), "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK))
+
+
+def read_config_file(path: str | os.PathLike[str], limits: AdapterLimits) -> bytes:
     """Bytes of adapter_config.json. Raises AdapterError where it is larger than the limit."""
-    with open(path / CONFIG_FILE, "rb") as file:
+    with open_file(path, CONFIG_FILE) as file:
         data = file.read(limits.max_config_bytes + 1)
     if len(data) > limits.max_config_bytes:
         raise AdapterError(

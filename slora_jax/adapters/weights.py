@@ -47,17 +47,16 @@ class Weights:
             for factor in (0, 1):
                 yield int(layer), int(module), factor
 
-    def check_and_digest(self, scaling: np.ndarray) -> str:
-        """SHA-256 over everything the adapter computes with: shapes, ranks, scaling and weights.
+    def check_and_digest(self) -> str:
+        """SHA-256 (hex) over shapes, ranks and weights.
 
         Weights enter as float32, which holds float16 and bfloat16 exactly, so that the same values give the same digest
         whatever dtype or order they are stored in. Raises AdapterError naming a tensor with NaN, infinity or a value
         beyond bfloat16.
         """
-        digest = hashlib.sha256(b"slora-jax adapter 1")
+        digest = hashlib.sha256(b"slora-jax weights 2")
         digest.update(np.array([self.ranks.shape[0], *self.in_sizes, *self.out_sizes], "<i8"))
         digest.update(self.ranks.astype("<i4"))
-        digest.update(scaling.astype("<f4"))
         for key in self.keys():
             wide = np.ascontiguousarray(self.factor(*key), dtype="<f4")
             if not np.abs(wide).max() <= _LARGEST:  # also when the maximum is NaN

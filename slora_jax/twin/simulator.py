@@ -179,7 +179,7 @@ class _Run:
         self.counters["busy_seconds"] += seconds
         self.counters["prompt_tokens"] += work.prompt_tokens
         self.counters["decode_tokens"] += work.decode_tokens
-        self.counters["loads"] += len(plan.loads)
+        self.counters["loads"] += sum(load.last for load in plan.loads)
 
     def _push(self, seq: Seq) -> None:
         """A token was sampled for the sequence."""

@@ -180,7 +180,7 @@ def test_file_that_cannot_be_read(tmp_path, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     path = write_adapter(tmp_path)
-    monkeypatch.setattr("slora_jax.adapters.adapter.read_data", fail)
+    monkeypatch.setattr("slora_jax.adapters.directory.read_data", fail)
     with pytest.raises(AdapterError, match=r"cannot be read \(Input/output error\); check the files"):
         read_adapter(path, CONFIG)
 
@@ -193,7 +193,7 @@ def test_file_that_becomes_shorter_while_it_is_read(tmp_path, monkeypatch):
             other.truncate(os.fstat(file.fileno()).st_size - 100)
         return read_data(file, *args)
 
-    monkeypatch.setattr("slora_jax.adapters.adapter.read_data", shrink)
+    monkeypatch.setattr("slora_jax.adapters.directory.read_data", shrink)
     with pytest.raises(AdapterError, match="became shorter while it was read"):
         read_adapter(path, CONFIG)
 

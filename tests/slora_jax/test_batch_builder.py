@@ -4,11 +4,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 import numpy as np
 
+from slora_jax.adapter_pages import adapter_owner
 from slora_jax.adapters import random_adapter
 from slora_jax.batch_builder import BatchBuilder
 from slora_jax.buckets import Buckets
 from slora_jax.page_pool import PagePool
-from slora_jax.scheduler import Scheduler, adapter_owner, sequence_owner
+from slora_jax.scheduler import Scheduler, sequence_owner
 from slora_jax.sequence import AdapterUse, Sequence
 from slora_jax.shapes import named_shape
 

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 import pytest
 
+from slora_jax.adapter_pages import adapter_owner
 from slora_jax.page_pool import PagePool
 from slora_jax.policies import Cluster, EarlyAbort, Fair, Priority, Quota, Quotas
-from slora_jax.scheduler import Scheduler, adapter_owner, sequence_owner
+from slora_jax.scheduler import Scheduler, sequence_owner
 from slora_jax.sequence import AdapterUse, Sequence
 
 
@@ -25,9 +26,10 @@ class FakeModel:
         self.last = {}  # row -> token that was sampled last for the sequence there
 
     def run(self, plan, pool):
-        for use in plan.loads:
-            for page in pool.pages(adapter_owner(use.digest)):
-                self.adapters[page] = use.digest
+        for load in plan.loads:
+            digest = load.adapter.digest
+            for page in pool.pages(adapter_owner(digest))[load.start : load.stop]:
+                self.adapters[page] = digest
         sampled = []
         for chunk in plan.chunks:
             seq = chunk.seq
@@ -356,7 +358,7 @@ def test_idle_adapters_stay_until_the_space_is_needed():
         seq = Sequence(seq_id=object(), tokens=[1] * prompt, prompt_len=prompt, max_tokens=1, adapter=use)
         scheduler.add(seq)
         plan = scheduler.schedule()
-        loads.extend(u.digest for u in plan.loads)
+        loads.extend(load.adapter.digest for load in plan.loads)
         scheduler.complete(plan)
         scheduler.remove(seq)
 

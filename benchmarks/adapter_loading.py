@@ -1,0 +1,228 @@
+"""How fast adapters come from host memory to pages, and what that costs those who wait and those who run.
+
+    python -m benchmarks.adapter_loading --shape llama-2-7b --ranks 64 --running 64
+
+Three questions, on random weights of a named shape:
+- the rate of making images on a worker (lay out, pin) and of copying them to pages;
+- the first token of a request whose adapter lies in host memory only, against one whose adapter lies in pages, on an
+  engine that does nothing else; the aim is at most 2 x bytes / 43 GB/s more;
+- the step time of running requests while adapters are copied all the time, against the same requests in peace, in
+  turns; the aim is 5 % more at p99.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.record import RESULTS, write_result
+from slora_jax import Engine, EngineConfig, Request, SamplingParams
+from slora_jax.adapters import random_adapter
+from slora_jax.loading import load_model
+
+HOST_TO_DEVICE = 43e9  # bytes a second from pinned memory, measured on an H200
+
+
+class StepTimes:
+    """Seconds between the ends of an engine's steps."""
+
+    def __init__(self, engine: Engine):
+        self.seconds: list[float] = []
+        self._last = 0.0
+        self._scheduler = engine._core.scheduler
+        self._complete = self._scheduler.complete
+        self._scheduler.complete = self._noted  # type: ignore[method-assign]
+
+    def _noted(self, *args: Any, **kw: Any) -> None:
+        now = time.perf_counter()
+        if self._last:
+            self.seconds.append(now - self._last)
+        self._last = now
+        self._complete(*args, **kw)
+
+    def during(self, work: Callable[[], object]) -> np.ndarray:
+        """Times of the steps that end while `work` runs."""
+        self.seconds = []
+        work()
+        return np.array(self.seconds)
+
+
+def evict(engine: Engine, names: Sequence[str]) -> None:
+    """Takes adapters out of their pages; they stay in host memory."""
+    digests = {row["name"]: row["digest"] for row in engine.list_adapters()}
+    pages = engine._core.scheduler.adapters
+    engine._loop.call(lambda: [pages.forget(digests[name]) for name in names])
+
+
+def measure_rates(engine: Engine, names: Sequence[str], repeats: int) -> dict[str, float]:
+    """Bytes a second of the two stages, each by itself."""
+    records = [engine._registry.get(name) for name in names]
+    runner, loader = engine._core.runner, engine._core.tiers.loader
+    began = time.perf_counter()
+    made = [runner.images.make(record.contents) for record in records]  # type: ignore[arg-type]
+    seconds = time.perf_counter() - began
+    nbytes = sum(image.nbytes for image in made)
+    images = [image for record in records if (image := loader.image(record)) is not None]
+
+    def copy() -> float:
+        began = time.perf_counter()
+        for _ in range(repeats):
+            for image in images:
+                count = sum(chunk.shape[0] for chunk in image.chunks)
+                nowhere = [runner.num_pages] * count  # past the end: the copy is made and the write is dropped
+                runner.write_adapter(image, nowhere, 0, count)
+        jax.block_until_ready(runner.state)
+        return time.perf_counter() - began
+
+    engine._loop.call(copy)  # compiles
+    copied = repeats * sum(image.nbytes for image in images)
+    return dict(
+        make_bytes_per_second=nbytes / seconds,
+        copy_bytes_per_second=copied / engine._loop.call(copy),
+    )
+
+
+def first_token(engine: Engine, name: str, prompt: list[int]) -> float:
+    params = SamplingParams(max_tokens=1, ignore_eos=True)
+    output = engine.generate([Request(None, name, params, prompt)])[0]
+    assert output.finish_reason == "length" and output.timings.ttft is not None, output
+    return output.timings.ttft
+
+
+def measure_first_token(engine: Engine, names: Sequence[str], prompt: list[int], repeats: int) -> dict[str, float]:
+    """Seconds to the first token, cold (host memory) and warm (pages), medians."""
+    cold, warm = [], []
+    for i in range(repeats):
+        name = names[i % len(names)]
+        evict(engine, [name])
+        cold.append(first_token(engine, name, prompt))
+        warm.append(first_token(engine, name, prompt))
+    nbytes = engine._images.nbytes(engine._registry.get(names[0]).shape)
+    more = statistics.median(cold) - statistics.median(warm)
+    return dict(
+        adapter_bytes=nbytes,
+        cold_seconds=statistics.median(cold),
+        warm_seconds=statistics.median(warm),
+        more_seconds=more,
+        allowed_seconds=2 * nbytes / HOST_TO_DEVICE,
+        share_of_allowed=more / (2 * nbytes / HOST_TO_DEVICE),
+    )
+
+
+def measure_steps(
+    engine: Engine, names: Sequence[str], prompts: list[list[int]], max_tokens: int, seconds: float, rounds: int
+) -> dict[str, Any]:
+    """Step times of running requests, in peace and while adapters are copied, in turns."""
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    streams = [engine.stream(Request(None, None, params, prompt)) for prompt in prompts]
+    for stream in streams:
+        next(stream)
+    times = StepTimes(engine)
+    tiers = engine._core.tiers
+    loaded = 0.0
+
+    def load() -> None:
+        nonlocal loaded
+        before, end = tiers.page_loads, time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            evict(engine, names)
+            done = tiers.page_loads
+            for name in names:
+                engine.prefetch_adapter(name)
+            while tiers.page_loads < done + len(names) and time.perf_counter() < end:
+                time.sleep(0.0005)
+        loaded += tiers.page_loads - before
+
+    quiet, busy = [], []
+    for _ in range(rounds):
+        quiet.append(times.during(lambda: time.sleep(seconds)))
+        busy.append(times.during(load))
+    still = len(engine.list_requests())
+    for stream in streams:
+        stream.close()
+    assert still == len(streams), "the running requests ended before the measurement; give a larger --max-tokens"
+    peace, loading = np.concatenate(quiet), np.concatenate(busy)
+    nbytes = engine._images.nbytes(engine._registry.get(names[0]).shape)
+    result: dict[str, Any] = dict(steps_quiet=len(peace), steps_loading=len(loading), adapters_loaded=loaded)
+    for q in (50, 99):
+        a, b = float(np.percentile(peace, q)), float(np.percentile(loading, q))
+        result |= {f"p{q}_quiet_seconds": a, f"p{q}_loading_seconds": b, f"p{q}_growth": b / a - 1}
+    result["loaded_bytes_per_second"] = loaded * nbytes / (seconds * rounds)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llama-2-7b", help="named shape of the base model")
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--targets", default="q,k,v,o")
+    parser.add_argument("--adapters", type=int, default=8)
+    parser.add_argument("--running", type=int, default=64, help="requests that run while adapters are copied")
+    parser.add_argument("--context", type=int, default=512, help="tokens of their prompts")
+    parser.add_argument("--max-tokens", type=int, default=1500, help="of their answers; they must outlast it all")
+    parser.add_argument("--max-step-tokens", type=int, default=2048)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each quiet and each loading part")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--chunk-mib", type=float, default=16)
+    parser.add_argument("--step-mib", type=float, default=128)
+    parser.add_argument("--dtype", default=None)
+    parser.add_argument("--page-pool-bytes", type=int, default=None)
+    parser.add_argument("--json", type=Path, default=RESULTS / "adapter_loading.json")
+    args = parser.parse_args(argv)
+    model = load_model(f"random:{args.shape}", dtype=args.dtype or "bfloat16")
+    dtype = model.params["embed"].dtype
+    targets = args.targets.split(",")
+    adapters = {
+        f"adapter-{i}": random_adapter(model.config, args.rank, targets, seed=i, dtype=dtype)
+        for i in range(args.adapters)
+    }
+    settings = EngineConfig(
+        dtype=args.dtype or "bfloat16",
+        max_seqs=args.running + 1,
+        max_step_tokens=args.max_step_tokens,
+        seq_buckets=(args.running + 1,),
+        token_buckets=(args.max_step_tokens,),
+        max_model_len=args.context + args.max_tokens,
+        prefix_caching=False,  # the same prompt again must be computed again
+        adapter_chunk_bytes=int(args.chunk_mib * 2**20),
+        adapter_step_bytes=int(args.step_mib * 2**20),
+        page_pool_bytes=args.page_pool_bytes,
+        progress=True,
+    )
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, model.config.vocab_size, args.context).tolist() for _ in range(args.running)]
+    names = list(adapters)
+    with Engine(model, settings, adapters) as engine:
+        for adapters_too in (False, True):
+            engine.warm_up(adapters=adapters_too)
+        for name in names:
+            engine.prefetch_adapter(name).result()
+        first_token(engine, names[0], prompts[0])
+        result = dict(
+            shape=args.shape,
+            rank=args.rank,
+            targets=args.targets,
+            chunk_bytes=settings.adapter_chunk_bytes,
+            step_bytes=settings.adapter_step_bytes,
+            running=args.running,
+            context=args.context,
+            rates=measure_rates(engine, names, args.repeats),
+            first_token=measure_first_token(engine, names, prompts[0][:64], args.repeats),
+            steps=measure_steps(engine, names, prompts, args.max_tokens, args.seconds, args.rounds),
+        )
+        result["tiers"] = engine.stats()["adapter_tiers"]
+        engine.check_integrity()
+    write_result(args.json, result)
+    for key, value in result.items():
+        print(f"{key:14} {value}")
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""The adapters' benchmarks run on a tiny model and write what they measured."""
+
+import json
+
+from benchmarks import adapter_loading, register_adapters, soak
+
+
+def test_adapter_loading(tmp_path):
+    out = tmp_path / "loading.json"
+    arguments = "--shape tiny-gqa --dtype float32 --rank 8 --adapters 2 --running 2 --context 8".split()
+    arguments += "--max-tokens 400 --max-step-tokens 64 --seconds 0.15 --rounds 1 --repeats 2".split()
+    arguments += ["--page-pool-bytes", "4000000"]
+    arguments += ["--json", str(out)]
+    result = adapter_loading.main(arguments)
+    assert result["rates"]["copy_bytes_per_second"] > 0 and result["rates"]["make_bytes_per_second"] > 0
+    first = result["first_token"]
+    assert first["cold_seconds"] > 0 and first["allowed_seconds"] == 2 * first["adapter_bytes"] / 43e9
+    assert result["steps"]["steps_quiet"] > 0 and result["steps"]["adapters_loaded"] > 0
+    assert json.loads(out.read_text())["rank"] == 8
+
+
+def test_soak(tmp_path):
+    arguments = ["--minutes", "0.1", "--rate", "60", "--max-seqs", "8", "--max-step-tokens", "64"]
+    result = soak.main([*arguments, "--json", str(tmp_path / "soak.json")])
+    assert result["wrong"] == {} and result["leaked_pages"] == result["host_bytes_left"] == 0
+    assert result["finished"] > 0 and result["actions"]["add"] > 0
+
+
+def test_register_adapters(tmp_path):
+    register_adapters.make_directories(tmp_path, 20, "tiny-gqa", 4, ["q", "v"])
+    registry, seconds, _ = register_adapters.register(tmp_path, "tiny-gqa")
+    assert len(registry) == 20 and seconds > 0
+    assert registry.get("adapter-19").digest is None
+    assert len(registry.shapes()) == 1
