@@ -124,6 +124,7 @@ def test_systems_answer_as_the_engine_does(system):
     assert answers[0] == answers[1]
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_peft_serves_the_same_trace(capsys, tmp_path):
     for name in ("torch", "peft"):
         pytest.importorskip(name)
