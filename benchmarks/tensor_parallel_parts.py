@@ -22,6 +22,7 @@ from pallas_kernels import Implementation
 from pallas_kernels.geometry import PAGE_TOKENS, ceil_div
 from sharding import Layout
 from slora_jax import Engine, EngineConfig, Request, SamplingParams
+from slora_jax.adapter_pages import adapter_owner
 from slora_jax.adapters import Adapter, random_adapter
 from slora_jax.adapters.shards import shard_adapter
 from slora_jax.batch import Batch, State
@@ -34,7 +35,7 @@ from slora_jax.page_pool import PagePool
 from slora_jax.parallel import Parallel
 from slora_jax.placement import adapter_pages
 from slora_jax.sampling_batch import build_sampling
-from slora_jax.scheduler import Chunk, adapter_owner, sequence_owner
+from slora_jax.scheduler import Chunk, sequence_owner
 from slora_jax.sequence import AdapterUse
 from slora_jax.sequence import Sequence as Seq
 from slora_jax.step import make_batch_step

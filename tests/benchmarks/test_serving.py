@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 
 from benchmarks.serving.baselines import one_hot, ragged_dot
-from benchmarks.serving.baselines.split_pool import SplitPool
+from benchmarks.serving.baselines.split_pool import SplitPool, adapter_owner
 from benchmarks.serving.probe import draw
 from benchmarks.serving.session import Session
 from slora_jax.cli import main
 from slora_jax.cli.parser import parse_arguments
 from slora_jax.errors import SloraError
-from slora_jax.scheduler import adapter_owner
 from slora_jax.shapes import named_shape
 from slora_jax.traces import Setting, TraceRequest, burst, synthetic_trace
 from slora_jax.twin import Simulation, StepLog, ideal_cost, simulate

@@ -8,6 +8,7 @@ loads take twice the transfers they need, so compare it with --adapters of at mo
 import argparse
 from collections.abc import Callable, Mapping
 import contextlib
+import dataclasses
 from typing import Any
 from unittest import mock
 
@@ -20,10 +21,10 @@ from benchmarks.serving.session import Session
 from benchmarks.serving.workloads import OpenSession
 from pallas_kernels.geometry import GROUPS, MODULES
 from slora_jax import Adapter, Engine, EngineConfig, step
+from slora_jax.adapter_pages import adapter_owner
 from slora_jax.loading import LoadedModel
 from slora_jax.model import Llama
 from slora_jax.model_config import ModelConfig
-from slora_jax.scheduler import adapter_owner
 from slora_jax.traces import Setting
 
 Delta = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -81,7 +82,7 @@ class DenseStore:
 
         def watched(*args, **kwargs):
             plan = schedule(*args, **kwargs)
-            for digest in dict.fromkeys(getattr(load, "adapter", load).digest for load in plan.loads):
+            for digest in dict.fromkeys(load.adapter.digest for load in plan.loads):
                 self._load(digest, scheduler.pool.pages(adapter_owner(digest))[0])
             return plan
 
@@ -106,6 +107,8 @@ def open_dense(args: argparse.Namespace, setting: Setting, delta: Delta) -> Open
 
     def make(model: LoadedModel, config: EngineConfig, adapters: Mapping[str, Adapter], stack: contextlib.ExitStack):
         stack.enter_context(mock.patch.object(step, "Llama", dense_llama(delta)))
+        # the engine knows its programs on disk by their settings and shapes, which are those of another model
+        config = dataclasses.replace(config, compile_cache_dir="")
         engine = split_engine(model, config, adapters, slots=args.slots, slot_pages=1)
         DenseStore(engine, adapters)
         return engine

@@ -2,9 +2,9 @@
 
 from collections.abc import Hashable, Sequence
 
+from slora_jax.adapter_pages import adapter_owner
 from slora_jax.page_pool import PagePool
 from slora_jax.policies import Quotas
-from slora_jax.scheduler import adapter_owner
 from slora_jax.sequence import Sequence as Seq
 
 _REGION: Hashable = ("adapter", "slots")  # owner of the pages that are set aside
