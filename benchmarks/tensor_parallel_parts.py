@@ -22,6 +22,7 @@ from pallas_kernels import Implementation
 from pallas_kernels.geometry import PAGE_TOKENS, ceil_div
 from sharding import Layout
 from slora_jax import Engine, EngineConfig, Request, SamplingParams
+from slora_jax.adapter_pages import adapter_owner
 from slora_jax.adapters import Adapter, random_adapter
 from slora_jax.adapters.shards import shard_adapter
 from slora_jax.batch import Batch, State
@@ -34,8 +35,8 @@ from slora_jax.page_pool import PagePool
 from slora_jax.parallel import Parallel
 from slora_jax.placement import adapter_pages
 from slora_jax.sampling_batch import build_sampling
-from slora_jax.scheduler import Chunk, adapter_owner, sequence_owner
-from slora_jax.sequence import AdapterUse
+from slora_jax.scheduler import sequence_owner
+from slora_jax.sequence import AdapterUse, Chunk
 from slora_jax.sequence import Sequence as Seq
 from slora_jax.step import make_batch_step
 from slora_jax.traces import Setting, synthetic_trace
@@ -50,7 +51,10 @@ def clones(config: ModelConfig, setting: Setting, count: int, dtype: Any) -> dic
         for rank in dict.fromkeys(setting.ranks[:count])
     }
     ranks = [setting.ranks[i % len(setting.ranks)] for i in range(count)]
-    return {f"adapter-{i}": dataclasses.replace(made[r], digest=f"{i:064x}") for i, r in enumerate(ranks)}
+    return {
+        f"adapter-{i}": dataclasses.replace(made[r], digest=f"{i:064x}", weights_digest=f"{i:064x}")
+        for i, r in enumerate(ranks)
+    }
 
 
 def seconds_per_call(call: Callable[[], Any], spend: float) -> float:
