@@ -35,8 +35,8 @@ from slora_jax.page_pool import PagePool
 from slora_jax.parallel import Parallel
 from slora_jax.placement import adapter_pages
 from slora_jax.sampling_batch import build_sampling
-from slora_jax.scheduler import Chunk, sequence_owner
-from slora_jax.sequence import AdapterUse
+from slora_jax.scheduler import sequence_owner
+from slora_jax.sequence import AdapterUse, Chunk
 from slora_jax.sequence import Sequence as Seq
 from slora_jax.step import make_batch_step
 from slora_jax.traces import Setting, synthetic_trace
@@ -51,7 +51,10 @@ def clones(config: ModelConfig, setting: Setting, count: int, dtype: Any) -> dic
         for rank in dict.fromkeys(setting.ranks[:count])
     }
     ranks = [setting.ranks[i % len(setting.ranks)] for i in range(count)]
-    return {f"adapter-{i}": dataclasses.replace(made[r], digest=f"{i:064x}") for i, r in enumerate(ranks)}
+    return {
+        f"adapter-{i}": dataclasses.replace(made[r], digest=f"{i:064x}", weights_digest=f"{i:064x}")
+        for i, r in enumerate(ranks)
+    }
 
 
 def seconds_per_call(call: Callable[[], Any], spend: float) -> float:

@@ -30,6 +30,8 @@ HEARTBEAT = 1.0
 SILENCE = 30.0
 """Seconds without one after which a process counts as dead, for hosts that fall off the network."""
 
+_PATIENCE = 24 * 3600  # a process that dies meanwhile is noticed otherwise
+
 _LENGTH = struct.Struct("!Q")
 _KEY = "slora-jax/processes"
 _CLOSE = b"close"
@@ -51,6 +53,7 @@ class Processes:
         self._on_loss = on_loss
         self._locks = {peer: threading.Lock() for peer in sockets}
         self._sent = SentBuffers()
+        self._meetings = 0
         self._known: list[bytes] = []
         self._commands: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._closed = threading.Event()
@@ -71,6 +74,15 @@ class Processes:
     def receive(self) -> Any:
         """The next object that process 0 sent, or None after it has closed."""
         return self._commands.get()
+
+    def meet(self) -> None:
+        """Waits until all processes are here, however long one of them loads or compiles before. Some collectives
+        give up after half a minute (Gloo's on CPUs), so call it in front of a first one.
+        """
+        self._meetings += 1
+        client = distributed.global_state.client
+        assert client is not None, "join has used it"
+        client.wait_at_barrier(f"{_KEY}/{self._meetings}", _PATIENCE * 1000)
 
     def close(self) -> None:
         """Says goodbye. The other processes' `receive` returns None."""

@@ -62,6 +62,7 @@ def make_runner(**options) -> Runner:
     if jax.process_count() == 1:
         return Runner(**options)
     processes = join()
+    processes.meet()
     options["num_pages"] = int(multihost_utils.process_allgather(np.int32(options["num_pages"])).min())
     if processes.index == 0:
         return LeaderRunner(processes, **options)

@@ -23,6 +23,7 @@ from sharding import (
     Shards,
     SplitVocabulary,
     choose_layout,
+    join,
     make_mesh,
     measure_latency,
     partition,
@@ -95,6 +96,8 @@ def choose_parallel(
             )
         if settings.lora_layout != "auto":
             return make_parallel(config, mesh, settings.lora_layout)
+        if jax.process_count() > 1:
+            join().meet()
         lora = choose_layout(
             config.geometry,
             devices=settings.tensor_parallel,

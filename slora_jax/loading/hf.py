@@ -1,6 +1,7 @@
 """Hugging Face models: config.json, safetensors files and the download from the hub. Nothing is ever unpickled."""
 
 from collections.abc import Mapping
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from slora_jax.errors import ModelError
-from slora_jax.loading.params import Checkpoint
+from slora_jax.loading.pieces import Checkpoint
 from slora_jax.loading.source import safetensors_files
 
 INDEX = "model.safetensors.index.json"
@@ -68,11 +69,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file} is damaged or not a safetensors file: {_one_line(error)}") from None
 
-    def read(name: str) -> np.ndarray:
-        with safe_open(where[name], framework="numpy") as opened:
-            return opened.get_tensor(name)
+    @functools.cache  # a header of thousands of tensors takes long to read
+    def kept_open(file: Path) -> Any:
+        return safe_open(file, framework="numpy")
 
-    return Checkpoint(source=str(path), shapes=shapes, read=read)
+    def read(name: str) -> np.ndarray:
+        return kept_open(where[name]).get_tensor(name)
+
+    def read_slice(name: str, axis: int, start: int, stop: int) -> np.ndarray:
+        return kept_open(where[name]).get_slice(name)[(*[slice(None)] * axis, slice(start, stop))]
+
+    return Checkpoint(source=str(path), shapes=shapes, read=read, read_slice=read_slice)
 
 
 def download(name: str, *, weights: bool = True) -> Path:

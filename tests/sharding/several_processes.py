@@ -12,7 +12,7 @@ from slora_jax import Engine, EngineConfig, Request, SamplingParams
 from slora_jax.adapters import random_adapter
 from slora_jax.loading import load_config
 
-MODEL = "random:tiny-gqa"
+SHAPE = "random:tiny-gqa"
 
 
 def settings(devices: int) -> EngineConfig:
@@ -31,7 +31,7 @@ def settings(devices: int) -> EngineConfig:
 
 def answers(engine: Engine) -> list[list[int]]:
     """Base model and two adapters, one of which is registered only now; greedy and drawn; then a second round."""
-    config = load_config(MODEL)
+    config = load_config(SHAPE)
     engine.add_adapter("late", random_adapter(config, 16, seed=2, scale=0.5))
     params = [
         SamplingParams(max_tokens=6, ignore_eos=True),
@@ -43,9 +43,13 @@ def answers(engine: Engine) -> list[list[int]]:
     return [output.token_ids for _ in range(2) for output in engine.generate(asked)]
 
 
-def main(out: str, mode: str) -> None:
-    adapters = {"a": random_adapter(load_config(MODEL), 12, seed=1, scale=0.5)}
-    with Engine.from_pretrained(MODEL, settings(jax.device_count()), adapters) as engine:
+def make_engine(model: str, devices: int) -> Engine:
+    adapters = {"a": random_adapter(load_config(SHAPE), 12, seed=1, scale=0.5)}
+    return Engine.from_pretrained(model, settings(devices), adapters)
+
+
+def main(out: str, model: str, mode: str) -> None:
+    with make_engine(model, jax.device_count()) as engine:
         assert jax.process_index() == 0, "the others never come here"
         tokens = answers(engine)
         Path(out).write_text(json.dumps(tokens))

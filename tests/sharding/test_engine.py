@@ -1,5 +1,6 @@
 """The engine on several devices: the tokens of one device, whatever adapters do."""
 
+from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 
 import jax
@@ -7,7 +8,7 @@ from jax.sharding import NamedSharding
 import numpy as np
 import pytest
 
-from slora_jax import Engine, EngineConfig, Request, SamplingParams, SloraError
+from slora_jax import AdapterError, Engine, EngineConfig, Request, SamplingParams, SloraError
 from slora_jax.adapters import random_adapter
 from slora_jax.loading import load_model
 from slora_jax.memory import page_bytes
@@ -91,3 +92,37 @@ def test_too_few_devices():
     config = dataclasses.replace(engine_config(10, 1, "auto"), tensor_parallel=len(jax.devices()) + 1)
     with pytest.raises(SloraError, match="tensor_parallel .* is not possible: .* devices were asked for"):
         Engine.from_pretrained("random:tiny-gqa", config)
+
+
+def shared_prefix(count, tokens):
+    """Requests of one prompt of 40 tokens and an end of their own, every other one with adapter a0."""
+    rng = np.random.default_rng(1)
+    start = rng.integers(0, 256, 40).tolist()
+    params = dataclasses.replace(GREEDY, max_tokens=tokens)
+    return [Request(None, ("a0", None)[i % 2], params, [*start, i]) for i in range(count)]
+
+
+def test_everything_at_once(adapters):
+    """Adapters come, are replaced and go while requests run that share a prefix and preempt each other."""
+    asked = shared_prefix(8, 40)
+    late = Request(None, "late", GREEDY, [1, 2, 3])
+    with Engine.from_pretrained("random:tiny-gqa", engine_config(400, 1, "auto"), adapters) as engine:
+        wanted = [o.token_ids for o in engine.generate(asked)]
+        before, after = (
+            engine.generate([dataclasses.replace(late, adapter=name)])[0].token_ids for name in ("a3", "a1")
+        )
+    with Engine.from_pretrained("random:tiny-gqa", engine_config(31, 4, "s-lora"), {"a0": adapters["a0"]}) as engine:
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(engine.generate, asked)
+            engine.add_adapter("late", adapters["a3"])
+            assert engine.generate([late])[0].token_ids == before
+            engine.add_adapter("late", adapters["a1"])
+            assert engine.generate([late])[0].token_ids == after
+            engine.remove_adapter("late")
+            with pytest.raises(AdapterError, match="late"):
+                engine.generate([late])
+            assert [o.token_ids for o in running.result(300)] == wanted
+        engine.check_integrity()
+        stats = engine.stats()
+        assert stats["preemptions"] > 0 and stats["prefix_cache"]["hit_tokens"] > 0, stats
+        assert not any(a["name"] == "late" for a in engine.list_adapters())

@@ -11,14 +11,13 @@ import subprocess
 import sys
 import time
 
+from hf_files import hf_tensors, write_model
 import numpy as np
 import pytest
 
 from sharding.launch import connection, leader_worker_set, parser
 from sharding.processes import Processes, SentBuffers, decode
-from slora_jax import Engine
-from slora_jax.adapters import random_adapter
-from slora_jax.loading import load_config
+from slora_jax.loading import load_model, save_orbax
 
 sys.path.insert(0, str(Path(__file__).parent))
 import several_processes  # noqa: E402
@@ -54,20 +53,33 @@ def logs(out) -> list[str]:
     return [Path(f"{out}.{i}.log").read_text() for i in range(2)]
 
 
-def test_the_tokens_are_those_of_one_device(tmp_path):
+@pytest.fixture(scope="module")
+def wanted():
+    """Answers of one device. All three sources hold the same weights."""
+    with several_processes.make_engine(several_processes.SHAPE, 1) as engine:
+        return several_processes.answers(engine)
+
+
+def test_the_tokens_are_those_of_one_device(tmp_path, wanted):
+    """From an Orbax directory, of which each process restores its part."""
     out = tmp_path / "tokens.json"
-    with two_processes(out, "once") as processes:
+    model = load_model(several_processes.SHAPE, dtype="float32")
+    path = save_orbax(tmp_path / "model", model.config, model.params)
+    with two_processes(out, path, "once") as processes:
         codes = [process.wait(START_SECONDS) for process in processes]
         assert codes == [0, 0], logs(out)
-    adapters = {"a": random_adapter(load_config(several_processes.MODEL), 12, seed=1, scale=0.5)}
-    with Engine.from_pretrained(several_processes.MODEL, several_processes.settings(1), adapters) as engine:
-        assert json.loads(out.read_text()) == several_processes.answers(engine)
+    assert json.loads(out.read_text()) == wanted
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_when_one_is_killed_the_other_ends_and_says_why(tmp_path, killed):
+def test_when_one_is_killed_the_other_ends_and_says_why(tmp_path, killed, wanted):
+    """Process 1 while the model came from safetensors."""
     out = tmp_path / "tokens.json"
-    with two_processes(out, "wait") as processes:
+    source = several_processes.SHAPE
+    if killed:
+        model, source = load_model(source, dtype="float32"), tmp_path / "model"
+        write_model(source, "tiny-gqa", tensors=hf_tensors(model.config, model.params))
+    with two_processes(out, source, "wait") as processes:
         deadline = time.monotonic() + START_SECONDS
         while not out.exists():
             assert time.monotonic() < deadline and all(p.poll() is None for p in processes), logs(out)
@@ -76,6 +88,7 @@ def test_when_one_is_killed_the_other_ends_and_says_why(tmp_path, killed):
         code = processes[1 - killed].wait(END_SECONDS)
     assert code not in (0, None)
     assert f"process {killed} has ended" in logs(out)[1 - killed]
+    assert json.loads(out.read_text()) == wanted
 
 
 @contextlib.contextmanager
