@@ -5,7 +5,7 @@
 Starts `slora-jax serve MODEL --adapters DIR` with random adapters, and is itself the outside load generator: so many
 streams at the same time, each asking again when it is answered. Every answer's token ids are held against the same
 request's answer when it was alone; /health is asked all the while; the server's memory is watched. Then the same
-requests go through Engine.generate in a process of its own. Needs aiohttp.
+requests go through Engine.generate in a process of its own. Needs aiohttp (extra dev).
 
 Where kernels are not batch-invariant an answer may differ from its solo run in a late token; it is lost if it is cut
 short or never comes, and mixed up if it is the solo answer to another request.
