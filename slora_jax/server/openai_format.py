@@ -21,11 +21,13 @@ class _Format:
     kind: str
     chunk_kind: str
 
-    def __init__(self, response_id: str, model: str, texts: TokenTexts):
+    def __init__(self, response_id: str, model: str, texts: TokenTexts, token_ids: bool):
+        """token_ids: each choice has the ids of its tokens, as vLLM's return_token_ids asks."""
         self._id = response_id
         self._model = model
         self._created = int(time.time())
         self._texts = texts
+        self._token_ids = token_ids
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]], digest: str | None) -> dict[str, Any]:
         return {
@@ -46,8 +48,8 @@ class ChatFormat(_Format):
 
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, response_id: str, model: str, texts: TokenTexts, tools: Tools | None):
-        super().__init__(response_id, model, texts)
+    def __init__(self, response_id: str, model: str, texts: TokenTexts, token_ids: bool, tools: Tools | None):
+        super().__init__(response_id, model, texts, token_ids)
         self._tools = tools
         self._parsers: dict[int, ToolParser] = {}  # by index of the choice
         self._calls: dict[int, int] = {}  # how many each choice has made
@@ -61,6 +63,7 @@ class ChatFormat(_Format):
                 "finish_reason": self._reason(c.index, c.finish_reason),
                 "stop_reason": c.stop_reason,
             }
+            | ({"token_ids": c.token_ids} if self._token_ids else {})
             for c in output.completions
         ]
         return self._envelope(self.kind, choices, output.adapter_digest) | {"usage": usage([output])}
@@ -96,7 +99,7 @@ class ChatFormat(_Format):
     def chunk(self, delta: Delta, output: RequestOutput) -> dict[str, Any] | None:
         """None where there is nothing to say yet."""
         added = self._said(delta.index, delta.text, delta.finish_reason is not None, True)
-        if not added and not delta.logprobs and delta.finish_reason is None:
+        if not (added or delta.logprobs or delta.finish_reason or self._token_ids):
             return None
         choice = {
             "index": delta.index,
@@ -104,6 +107,8 @@ class ChatFormat(_Format):
             "logprobs": None if delta.logprobs is None else chat_logprobs(delta.logprobs, self._texts),
             "finish_reason": self._reason(delta.index, delta.finish_reason),
         }
+        if self._token_ids:
+            choice["token_ids"] = list(delta.token_ids)
         if delta.finish_reason is not None:
             choice["stop_reason"] = output.completions[delta.index].stop_reason
         return self._envelope(self.chunk_kind, [choice], output.adapter_digest)
@@ -118,9 +123,16 @@ class CompletionFormat(_Format):
     kind = chunk_kind = "text_completion"
 
     def __init__(
-        self, response_id: str, model: str, texts: TokenTexts, n: int, echoed: Sequence[str] | None, score_only: bool
+        self,
+        response_id: str,
+        model: str,
+        texts: TokenTexts,
+        token_ids: bool,
+        n: int,
+        echoed: Sequence[str] | None,
+        score_only: bool,
     ):
-        super().__init__(response_id, model, texts)
+        super().__init__(response_id, model, texts, token_ids)
         self._n = n
         self._echoed = echoed
         self._score_only = score_only
@@ -136,13 +148,17 @@ class CompletionFormat(_Format):
         envelope = self._envelope(self.kind, choices, outputs[0].adapter_digest)
         return envelope | {"usage": usage(outputs, self._score_only)}
 
-    def chunk(self, prompt: int, delta: Delta, output: RequestOutput) -> dict[str, Any]:
+    def chunk(self, prompt: int, delta: Delta, output: RequestOutput) -> dict[str, Any] | None:
+        """None where there is nothing to say yet."""
+        if not (delta.text or delta.logprobs or delta.finish_reason or self._token_ids):
+            return None
         return self._envelope(self.chunk_kind, [self._choice(prompt, delta, output)], output.adapter_digest)
 
     def _choice(self, prompt: int, delta: Delta, output: RequestOutput) -> dict[str, Any]:
         """What a delta adds to its choice; the prompt comes with the first."""
         index = prompt * self._n + delta.index
         text, tokens, entries = delta.text, list(delta.token_ids), delta.logprobs
+        made = [] if self._score_only else tokens
         if self._score_only:
             text, tokens, entries = "", [], None if entries is None else []
         shown: list[TokenLogprob | None] | None = None if entries is None else list(entries)
@@ -153,6 +169,8 @@ class CompletionFormat(_Format):
                 tokens = [*output.prompt_token_ids, *tokens]
         self._begun.add(index)
         choice: dict[str, Any] = {"index": index, "text": text, "logprobs": None, "finish_reason": delta.finish_reason}
+        if self._token_ids:
+            choice["token_ids"] = made
         if shown is not None:
             writer = self._logprobs.setdefault(index, CompletionLogprobs(self._texts))
             choice["logprobs"] = writer(shown, tokens)

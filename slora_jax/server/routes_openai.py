@@ -36,7 +36,7 @@ async def chat_completions(body: ChatBody, request: Request, service: ServiceDep
         form_param = "tools" if tools.structured else form_param
     answers = Answers(service, tenant, adapter, request, "chatcmpl")
     texts = TokenTexts(service.engine.model.tokenizer, body.return_tokens_as_token_ids)
-    written = ChatFormat(answers.id, body.model, texts, tools)
+    written = ChatFormat(answers.id, body.model, texts, body.return_token_ids, tools)
 
     async def whole() -> dict[str, Any]:
         async with answers:
@@ -74,7 +74,7 @@ async def completions(body: CompletionBody, request: Request, service: ServiceDe
         echoed = [p if isinstance(p, str) else tokenizer.decode(ids) if tokenizer else "" for p, ids in given]
     answers = Answers(service, tenant, adapter, request, "cmpl")
     texts = TokenTexts(tokenizer, body.return_tokens_as_token_ids)
-    written = CompletionFormat(answers.id, body.model, texts, params.n, echoed, score_only)
+    written = CompletionFormat(answers.id, body.model, texts, body.return_token_ids, params.n, echoed, score_only)
 
     async def whole() -> dict[str, Any]:
         async with answers:
@@ -83,8 +83,8 @@ async def completions(body: CompletionBody, request: Request, service: ServiceDe
 
     async def pieces() -> AsyncGenerator[bytes]:
         async for index, delta in answers:
-            if delta.text or delta.logprobs or delta.finish_reason:
-                yield event(_no_usage(body, written.chunk(index, delta, answers.outputs[index])))
+            if chunk := written.chunk(index, delta, answers.outputs[index]):
+                yield event(_no_usage(body, chunk))
         if body.stream_options and body.stream_options.include_usage:
             yield event(written.usage_chunk(answers.outputs, score_only))
         yield event("[DONE]")

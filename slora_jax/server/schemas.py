@@ -71,6 +71,7 @@ class SamplingFields(Body):
     n: int | None = None
     presence_penalty: float | None = None
     repetition_penalty: float | None = None
+    return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
     seed: int | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None

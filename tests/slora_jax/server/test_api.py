@@ -31,6 +31,8 @@ def joined(chunks: list[dict]) -> dict[int, dict]:
             one = whole.setdefault(choice["index"], {"text": "", "logprobs": None, "finish_reason": None})
             one["text"] += choice["text"]
             one["finish_reason"] = choice["finish_reason"] or one["finish_reason"]
+            if "token_ids" in choice:
+                one["token_ids"] = one.get("token_ids", []) + choice["token_ids"]
             if choice["logprobs"]:
                 one["logprobs"] = one["logprobs"] or {key: [] for key in choice["logprobs"]}
                 for key, values in choice["logprobs"].items():
@@ -66,6 +68,8 @@ def test_a_completion_is_what_the_engine_generates(serving, engine):
         {"prompt": "hello", "max_tokens": 30, "logit_bias": {"65": 100}, "stop": "AAAA"},
         {"prompt": "hello", "max_tokens": 30, "frequency_penalty": 1.5, "presence_penalty": 0.5, "top_p": 0.9},
         {"prompt": "hello", "max_tokens": 3, "logprobs": 1, "return_tokens_as_token_ids": True},
+        {"prompt": "hello", "max_tokens": 20, "return_token_ids": True, "n": 2},
+        {"prompt": "score me", "max_tokens": 0, "echo": True, "logprobs": 0, "return_token_ids": True},
     ],
 )
 def test_a_stream_says_what_the_whole_says(serving, body):
@@ -82,7 +86,11 @@ def test_a_stream_says_what_the_whole_says(serving, body):
         streamed = joined(chunks)
         assert len(streamed) == len(whole["choices"])
         for choice in whole["choices"]:
-            assert streamed[choice["index"]] == {key: choice[key] for key in ("text", "logprobs", "finish_reason")}
+            assert streamed[choice["index"]] == {
+                key: choice[key] for key in ("text", "logprobs", "finish_reason", "token_ids") if key in choice
+            }
+            if body.get("return_token_ids") and body["max_tokens"]:
+                assert len(choice["token_ids"]) == body["max_tokens"]
 
     asyncio.run(main())
 
