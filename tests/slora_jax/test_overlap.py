@@ -93,10 +93,14 @@ def test_answers_are_those_of_one_step_after_another(specs, engines):
 
     def abort(delta):
         if delta.request_id in aborted and delta.finish_reason is None:
-            threading.Thread(target=on.abort, args=(delta.request_id,)).start()
+            aborts.append(threading.Thread(target=on.abort, args=(delta.request_id,)))
+            aborts[-1].start()
 
+    aborts: list[threading.Thread] = []
     for engine, sink in ((on, None), (off, None), (on, abort)):
         got = engine.generate(requests, on_delta=sink)
+        for thread in aborts:  # a late one would abort the next request of this name
+            thread.join()
         for a, b in zip(got, want, strict=True):
             if sink and a.finish_reason == "abort":
                 assert a.token_ids == b.token_ids[: len(a.token_ids)]
