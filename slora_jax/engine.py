@@ -24,7 +24,7 @@ from slora_jax.engine_loop import EngineLoop
 from slora_jax.errors import SloraError
 from slora_jax.jobs import Generation, Job, Sink
 from slora_jax.loading import LoadedModel, load_config, load_model
-from slora_jax.memory import check_weights_fit, num_weights
+from slora_jax.memory import check_weights_fit, num_weights, step_options
 from slora_jax.model_config import ModelConfig
 from slora_jax.page_loads import PageLoads
 from slora_jax.page_pool import PagePool
@@ -76,13 +76,11 @@ class Engine(EngineAdapters):
         self._registry = AdapterRegistry()
         for name, adapter in adapters.items():
             self._registry.add(name, adapter)
-        rank = settings.max_lora_rank or max((shape.max_rank for shape in shapes), default=8)
         runner = make_runner(
             model,
             settings,
             self.max_model_len,
-            rank,
-            self.parallel,
+            step_options(model.config, settings, shapes, self.parallel),
             adapters=bool(adapters) or settings.max_lora_rank is not None,
         )
         num_pages, buckets = runner.num_pages, runner.builder.buckets

@@ -58,7 +58,7 @@ class EngineAdapters:
         contents = read_contents(name, source, self._reader, self.model.config, lazy)
         shape = contents if isinstance(contents, Adapter) else contents.shape
         self._check_shape(name, shape)
-        self._loop.call(lambda: self._core.runner.require_rank(shape.max_rank))
+        self._loop.call(lambda: self._core.runner.require_adapters(shape.max_rank, shape.groups))
         record, old = self._registry.add(name, contents)
         if old is not None and old.identity != record.identity:
             self._loop.call(lambda: self._core.tiers.release(old))
@@ -78,9 +78,10 @@ class EngineAdapters:
         for name, files in found.items():
             if files.shape not in fits:
                 fits[files.shape] = _refusal(lambda: self._check_shape(name, files.shape))  # noqa: B023
-        ranks = [shape.max_rank for shape, reason in fits.items() if reason is None]
-        if ranks:
-            self._loop.call(lambda: self._core.runner.require_rank(max(ranks)))
+        if shapes := [shape for shape, reason in fits.items() if reason is None]:
+            rank = max(shape.max_rank for shape in shapes)
+            groups = frozenset().union(*(shape.groups for shape in shapes))
+            self._loop.call(lambda: self._core.runner.require_adapters(rank, groups))
         added = []
         for name, files in found.items():
             if (reason := fits[files.shape]) is not None:

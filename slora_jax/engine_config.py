@@ -45,7 +45,8 @@ class EngineConfig:
     page_pool_bytes: memory for KV cache and adapters; None takes what the GPU has free after the weights and the
         compiled steps' own need, or 1 GiB on a CPU.
     max_lora_rank: largest rank that steps are compiled for; None follows the registered adapters, so that registering
-        one of a higher rank than all before compiles the steps anew.
+        one of a higher rank than all before compiles the steps anew, as does the first that targets q, k or v, or o,
+        or gate or up, or down.
     policy: who goes first and who is given up: "fcfs", "cluster", "early-abort", "fair" or "priority"; see
         slora_jax/policies. policy_options: arguments of the policy's class, for instance {"ttft": 6.0}.
     adapter_quota: what each adapter may take; None is no limit. adapter_quotas: the same for single adapters, by name.

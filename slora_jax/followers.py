@@ -5,7 +5,7 @@ Programs on several processes must be started by all of them, in the same order 
 make the same call on a Runner of their own; see sharding/processes.py for how it travels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import jax
@@ -34,9 +34,9 @@ class LeaderRunner(Runner):
         self._send("reset")
         super().reset()
 
-    def require_rank(self, rank: int) -> bool:
-        self._send("require_rank", rank)
-        return super().require_rank(rank)
+    def require_adapters(self, rank: int, groups: Set[str]) -> bool:
+        self._send("require_adapters", rank, groups)
+        return super().require_adapters(rank, groups)
 
     def _write_chunk(self, page_ids: Sequence[int], chunk: jax.Array | np.ndarray) -> None:
         self._send("_write_chunk", list(page_ids), np.asarray(chunk))

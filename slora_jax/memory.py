@@ -1,5 +1,6 @@
 """How many pages the pool gets."""
 
+from collections.abc import Collection
 import math
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import jax
 from jax import numpy as jnp
 from jax.typing import DTypeLike
 
+from pallas_kernels import GROUPS
+from slora_jax.adapters import AdapterShape
 from slora_jax.batch_builder import BatchBuilder
 from slora_jax.buckets import Buckets
 from slora_jax.engine_config import ResolvedConfig
@@ -62,13 +65,7 @@ def check_weights_fit(config: ModelConfig, dtype: str, name: str, parallel: Para
 
 
 def choose_num_pages(
-    config: ModelConfig,
-    params: Params,
-    settings: ResolvedConfig,
-    buckets: Buckets,
-    max_model_len: int,
-    max_rank: int,
-    parallel: Parallel | None = None,
+    options: StepOptions, params: Params, settings: ResolvedConfig, buckets: Buckets, max_model_len: int
 ) -> int:
     """Pages that fit: as page_pool_bytes says, or all memory that the weights and the steps leave free.
 
@@ -79,7 +76,7 @@ def choose_num_pages(
 
     settings must be resolved. Raises CapacityError if not even one page fits.
     """
-    size = page_bytes(config, settings.dtype, parallel)
+    size = page_bytes(options.config, settings.dtype, options.parallel)
     if settings.page_pool_bytes is not None or device_memory() is None:
         budget = settings.page_pool_bytes or _CPU_POOL_BYTES
         if budget < size:
@@ -87,7 +84,6 @@ def choose_num_pages(
                 f"page_pool_bytes {budget} is less than one page of this model ({size} bytes); set it higher"
             )
         return budget // size
-    options = step_options(config, settings, max_rank, parallel)
     guess = fitting_pages(options, settings, buckets, 1 << 30)
     for _ in range(2):
         if guess < 1:
@@ -125,13 +121,25 @@ def fitting_pages(options: StepOptions, settings: ResolvedConfig, buckets: Bucke
 
 
 def step_options(
-    config: ModelConfig, settings: ResolvedConfig, max_rank: int, parallel: Parallel | None
+    config: ModelConfig,
+    settings: ResolvedConfig,
+    shapes: Collection[AdapterShape] = (),
+    parallel: Parallel | None = None,
 ) -> StepOptions:
-    """What the compiled steps of an engine have in common."""
+    """What the compiled steps of an engine have in common.
+
+    shapes: of the adapters that are known. They bound the rank, and groups of projections that none of them targets get
+    no LoRA launches. Where there are none, or settings.max_lora_rank announces others, steps take every group; in
+    deterministic mode as well, whose programs never change.
+    """
+    max_rank = settings.max_lora_rank or max((shape.max_rank for shape in shapes), default=8)
+    announced = settings.max_lora_rank is not None or settings.deterministic or not shapes
+    targeted = frozenset(GROUPS) if announced else frozenset().union(*(shape.groups for shape in shapes))
     return StepOptions(
         config=config,
         dtype=jnp.dtype(settings.dtype),
         max_rank=max(8, 1 << (max_rank - 1).bit_length()),
+        lora_groups=tuple(group for group in GROUPS if group in targeted),
         implementation=settings.implementation,
         loop=settings.loop,
         parallel=parallel,

@@ -13,7 +13,7 @@ from jax import numpy as jnp
 from jax.sharding import NamedSharding
 import numpy as np
 
-from pallas_kernels import Implementation
+from pallas_kernels import GROUPS, Implementation
 from sharding import LOGITS, WHOLE, ShardedTable
 from slora_jax.batch import Batch, Output, Sampling, State
 from slora_jax.batch_builder import BatchBuilder
@@ -34,6 +34,7 @@ class StepOptions:
     config: ModelConfig
     dtype: jnp.dtype
     max_rank: int
+    lora_groups: tuple[str, ...] = tuple(GROUPS)
     implementation: Implementation
     loop: Literal["unroll", "scan"]
     parallel: Parallel | None = None

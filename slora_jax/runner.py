@@ -1,6 +1,6 @@
 """The device side of the engine: parameters, page pool and compiled steps."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 import contextlib
 import dataclasses
 from pathlib import Path
@@ -10,6 +10,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
+from pallas_kernels import GROUPS
 from sharding import WHOLE, ShardedTable
 from slora_jax.adapter_rows import Table
 from slora_jax.batch import Batch, Output, Sampling
@@ -68,10 +69,9 @@ class Runner:
         self._write = jax.jit(make_write(self.parallel), donate_argnums=0)
         self._writers: dict[int, jax.stages.Compiled] = {}  # by pages
         self._cache_dir = cache_dir
-        self._options = dataclasses.replace(options, max_rank=0)
+        self._options = options
         self._compiles = 0  # of programs that were given up
-        self.programs: Programs
-        self.require_rank(options.max_rank)
+        self.programs = Programs(options, params, self.builder, cache_dir)
         self.state: Any = None
 
     def reset(self) -> None:
@@ -92,12 +92,19 @@ class Runner:
         """Programs that were compiled because a step needed them."""
         return self._compiles + self.programs.compiles
 
-    def require_rank(self, rank: int) -> bool:
-        """Makes the steps take adapters up to `rank`. True if that means they will be compiled anew."""
-        if rank <= self.max_rank:
+    def require_adapters(self, rank: int, groups: Set[str]) -> bool:
+        """Makes the steps take adapters up to `rank` that target modules of `groups`. True if that means they will be
+        compiled anew.
+        """
+        groups = groups | set(self._options.lora_groups)
+        if rank <= self.max_rank and len(groups) == len(self._options.lora_groups):
             return False
-        self._compiles += self.programs.compiles if self.max_rank else 0
-        self._options = dataclasses.replace(self._options, max_rank=max(8, 1 << (rank - 1).bit_length()))
+        self._compiles += self.programs.compiles
+        self._options = dataclasses.replace(
+            self._options,
+            max_rank=max(self.max_rank, 1 << (rank - 1).bit_length()),
+            lora_groups=tuple(group for group in GROUPS if group in groups),
+        )
         self.programs = Programs(self._options, self.params, self.builder, self._cache_dir)
         return True
 

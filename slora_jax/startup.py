@@ -9,8 +9,8 @@ from slora_jax.engine_config import ResolvedConfig
 from slora_jax.errors import CapacityError
 from slora_jax.followers import make_runner as make_leader
 from slora_jax.loading import LoadedModel
-from slora_jax.memory import choose_num_pages, device_memory, fitting_pages, step_options, steps_dir
-from slora_jax.parallel import Parallel
+from slora_jax.memory import choose_num_pages, device_memory, fitting_pages, steps_dir
+from slora_jax.programs import StepOptions
 from slora_jax.progress import progress_bar
 from slora_jax.runner import Runner
 
@@ -21,8 +21,7 @@ def make_runner(
     model: LoadedModel,
     settings: ResolvedConfig,
     max_model_len: int,
-    max_rank: int,
-    parallel: Parallel | None,
+    options: StepOptions,
     *,
     adapters: bool,
 ) -> Runner:
@@ -41,8 +40,7 @@ def make_runner(
     """
     default = Buckets.default(settings.max_seqs, settings.max_step_tokens)
     buckets = Buckets(seqs=settings.seq_buckets or default.seqs, tokens=settings.token_buckets or default.tokens)
-    num_pages = choose_num_pages(model.config, model.params, settings, buckets, max_model_len, max_rank, parallel)
-    options = step_options(model.config, settings, max_rank, parallel)
+    num_pages = choose_num_pages(options, model.params, settings, buckets, max_model_len)
     greedy_only = settings.warm_up == "greedy"
     while True:
         runner = make_leader(

@@ -6,7 +6,7 @@ import functools
 from jaxtyping import Float32, Int32
 import numpy as np
 
-from pallas_kernels.geometry import MODULES, TILE_RANKS, Geometry, ceil_div
+from pallas_kernels.geometry import GROUPS, MODULES, TILE_RANKS, Geometry, ceil_div
 from slora_jax.adapters.image import layer_tiles
 from slora_jax.errors import AdapterError
 from slora_jax.model_config import ModelConfig
@@ -41,6 +41,11 @@ class AdapterShape:
     def targets(self) -> tuple[str, ...]:
         """Modules that are targeted in at least one layer, in the order of MODULES."""
         return tuple(module for module, used in zip(MODULES, self.ranks.any(axis=0), strict=True) if used)
+
+    @functools.cached_property
+    def groups(self) -> frozenset[str]:
+        """Groups of projections of which at least one is targeted."""
+        return frozenset(g for g, members in GROUPS.items() if self.ranks[:, list(members)].any())
 
     @property
     def rank_summary(self) -> str:

@@ -325,6 +325,17 @@ def test_an_adapter_of_a_higher_rank_than_all_before():
         assert got.token_ids[0] == llama_logits(model.config, model.params, PROMPT, large)[-1].argmax()
 
 
+def test_an_adapter_that_targets_what_none_before_did():
+    model, settings = config(max_lora_rank=None)
+    with Engine(model, settings, {"q": random_adapter(model.config, 4, ["q"])}) as engine:
+        engine.generate([Request(None, "q", greedy(2), PROMPT)])
+        other = random_adapter(model.config, 4, ["down", "gate"], seed=1)
+        engine.add_adapter("other", other)
+        for name, adapter in (("other", other), (None, None)):
+            got = engine.generate([Request(None, name, greedy(1), PROMPT)])[0]
+            assert got.token_ids[0] == llama_logits(model.config, model.params, PROMPT, adapter)[-1].argmax()
+
+
 @pytest.mark.parametrize(
     "request_, error, words",
     [

@@ -15,7 +15,8 @@ def pages(monkeypatch, limit, used, **settings):
     config = named_shape("tiny-llama")
     params = jax.eval_shape(lambda: random_params(config, dtype="float32"))
     resolved = EngineConfig(dtype="float32", max_seqs=4, max_step_tokens=64, **settings).resolved()
-    return memory.choose_num_pages(config, params, resolved, Buckets.default(4, 64), 64, 8)
+    options = memory.step_options(config, resolved)
+    return memory.choose_num_pages(options, params, resolved, Buckets.default(4, 64), 64)
 
 
 def test_the_pool_takes_what_the_weights_and_the_largest_step_leave(monkeypatch):
