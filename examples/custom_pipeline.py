@@ -18,13 +18,14 @@ import numpy as np
 
 from pallas_kernels import PAGE_TOKENS, write_adapter
 from slora_jax import Adapter, Batch, State, make_batch_step, read_adapter
+from slora_jax.adapter_pages import adapter_owner
 from slora_jax.batch_builder import BatchBuilder
 from slora_jax.buckets import Buckets
 from slora_jax.loading import LoadedModel, load_model
 from slora_jax.page_pool import PagePool
 from slora_jax.sampling_batch import RowSampling, build_sampling
-from slora_jax.scheduler import Chunk, adapter_owner, sequence_owner
-from slora_jax.sequence import AdapterUse
+from slora_jax.scheduler import sequence_owner
+from slora_jax.sequence import AdapterUse, Chunk
 from slora_jax.sequence import Sequence as Seq
 
 MODEL = "examples/models/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -69,7 +69,7 @@ def test_json_lines(run, model):
     assert len(answers[3]["logprobs"]) == len(answers[3]["token_ids"])
     assert answers[3]["prompt_tokens"] == 3
     assert answers[4]["token_ids"] == answers[0]["token_ids"]
-    assert "the prompt has 70 tokens" in answers[5]["error"]
+    assert "the prompt has 210 characters" in answers[5]["error"]
     assert "the prompt is empty" in answers[6]["error"]
     assert "max_tokens must be at least 1" in answers[7]["error"]
     assert "exactly one of prompt" in answers[8]["error"]
@@ -92,7 +92,7 @@ def test_prompts_from_arguments_and_standard_input(run, model):
 
     status, out, err = run("generate", model, "w1 " * 70, "w7", *short)
     assert status == 1
-    assert "error: the prompt has 71 tokens" in out
+    assert "error: the prompt has 213 characters" in out
     assert blocks[2].split("\n")[1] in out
 
 

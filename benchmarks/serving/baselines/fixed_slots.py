@@ -37,9 +37,8 @@ def split_engine(
     scheduler = engine._core.scheduler
     assert isinstance(scheduler.pool, SplitPool)
     scheduler.quotas = SlotQuotas(scheduler.pool)
-    if (is_ready := getattr(scheduler, "is_ready", None)) is not None:  # also asked before adapters are prefetched
-        split = scheduler.pool
-        scheduler.is_ready = lambda use: split.has_slot(use.digest) and is_ready(use)
+    split, is_ready = scheduler.pool, scheduler.adapters.is_ready  # also asked before adapters are prefetched
+    scheduler.adapters.is_ready = lambda use: split.has_slot(use.digest) and is_ready(use)
     return engine
 
 

@@ -26,7 +26,7 @@ class SplitPool(PagePool):
         self._slot_pages = slot_pages
         self._region = super().allocate(_REGION, slots * slot_pages)
         self._slots = PagePool(slots, lambda owner: self.on_evict and self.on_evict(owner))
-        self._counts: dict[Hashable, int] = {}  # pages that adapters asked for
+        self._lists: dict[Hashable, list[int]] = {}  # pages of adapters; a new list each time one gets a slot
 
     def has_slot(self, digest: str) -> bool:
         """Whether an adapter has a slot, or could get one."""
@@ -38,15 +38,14 @@ class SplitPool(PagePool):
         if count > self._slot_pages > 1:
             raise ValueError(f"{owner!r} needs {count} pages, a slot has {self._slot_pages}")
         self._slots.allocate(owner, 1, reload_cost)
-        self._counts[owner] = count
-        return list(self.pages(owner))
+        (slot,) = self._slots.pages(owner)
+        first = slot * self._slot_pages
+        whole = self._slot_pages > 1
+        self._lists[owner] = self._region[first : first + count] if whole else [self._region[slot]] * count
+        return self._lists[owner]
 
     def pages(self, owner: Hashable) -> Sequence[int]:
-        if not _is_adapter(owner):
-            return super().pages(owner)
-        (slot,) = self._slots.pages(owner)
-        first, count = slot * self._slot_pages, self._counts[owner]
-        return self._region[first : first + count] if self._slot_pages > 1 else [self._region[slot]] * count
+        return self._lists[owner] if _is_adapter(owner) else super().pages(owner)
 
     def holds(self, owner: Hashable) -> bool:
         return self._slots.holds(owner) if _is_adapter(owner) else super().holds(owner)
