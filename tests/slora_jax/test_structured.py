@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import random
 import re
 
@@ -130,9 +131,11 @@ def check_schemas(engine: Engine, count: int) -> dict[str, int]:
     return reasons
 
 
-def test_200_random_schemas_with_a_real_vocabulary(smollm2_engine):
-    reasons = check_schemas(smollm2_engine, 200)
-    assert reasons["stop"] >= 190, reasons
+def test_random_schemas_with_a_real_vocabulary(smollm2_engine):
+    """SLORA_SCHEMAS=200 asks more of it: over a minute of drawing from 49,152 tokens on two cores."""
+    count = int(os.environ.get("SLORA_SCHEMAS", "40"))
+    reasons = check_schemas(smollm2_engine, count)
+    assert reasons["stop"] >= 0.95 * count, reasons
 
 
 def test_random_schemas_with_bytes_as_tokens(engine):
