@@ -133,9 +133,9 @@ def check_schemas(engine: Engine, count: int) -> dict[str, int]:
 
 def test_random_schemas_with_a_real_vocabulary(smollm2_engine):
     """SLORA_SCHEMAS=200 asks more of it: over a minute of drawing from 49,152 tokens on two cores."""
-    count = int(os.environ.get("SLORA_SCHEMAS", "40"))
+    count = int(os.environ.get("SLORA_SCHEMAS", "20"))
     reasons = check_schemas(smollm2_engine, count)
-    assert reasons["stop"] >= 0.95 * count, reasons
+    assert reasons["stop"] >= count - max(2, count // 20), reasons
 
 
 def test_random_schemas_with_bytes_as_tokens(engine):
