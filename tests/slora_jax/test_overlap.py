@@ -79,7 +79,7 @@ def make(index, spec, likely):
     return Request(None, spec["adapter"], params, prompt, request_id=str(index))
 
 
-@settings(max_examples=4, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
 @example(specs=mix("greedy", "random", "greedy", "filtered", "greedy", "logprobs"))
 @example(specs=mix("greedy", "penalised", "prompt", "greedy", "biased"))
 @given(specs=st.lists(one, min_size=1, max_size=7))
