@@ -47,6 +47,7 @@ def _kernel(layer_ref, x_ref, *refs, hidden: int, eps: float, add: bool):
         out_ref[row, pl.ds(start, chunk)] = (normed * w).astype(out_ref.dtype)
 
 
+@functools.partial(jax.jit, static_argnames=("eps", "interpret"))  # a model's unrolled layers share one lowering
 def add_rms_norm_sm90(
     x: Float[Array, "T H"],
     delta: Float[Array, "T H"] | None,

@@ -21,6 +21,7 @@ _ROWS = BLOCK_GRANULES * 8
 _STATIC = ("group", "geometry", "config", "chunk", "interpret")
 _shrink = jax.jit(shrink, static_argnames=(*_STATIC, "y_rows"))
 _expand = jax.jit(expand, static_argnames=(*_STATIC, "max_rank"))
+_make_plan = jax.jit(make_plan, static_argnames=("num_tokens", "geometry", "block_tokens"))
 
 
 def unsupported(tokens: jax.Array, pages: jax.Array, *, group: str, geometry: Geometry, max_rank: int) -> str | None:
@@ -43,7 +44,7 @@ def unsupported(tokens: jax.Array, pages: jax.Array, *, group: str, geometry: Ge
 
 def _setup(tokens, table, seg_start, seg_adapter, layer, geometry, config):
     config = config or default_config(geometry, tokens.shape[0])
-    plan = make_plan(
+    plan = _make_plan(
         table,
         seg_start,
         seg_adapter,

@@ -6,6 +6,7 @@ With few tokens a thread block has one tile, with many all tiles of a token.
 """
 
 from collections.abc import Iterator
+import functools
 import itertools
 
 import jax
@@ -144,6 +145,10 @@ def _kernel(layer_ref, ids_ref, slots_ref, cos_ref, sin_ref, qkv_ref, *refs, geo
                 write(first, size, *tile)
 
 
+_STATIC = ("geometry", "norm_eps", "split", "interpret")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)  # so that a model's unrolled layers share one lowering
 def rope_write_kv_sm90(
     qkv: Float[Array, "T c"],
     cos: Float[Array, "T d"],

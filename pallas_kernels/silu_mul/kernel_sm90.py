@@ -1,5 +1,7 @@
 """silu(gate) * up on Hopper, in float32 and rounded once: a thread block takes a few chunks of one row."""
 
+import functools
+
 import jax
 from jax import lax
 from jax import numpy as jnp
@@ -33,6 +35,7 @@ def _kernel(in_ref, out_ref, *, size: int, per_block: int):
         out_ref[row, pl.ds(start, chunk)] = (gate / (1 + jnp.exp(-gate)) * up).astype(out_ref.dtype)
 
 
+@functools.partial(jax.jit, static_argnames=("per_block", "interpret"))  # a model's unrolled layers share one lowering
 def silu_mul_sm90(
     gate_up: Float[Array, "T F2"], *, per_block: int | None = None, interpret: bool = False
 ) -> Float[Array, "T F"]:
