@@ -33,7 +33,7 @@ from slora_jax.batch import Batch, State
 from slora_jax.loading import load_model
 from slora_jax.model_config import ModelConfig
 from slora_jax.sampling_batch import build_sampling
-from slora_jax.step import make_batch_step
+from slora_jax.step import compiler_options, make_batch_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +162,8 @@ def measure(case: Case, config: ModelConfig, params, args, copy: float) -> dict[
     state = State(pages=random_pages(config, num_pages, dtype))
     batch = jax.device_put(batch)
     start = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=1).lower(params, state, batch).compile()
+    program = jax.jit(step, donate_argnums=1, compiler_options=compiler_options())
+    compiled = program.lower(params, state, batch).compile()
     compile_seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
 

@@ -38,7 +38,7 @@ from slora_jax.sampling_batch import build_sampling
 from slora_jax.scheduler import sequence_owner
 from slora_jax.sequence import AdapterUse, Chunk
 from slora_jax.sequence import Sequence as Seq
-from slora_jax.step import make_batch_step
+from slora_jax.step import compiler_options, make_batch_step
 from slora_jax.traces import Setting, synthetic_trace
 
 _MARGIN_BYTES = 4 << 30  # of a step's temporaries and fragmentation
@@ -139,7 +139,8 @@ class DecodeCase:
         )
         padding = self._builder().padding(self.seqs, self.seqs, decode_only=True, use_adapters=self.use_adapters)
         padding = dataclasses.replace(padding, sampling=build_sampling([], self.seqs))
-        return jax.jit(step, donate_argnums=1).lower(params, self._state_shape(), padding).compile()
+        program = jax.jit(step, donate_argnums=1, compiler_options=compiler_options())
+        return program.lower(params, self._state_shape(), padding).compile()
 
     def random_state(self) -> State:
         shape = self._state_shape().pages

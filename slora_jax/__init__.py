@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from slora_jax.policies import Quota
     from slora_jax.requests import Completion, Delta, Request, RequestOutput, Timings, TokenLogprob
     from slora_jax.sampling_params import SamplingParams
-    from slora_jax.step import make_batch_step, make_forward
+    from slora_jax.step import compiler_options, make_batch_step, make_forward
     from slora_jax.structured import StructuredOutput
 
 __version__ = "0.1.0"
@@ -46,6 +46,7 @@ __all__ = [
     "Timings",
     "TokenLogprob",
     "StructuredOutput",
+    "compiler_options",
     "make_batch_step",
     "make_forward",
     "param_specs",
@@ -63,7 +64,7 @@ _MODULES = {
     "requests": ("Completion", "Delta", "Request", "RequestOutput", "Timings", "TokenLogprob"),
     "sampling_params": ("SamplingParams",),
     "structured": ("StructuredOutput",),
-    "step": ("make_batch_step", "make_forward"),
+    "step": ("compiler_options", "make_batch_step", "make_forward"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

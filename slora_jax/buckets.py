@@ -23,9 +23,16 @@ class Buckets:
     tokens: tuple[int, ...]
 
     @classmethod
-    def default(cls, max_seqs: int, max_step_tokens: int) -> "Buckets":
-        """Powers of two (decode from 1, prompt steps from 64), the largest sizes exact."""
-        return cls(seqs=powers_of_two(1, max_seqs), tokens=powers_of_two(64, max(max_step_tokens, 64)))
+    def default(cls, max_seqs: int, max_step_tokens: int, *, coarse: bool = False) -> "Buckets":
+        """Powers of two (decode from 1, prompt steps from 64), the largest sizes exact.
+
+        coarse: without the small ones that take a GPU as long as the next, since reading the weights decides.
+        """
+        seqs, tokens = powers_of_two(1, max_seqs), powers_of_two(64, max(max_step_tokens, 64))
+        if coarse:
+            seqs = tuple(n for n in seqs if n not in (2, 4, 16) or n == max_seqs)
+            tokens = tuple(n for n in tokens if n not in (64, 128) or n == tokens[-1])
+        return cls(seqs=seqs, tokens=tokens)
 
     @property
     def max_seqs(self) -> int:

@@ -35,8 +35,8 @@ class EngineConfig:
     max_seqs: sequences that run at the same time at most; None: 256 on a GPU, 16 on a CPU.
     max_step_tokens: tokens in one step at most (decode tokens and prompt chunks); None: 2048 on a GPU, 256 on a CPU.
     seq_buckets, token_buckets: sizes to which decode steps pad their sequences, and steps with prompt chunks their
-        tokens, in increasing order up to max_seqs and max_step_tokens; None takes powers of two. Every size is a
-        program to compile.
+        tokens, in increasing order up to max_seqs and max_step_tokens; None takes powers of two, not all of the small
+        ones on a GPU. Every size is a program to compile.
     host_adapter_bytes: host memory for adapters that are ready to be copied to pages, pinned where there is a GPU; the
         least recently used leave. None: half of what the host has free, at most 48 GiB (JAX pins up to 64 unless
         XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB says otherwise).

@@ -45,6 +45,10 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
     return (1 - smooth) * freq / scaling.factor + smooth * freq
 
 
+_LEAST_ROWS = 8
+"""For one row XLA converts the whole head to float32 first, which takes three times as long as the product."""
+
+
 def _matmul(x: Float[Array, "T a"], w: Float[Array, "a b"]) -> Float[Array, "T b"]:
     # on GPUs the default for float32 is tf32, which would not be float32
     return jnp.dot(x, w, precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None)
@@ -107,13 +111,16 @@ class Llama(nn.Module):
     def logits(self, hidden: Float[Array, "R H"]) -> Float[Array, "R V"]:
         """Float32 logits of hidden states; over several devices those of this device's part of the vocabulary."""
         head = self.weights["embed" if self.config.tied_embeddings else "lm_head"]
+        rows = hidden.shape[0]
+        if rows < _LEAST_ROWS and hidden.dtype != jnp.float32:
+            hidden = jnp.pad(hidden, ((0, _LEAST_ROWS - rows), (0, 0)))
         logits = jnp.einsum(
             "rh,vh->rv",
             hidden,
             head,
             preferred_element_type=jnp.float32,
             precision=lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None,
-        )
+        )[:rows]
         return logits if self.layout is None else SplitVocabulary.of(self.layout).hide_padding(logits)
 
     def _project(self, x, base, pages, batch: Batch, layer: int | Int[Array, ""], group: str):

@@ -21,7 +21,7 @@ from slora_jax.executable_cache import ExecutableCache
 from slora_jax.model_config import ModelConfig
 from slora_jax.parallel import Parallel, local_config
 from slora_jax.sampling_batch import sampling_shapes
-from slora_jax.step import Forward, Params, make_forward, make_sample
+from slora_jax.step import Forward, Params, compiler_options, make_forward, make_sample
 
 Progress = Callable[[int, int, str], None]
 _THREADS = 8  # compiling at once; XLA works without the interpreter's lock
@@ -152,7 +152,12 @@ class Programs:
             self._logits = NamedSharding(options.parallel.mesh, LOGITS)
             outputs = (State(pages=options.parallel.pool), self._logits)
         name = self._cache.name if self._cache else ""
-        self._step = jax.jit(_named(_with_last_tokens(forward), name), donate_argnums=1, out_shardings=outputs)
+        self._step = jax.jit(
+            _named(_with_last_tokens(forward), name),
+            donate_argnums=1,
+            out_shardings=outputs,
+            compiler_options=compiler_options(),
+        )
         self._sample = jax.jit(
             _named(_into_last_tokens(make_sample(options.parallel)), name), out_shardings=self._whole
         )

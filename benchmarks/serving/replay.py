@@ -83,9 +83,13 @@ def replay(
         outputs = [output for future in waiting for output in future.result()]
     after = engine.stats()
     engine.check_integrity()
-    bad = next((o for o in outputs if o.finish_reason == "error"), None)
-    if bad is not None:
-        raise SloraError(f"a request of the trace failed: {bad.completions[0].error}")
+    bad = [(r, o) for r, o in zip(trace, outputs, strict=True) if o.finish_reason == "error"]
+    if bad:
+        first, output = bad[0]
+        raise SloraError(
+            f"{len(bad)} of {len(trace)} requests of the trace failed, the first ({first.prompt_len} prompt tokens, "
+            f"adapter {first.adapter}) after {len(output.token_ids)} tokens: {output.completions[0].error}"
+        )
     # the engine's own count, where it keeps one, also knows of programs that were found on disk
     compiled = max(compiles.count, after.get("compiles", 0) - before.get("compiles", 0))
     if compiled:

@@ -66,8 +66,8 @@ def check(run, heads, kv_heads, dim, tokens, dtype=jnp.bfloat16, *, norm=False, 
     poison(args[0])
     q, pages = jax.jit(functools.partial(run, **options), donate_argnums=3)(*args)
     assert q.dtype == pages.dtype == dtype
-    # one rounding; with norms the inputs of the rotation are rounded twice themselves
-    rtol, atol = (1.05 * 2.0**-8, 2.0**-6 if norm else 1e-6) if dtype == jnp.bfloat16 else (1e-5, 1e-5)
+    # one rounding; with norms the inputs of the rotation, up to 8, are rounded twice themselves
+    rtol, atol = (1.05 * 2.0**-8, 2.0**-5 if norm else 1e-6) if dtype == jnp.bfloat16 else (1e-5, 1e-5)
     np.testing.assert_allclose(np.asarray(q, np.float64), want_q, rtol=rtol, atol=atol)
     np.testing.assert_allclose(np.asarray(pages, np.float64), want_pages, rtol=rtol, atol=atol)
     np.testing.assert_array_equal(np.asarray(pages, np.float64)[untouched], want_pages[untouched])
