@@ -23,15 +23,18 @@ class Buckets:
     tokens: tuple[int, ...]
 
     @classmethod
-    def default(cls, max_seqs: int, max_step_tokens: int, *, coarse: bool = False) -> "Buckets":
+    def default(cls, max_seqs: int, max_step_tokens: int, *, gpu: bool = False) -> "Buckets":
         """Powers of two (decode from 1, prompt steps from 64), the largest sizes exact.
 
-        coarse: without the small ones that take a GPU as long as the next, since reading the weights decides.
+        gpu: without the small ones that take a GPU as long as the next, since reading the weights decides, and with
+        some between the large ones, where every token of padding costs.
         """
         seqs, tokens = powers_of_two(1, max_seqs), powers_of_two(64, max(max_step_tokens, 64))
-        if coarse:
+        if gpu:
             seqs = tuple(n for n in seqs if n not in (2, 4, 16) or n == max_seqs)
-            tokens = tuple(n for n in tokens if n not in (64, 128) or n == tokens[-1])
+            between = (n + n // f for n in tokens for f, least in ((4, 512), (2, 256)) if least <= n < tokens[-1])
+            sizes = sorted({*tokens, *(n for n in between if n < tokens[-1])})
+            tokens = tuple(n for n in sizes if n >= 256 or n == tokens[-1])
         return cls(seqs=seqs, tokens=tokens)
 
     @property

@@ -38,7 +38,7 @@ def make_runner(
     adapters: whether steps in which adapters are used are compiled, too.
     Raises CapacityError naming what does not fit.
     """
-    default = Buckets.default(settings.max_seqs, settings.max_step_tokens, coarse=jax.default_backend() == "gpu")
+    default = Buckets.default(settings.max_seqs, settings.max_step_tokens, gpu=jax.default_backend() == "gpu")
     buckets = Buckets(seqs=settings.seq_buckets or default.seqs, tokens=settings.token_buckets or default.tokens)
     num_pages = choose_num_pages(options, model.params, settings, buckets, max_model_len)
     greedy_only = settings.warm_up == "greedy"

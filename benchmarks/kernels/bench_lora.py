@@ -22,7 +22,6 @@ from benchmarks.record import write_result
 from pallas_kernels.geometry import GROUPS
 from pallas_kernels.lora import reference
 from pallas_kernels.lora.arg_specs import SPECS, LoraSpec
-from pallas_kernels.lora.config import LoraConfig, default_config
 from pallas_kernels.lora.kernel_sm90 import expand_sm90, shrink_sm90
 from pallas_kernels.lora.table import AdapterTable
 
@@ -77,28 +76,27 @@ def bytes_moved(spec: LoraSpec, group: str) -> dict[str, int]:
     return {"shrink": shrink, "expand": expand, "pair": shrink + expand}
 
 
-def steps(inputs: Inputs, group: str, config: LoraConfig, num_layers: int):
+def steps(inputs: Inputs, group: str, num_layers: int):
     """Name -> (compiled function over `num_layers` layers, its arguments) of the kernels and the XLA implementation."""
     spec = inputs.spec
     x, out = inputs.activations(group)
     options = dict(group=group, geometry=spec.geometry, max_rank=spec.max_rank)
-    kernel = dict(options, config=config)
     layers = range(num_layers)
 
     @jax.jit
     def shrink(x, *where):
-        return [shrink_sm90(x, *where, layer=i, **kernel) for i in layers]
+        return [shrink_sm90(x, *where, layer=i, **options) for i in layers]
 
     @jax.jit
     def expand(out, y, *where):
         for i in layers:
-            out = expand_sm90(out, y, *where, layer=i, **kernel)
+            out = expand_sm90(out, y, *where, layer=i, **options)
         return out
 
     @jax.jit
     def pair(x, out, *where):
         for i in layers:
-            out = expand_sm90(out, shrink_sm90(x, *where, layer=i, **kernel), *where, layer=i, **kernel)
+            out = expand_sm90(out, shrink_sm90(x, *where, layer=i, **options), *where, layer=i, **options)
         return out
 
     @jax.jit
@@ -156,14 +154,13 @@ def main() -> None:
     for name in args.shape or SPECS:
         spec = SPECS[name]
         inputs = Inputs(spec)
-        config = default_config(spec.geometry, spec.num_tokens)
         for group in spec.groups:
             moved = bytes_moved(spec, group)
-            timed = steps(inputs, group, config, args.layers)
+            timed = steps(inputs, group, args.layers)
             layers = dict.fromkeys(timed, args.layers)
             if args.compare:
                 layers["xla_pair"] = layers["ragged_dot_pair"] = 2
-                timed["xla_pair"] = steps(inputs, group, config, 2)["xla_pair"]
+                timed["xla_pair"] = steps(inputs, group, 2)["xla_pair"]
                 timed["ragged_dot_pair"] = ragged_dot_pair(spec, group, 2)
             else:
                 del timed["xla_pair"]

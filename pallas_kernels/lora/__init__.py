@@ -7,14 +7,13 @@ the other takes.
 
 from typing import Any
 
-import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, use_mosaic
 from pallas_kernels.geometry import Geometry
 from pallas_kernels.lora import kernel_sm90, reference
 from pallas_kernels.lora.table import AdapterTable, empty_table
-from pallas_kernels.lora.token_rows import from_token_rows, to_token_rows
+from pallas_kernels.lora.token_rows import Intermediate, from_token_rows, to_token_rows
 
 __all__ = [
     "AdapterTable",
@@ -60,14 +59,14 @@ def lora_shrink(
     geometry: Geometry,
     max_rank: int,
     implementation: Implementation = "auto",
-) -> jax.Array:
+) -> Intermediate:
     """``x A^T`` of every token with its own adapter, for all modules of a group that share the input ``x``.
 
     seg_start: token offsets of the segments, non-decreasing; tokens past the last one are padding.
     seg_adapter: row of `table` for each segment, -1 for base-model tokens.
     layer: index of the layer. group: "qkv", "o", "gu" or "down".
     max_rank: bound on the rank of one module; it only sizes the result.
-    Returns a float32 intermediate that `lora_expand` takes, called with the same arguments; its layout is the
+    Returns float32 intermediates that `lora_expand` takes, called with the same arguments; their layout is the
     implementation's own.
     """
     args = (x, pages, table, seg_start, seg_adapter)
@@ -83,7 +82,7 @@ def lora_shrink(
 
 def lora_expand(
     out: Float[Array, "T c"],
-    y: jax.Array,
+    y: Intermediate,
     pages: Float[Array, "L P E"],
     table: AdapterTable,
     seg_start: Int[Array, "S1"],
@@ -99,12 +98,14 @@ def lora_expand(
 
     Accumulates in float32 and rounds once to `out`'s dtype. Tokens without an adapter come back bit for bit.
     """
-    args = (out, y, pages, table, seg_start, seg_adapter)
+    where = (pages, table, seg_start, seg_adapter)
     options: dict[str, Any] = dict(layer=layer, group=group, geometry=geometry)
     if use_mosaic(
         "lora_expand",
         implementation,
         lambda: kernel_sm90.unsupported(out, pages, group=group, geometry=geometry, max_rank=max_rank),
     ):
-        return kernel_sm90.expand_sm90(*args, **options, max_rank=max_rank)
-    return reference.expand(*args, **options)
+        assert isinstance(y, tuple), "lora_shrink was called with another implementation"
+        return kernel_sm90.expand_sm90(out, y, *where, **options, max_rank=max_rank)
+    assert not isinstance(y, tuple), "lora_shrink was called with another implementation"
+    return reference.expand(out, y, *where, **options)

@@ -9,8 +9,10 @@ import dataclasses
 from pallas_kernels.geometry import TILE_COLS, Geometry
 
 _NUM_SMS = 132
-_SHORT = 256
-"""Steps up to this many tokens use blocks of eight."""
+SHORT_STEP = 256
+"""Steps up to this many tokens use blocks of eight for all segments."""
+SHORT_SEGMENT = 16
+"""In larger steps, segments up to this many tokens do. A block of 64 with one token would read 64 rows of output."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,9 +64,9 @@ def chunk_tiles(geometry: Geometry, limit: int) -> int:
     return chunk
 
 
-def default_config(geometry: Geometry, num_tokens: int) -> LoraConfig:
-    """The heuristic default for a step of `num_tokens` tokens."""
+def default_config(geometry: Geometry, segment_tokens: int) -> LoraConfig:
+    """The heuristic default for segments of up to `segment_tokens` tokens."""
     del geometry
-    if num_tokens <= _SHORT:
+    if segment_tokens <= SHORT_SEGMENT:
         return LoraConfig()
     return LoraConfig(block_tokens=64, shrink_packed=1, shrink_stages=3, expand_stages=2, shrink_ctas=_NUM_SMS)

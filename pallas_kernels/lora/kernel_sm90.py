@@ -1,7 +1,8 @@
 """LoRA shrink and expand on Hopper GPUs: what the dispatcher calls.
 
 The two are a pair. Between them stands ``y``, float32 ``[splits, rows, block_tokens]``: for every rank block of the
-plan 64 rows of stacked ranks, for every split of the input width its partial sum. Only expand reads it.
+plan 64 rows of stacked ranks, for every split of the input width its partial sum. Only expand reads it. A large step
+is served by two pairs of launches, one for short segments (decoding) and one for long ones (prompts).
 """
 
 import jax
@@ -9,10 +10,10 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.geometry import GROUPS, TILE_COLS, Geometry
-from pallas_kernels.lora.config import LoraConfig, chunk_tiles, default_config
+from pallas_kernels.lora.config import SHORT_STEP, LoraConfig, chunk_tiles, default_config
 from pallas_kernels.lora.kernel_expand_sm90 import expand
 from pallas_kernels.lora.kernel_shrink_sm90 import shrink
-from pallas_kernels.lora.plan import BLOCK_GRANULES, make_plan, max_rank_blocks
+from pallas_kernels.lora.plan import BLOCK_GRANULES, by_length, make_plan, max_rank_blocks
 from pallas_kernels.lora.table import AdapterTable
 
 _ROWS = BLOCK_GRANULES * 8
@@ -42,17 +43,22 @@ def unsupported(tokens: jax.Array, pages: jax.Array, *, group: str, geometry: Ge
     return None
 
 
-def _setup(tokens, table, seg_start, seg_adapter, layer, geometry, config):
-    config = config or default_config(geometry, tokens.shape[0])
-    plan = _make_plan(
-        table,
-        seg_start,
-        seg_adapter,
-        num_tokens=tokens.shape[0],
-        geometry=geometry,
-        block_tokens=config.block_tokens,
-    )
-    return plan, jnp.asarray(layer, jnp.int32).reshape(1), config
+def launches(
+    num_tokens: int,
+    seg_start: Int[Array, "S1"],
+    seg_adapter: Int[Array, "S"],
+    geometry: Geometry,
+    config: LoraConfig | tuple[LoraConfig, LoraConfig] | None,
+) -> list[tuple[LoraConfig, Int[Array, "S"]]]:
+    """Config and segments' adapters of each pair of launches: one pair takes all segments of a small step; a large one
+    has a pair for short segments and one for long ones. A launch passes over segments without an adapter.
+    """
+    if config is None:
+        short, long = default_config(geometry, 1), default_config(geometry, num_tokens)
+        config = short if num_tokens <= SHORT_STEP else (short, long)
+    if isinstance(config, LoraConfig):
+        return [(config, seg_adapter)]
+    return list(zip(config, by_length(seg_start, seg_adapter), strict=True))
 
 
 def shrink_sm90(
@@ -66,30 +72,38 @@ def shrink_sm90(
     group: str,
     geometry: Geometry,
     max_rank: int,
-    config: LoraConfig | None = None,
+    config: LoraConfig | tuple[LoraConfig, LoraConfig] | None = None,
     interpret=None,
-) -> Float[Array, "splits rows n"]:
-    """Partial sums of ``x A^T`` for `expand_sm90`, which must be called with the same arguments."""
-    plan, layer, config = _setup(x, table, seg_start, seg_adapter, layer, geometry, config)
-    blocks = plan.records.shape[1] * max_rank_blocks(group, max_rank)
-    return _shrink(
-        x,
-        pages,
-        table.pages,
-        plan,
-        layer,
-        group=group,
-        geometry=geometry,
-        config=config,
-        chunk=chunk_tiles(geometry, config.chunk_tiles),
-        y_rows=blocks * _ROWS,
-        interpret=interpret,
-    )
+) -> tuple[Float[Array, "_ _ _"], ...]:
+    """Partial sums of ``x A^T`` for `expand_sm90`, which must be called with the same arguments: one array for each
+    launch. config: for all segments, or for short and for long ones.
+    """
+    parts = []
+    for one, adapters in launches(x.shape[0], seg_start, seg_adapter, geometry, config):
+        plan = _make_plan(
+            table, seg_start, adapters, num_tokens=x.shape[0], geometry=geometry, block_tokens=one.block_tokens
+        )
+        parts.append(
+            _shrink(
+                x,
+                pages,
+                table.pages,
+                plan,
+                jnp.asarray(layer, jnp.int32).reshape(1),
+                group=group,
+                geometry=geometry,
+                config=one,
+                chunk=chunk_tiles(geometry, one.chunk_tiles),
+                y_rows=plan.records.shape[1] * max_rank_blocks(group, max_rank) * _ROWS,
+                interpret=interpret,
+            )
+        )
+    return tuple(parts)
 
 
 def expand_sm90(
     out: Float[Array, "T c"],
-    y: Float[Array, "splits rows n"],
+    y: tuple[Float[Array, "_ _ _"], ...],
     pages: Float[Array, "L P E"],
     table: AdapterTable,
     seg_start: Int[Array, "S1"],
@@ -99,24 +113,28 @@ def expand_sm90(
     group: str,
     geometry: Geometry,
     max_rank: int,
-    config: LoraConfig | None = None,
+    config: LoraConfig | tuple[LoraConfig, LoraConfig] | None = None,
     interpret=None,
 ) -> Float[Array, "T c"]:
     """`out` with every token's ``scaling * y B^T`` added: float32 sums, one rounding. Tokens without an adapter are
     not touched.
     """
-    plan, layer, config = _setup(out, table, seg_start, seg_adapter, layer, geometry, config)
-    return _expand(
-        out,
-        y,
-        pages,
-        table.pages,
-        plan,
-        layer,
-        group=group,
-        geometry=geometry,
-        config=config,
-        chunk=chunk_tiles(geometry, config.chunk_tiles),
-        max_rank=max_rank,
-        interpret=interpret,
-    )
+    for (one, adapters), part in zip(launches(out.shape[0], seg_start, seg_adapter, geometry, config), y, strict=True):
+        plan = _make_plan(
+            table, seg_start, adapters, num_tokens=out.shape[0], geometry=geometry, block_tokens=one.block_tokens
+        )
+        out = _expand(
+            out,
+            part,
+            pages,
+            table.pages,
+            plan,
+            jnp.asarray(layer, jnp.int32).reshape(1),
+            group=group,
+            geometry=geometry,
+            config=one,
+            chunk=chunk_tiles(geometry, one.chunk_tiles),
+            max_rank=max_rank,
+            interpret=interpret,
+        )
+    return out

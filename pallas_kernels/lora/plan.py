@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
 from pallas_kernels.geometry import GROUPS, MODULES, Geometry, ceil_div
+from pallas_kernels.lora.config import SHORT_SEGMENT
 from pallas_kernels.lora.table import AdapterTable, section_starts
 
 BLOCK_GRANULES = 8
@@ -67,6 +68,12 @@ def token_blocks(seg_start: Int[Array, "S1"], seg_adapter: Int[Array, "S"], bloc
     # A sum over a mask is one small kernel, where a scan would be several.
     order = jnp.arange(seg_adapter.shape[0] + 1)
     return jnp.sum(jnp.where(order[None, :-1] < order[:, None], blocks[None, :], 0), axis=1, dtype=jnp.int32)
+
+
+def by_length(seg_start: Int[Array, "S1"], seg_adapter: Int[Array, "S"]) -> tuple[Int[Array, "S"], Int[Array, "S"]]:
+    """Adapters of the short segments, and of the long ones; -1 for the others."""
+    short = seg_start[1:] - seg_start[:-1] <= SHORT_SEGMENT
+    return jnp.where(short, seg_adapter, -1), jnp.where(short, -1, seg_adapter)
 
 
 def _record_terms(geometry: Geometry) -> tuple[Int[Array, "R 7"], Bool[Array, "R"]]:

@@ -4,18 +4,23 @@ The Hopper kernels hand over partial sums in token blocks of up to 64 tokens, of
 and with a row for each token they are what S-LoRA's layout sends: tokens x stacked ranks and nothing else.
 """
 
+from typing import Any
+
 import jax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.geometry import GROUPS, TILE_RANKS, ceil_div
-from pallas_kernels.lora.plan import BLOCK_GRANULES, token_blocks
+from pallas_kernels.lora.plan import BLOCK_GRANULES, by_length, token_blocks
 
 _BLOCK_RANKS = BLOCK_GRANULES * TILE_RANKS
 
+Intermediate = jax.Array | tuple[jax.Array, ...]
+"""What lora_shrink returns: of the Hopper kernels one array a launch, of the XLA implementation one array."""
+
 
 def to_token_rows(
-    y: jax.Array,
+    y: Intermediate,
     seg_start: Int[Array, "S1"],
     seg_adapter: Int[Array, "S"],
     *,
@@ -26,14 +31,45 @@ def to_token_rows(
     """What lora_shrink returned, as ``[T, modules x max_rank in granules]``: a token's ranks of the group's modules one
     after another in the leading columns. Columns past them, and rows of tokens without an adapter, are unspecified.
     """
-    if y.ndim == 2:  # the XLA implementation's own layout
+    if not isinstance(y, tuple):
         return y
+    adapters = _launches(y, seg_start, seg_adapter)
+    options: dict[str, Any] = dict(num_tokens=num_tokens, group=group, max_rank=max_rank)
+    rows = [_to_rows(part, seg_start, a, **options) for part, a in zip(y, adapters, strict=True)]
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    total = rows[0]
+    for part, chosen in zip(rows[1:], adapters[1:], strict=True):
+        total = jnp.where((chosen[_segments(token, seg_start)] >= 0)[:, None], part, total)
+    return total
+
+
+def _launches(
+    y: tuple[jax.Array, ...], seg_start: Int[Array, "S1"], seg_adapter: Int[Array, "S"]
+) -> tuple[Int[Array, "S"], ...]:
+    """Segments' adapters of each launch."""
+    return (seg_adapter,) if len(y) == 1 else by_length(seg_start, seg_adapter)
+
+
+def _segments(token: Int[Array, "*n"], seg_start: Int[Array, "S1"]) -> Int[Array, "*n"]:
+    """Segment of each token; of padding the last one."""
+    segment = jnp.sum(seg_start[1:] <= token[..., None], axis=-1, dtype=jnp.int32)
+    return jnp.minimum(segment, seg_start.shape[0] - 2)
+
+
+def _to_rows(
+    y: Float[Array, "splits rows n"],
+    seg_start: Int[Array, "S1"],
+    seg_adapter: Int[Array, "S"],
+    *,
+    num_tokens: int,
+    group: str,
+    max_rank: int,
+) -> Float[Array, "T R"]:
     ranks = len(GROUPS[group]) * ceil_div(max_rank, TILE_RANKS) * TILE_RANKS
     rank_blocks = ceil_div(ranks, _BLOCK_RANKS)
     first_block = token_blocks(seg_start, seg_adapter, y.shape[2])
     token = jnp.arange(num_tokens, dtype=jnp.int32)
-    segment = jnp.sum(seg_start[None, 1:] <= token[:, None], axis=1, dtype=jnp.int32)
-    segment = jnp.minimum(segment, seg_adapter.shape[0] - 1)
+    segment = _segments(token, seg_start)
     within = jnp.maximum(token - seg_start[segment], 0)
     row = (first_block[segment] + within // y.shape[2]) * (rank_blocks * _BLOCK_RANKS)
     row = row[:, None] + jnp.arange(ranks, dtype=jnp.int32)
@@ -46,11 +82,21 @@ def to_token_rows(
 
 
 def from_token_rows(
-    rows: Float[Array, "T R"], y: jax.Array, seg_start: Int[Array, "S1"], seg_adapter: Int[Array, "S"]
-) -> jax.Array:
+    rows: Float[Array, "T R"], y: Intermediate, seg_start: Int[Array, "S1"], seg_adapter: Int[Array, "S"]
+) -> Intermediate:
     """The rows in the layout of `y`, what lora_shrink returned, for lora_expand."""
-    if y.ndim == 2:
+    if not isinstance(y, tuple):
         return rows
+    adapters = _launches(y, seg_start, seg_adapter)
+    return tuple(_from_rows(rows, part, seg_start, a) for part, a in zip(y, adapters, strict=True))
+
+
+def _from_rows(
+    rows: Float[Array, "T R"],
+    y: Float[Array, "splits rows n"],
+    seg_start: Int[Array, "S1"],
+    seg_adapter: Int[Array, "S"],
+) -> Float[Array, "1 rows n"]:
     rank_blocks = ceil_div(rows.shape[1], _BLOCK_RANKS)
     blocks = (y.shape[1] - _BLOCK_RANKS) // (rank_blocks * _BLOCK_RANKS)
     first_block = token_blocks(seg_start, seg_adapter, y.shape[2])

@@ -12,7 +12,7 @@ import pytest
 
 from pallas_kernels.geometry import GROUPS, Geometry
 from pallas_kernels.lora.arg_specs import SPECS
-from pallas_kernels.lora.config import LoraConfig, chunk_tiles, default_config
+from pallas_kernels.lora.config import SHORT_STEP, LoraConfig, chunk_tiles, default_config
 from pallas_kernels.lora.kernel_sm90 import expand_sm90, shrink_sm90, unsupported
 from pallas_kernels.lora.plan import NUM_TOKENS, TOKEN, group_fields, make_plan, max_token_blocks, module_field
 from pallas_kernels.lora.table import AdapterTable
@@ -131,8 +131,16 @@ SMALL = LoraConfig(
             "o",
             dataclasses.replace(SMALL, block_tokens=16, expand_packed=2),
         ),
+        (
+            TINY,
+            [[8] * 7, [16, 4, 0, 8, 40, 80, 8]],
+            (1, 18, 2, 17, 16),
+            (0, 1, -1, 0, 1),
+            "gu",
+            (SMALL, dataclasses.replace(SMALL, block_tokens=16, expand_packed=2)),
+        ),
     ],
-    ids=["gu", "qkv", "odd-widths-long-blocks"],
+    ids=["gu", "qkv", "odd-widths-long-blocks", "short-and-long"],
 )
 def test_interpreted(g, ranks, lengths, adapters, group, config):
     batch = Batch(g, ranks, lengths, adapters, group)
@@ -208,7 +216,8 @@ def test_named_shapes_lower_to_cuda(name, group):
         .lower(lowering_platforms=("cuda",))
         .as_text()
     )
-    assert lowered.count("@mosaic_gpu_v2") == 2
+    pairs = 1 if spec.num_tokens <= SHORT_STEP else 2  # for short and for long segments
+    assert lowered.count("@mosaic_gpu_v2") == 2 * pairs
     assert "output_operand_aliases" in lowered
 
 
@@ -244,6 +253,19 @@ def test_on_gpu(group):
     # block sizes only move work around: they leave no trace in the bits
     np.testing.assert_array_equal(short.view(np.uint16), long.view(np.uint16))
     np.testing.assert_array_equal(short.view(np.uint16), batch.run(default_config(MEDIUM, 8)).view(np.uint16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_large_step_on_gpu(group):
+    """Two pairs of launches: the same bits as all segments in one."""
+    lengths, adapters = (1, 300, 1, 0, 16, 17, 1, 40, 2), (0, 1, -1, 2, 3, 4, 5, 6, 7)
+    ranks = [[RANKS[(a + m) % len(RANKS)] for m in range(7)] for a in range(len(RANKS))]
+    batch = Batch(MEDIUM, ranks, lengths, adapters, group)
+    assert len(batch.x) > SHORT_STEP
+    both = batch.run(None)
+    batch.check(both)
+    np.testing.assert_array_equal(both.view(np.uint16), batch.run(default_config(MEDIUM, 8)).view(np.uint16))
 
 
 @pytest.mark.gpu

@@ -46,3 +46,7 @@ def test_buckets():
     assert buckets.shape(3, 3, decode_only=True) == (4, 4)
     assert buckets.shape(3, 130, decode_only=False) == (16, 200)
     assert np.all(np.diff(buckets.tokens) > 0)
+    gpu = Buckets.default(256, 2048, gpu=True)
+    assert gpu.seqs == (1, 8, 32, 64, 128, 256)
+    assert gpu.tokens == (256, 384, 512, 640, 768, 1024, 1280, 1536, 2048)
+    assert Buckets.default(2, 64, gpu=True) == Buckets(seqs=(1, 2), tokens=(64,))
