@@ -15,7 +15,16 @@ if TYPE_CHECKING:
     from slora_jax.errors import AdapterError, CapacityError, ModelError, RequestError, SloraError
     from slora_jax.model_config import ModelConfig, RopeScaling, param_specs
     from slora_jax.policies import Quota
-    from slora_jax.requests import Completion, Delta, Request, RequestOutput, Timings, TokenLogprob
+    from slora_jax.requests import (
+        Completion,
+        Delta,
+        EmbeddingOutput,
+        EmbeddingRequest,
+        Request,
+        RequestOutput,
+        Timings,
+        TokenLogprob,
+    )
     from slora_jax.sampling_params import SamplingParams
     from slora_jax.step import compiler_options, make_batch_step, make_forward
     from slora_jax.structured import StructuredOutput
@@ -29,6 +38,8 @@ __all__ = [
     "CapacityError",
     "Completion",
     "Delta",
+    "EmbeddingOutput",
+    "EmbeddingRequest",
     "Engine",
     "EngineConfig",
     "ModelConfig",
@@ -61,7 +72,16 @@ _MODULES = {
     "errors": ("AdapterError", "CapacityError", "ModelError", "RequestError", "SloraError"),
     "model_config": ("ModelConfig", "RopeScaling", "param_specs"),
     "policies": ("Quota",),
-    "requests": ("Completion", "Delta", "Request", "RequestOutput", "Timings", "TokenLogprob"),
+    "requests": (
+        "Completion",
+        "Delta",
+        "EmbeddingOutput",
+        "EmbeddingRequest",
+        "Request",
+        "RequestOutput",
+        "Timings",
+        "TokenLogprob",
+    ),
     "sampling_params": ("SamplingParams",),
     "structured": ("StructuredOutput",),
     "step": ("compiler_options", "make_batch_step", "make_forward"),

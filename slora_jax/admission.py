@@ -10,7 +10,8 @@ from slora_jax.grammar import Grammars
 from slora_jax.jobs import Generation, Job, Sink
 from slora_jax.loading import LoadedModel
 from slora_jax.registry import AdapterRecord
-from slora_jax.requests import Completion, Request, RequestOutput, Timings
+from slora_jax.requests import Completion, EmbeddingRequest, Request, RequestOutput, Timings
+from slora_jax.sampling_params import SamplingParams
 from slora_jax.scheduler import Scheduler
 from slora_jax.sequence import AdapterUse, Sequence
 from slora_jax.text_stream import TextStream
@@ -42,8 +43,10 @@ class Admission:
         """Ends what helps to check requests."""
         self._grammars.close()
 
-    def prompt_ids(self, request: Request) -> list[int]:
-        """Token ids of a request's prompt. Raises RequestError if it is empty, too long or not of the vocabulary."""
+    def prompt_ids(self, request: Request, answer: int = 1) -> list[int]:
+        """Token ids of a request's prompt. Raises RequestError if it is empty, not of the vocabulary, or too long to
+        leave room for `answer` tokens.
+        """
         given = [x is not None for x in (request.prompt, request.prompt_token_ids, request.messages)]
         if sum(given) != 1:
             raise RequestError("give exactly one of prompt, prompt_token_ids and messages")
@@ -64,20 +67,35 @@ class Admission:
         bad = next((t for t in (*ids, *request.sampling.logit_bias) if not 0 <= t < vocab), None)
         if bad is not None:
             raise RequestError(f"token id {bad} is outside the model's vocabulary of {vocab}")
-        if len(ids) >= self._max_model_len:
+        if len(ids) + answer > self._max_model_len:
             raise RequestError(
-                f"the prompt has {len(ids)} tokens and the model takes {self._max_model_len} with the answer; "
-                "shorten it"
+                f"the prompt has {len(ids)} tokens and the model takes {self._max_model_len}"
+                f"{' with the answer' if answer else ''}; shorten it"
             )
         return ids
 
-    def job(self, request: Request | str, sink: Sink) -> Job:
+    def embedding(self, request: EmbeddingRequest | str, sink: Sink) -> Job:
+        """job for an embedding. The sampler runs on its row as on any other, and what it chooses is dropped."""
+        if isinstance(request, str):
+            request = EmbeddingRequest(request)
+        plain = Request(
+            request.prompt,
+            request.adapter,
+            SamplingParams(max_tokens=1),
+            request.prompt_token_ids,
+            request_id=request.request_id,
+            priority=request.priority,
+            tenant=request.tenant,
+        )
+        return self.job(plain, sink, embeds=True)
+
+    def job(self, request: Request | str, sink: Sink, *, embeds: bool = False) -> Job:
         """Checks a request and makes its job. Raises RequestError, AdapterError or CapacityError; nothing is queued."""
         if isinstance(request, str):
             request = Request(request)
         params = request.sampling
         adapter = self._find_adapter(request.adapter) if request.adapter is not None else None
-        ids = self.prompt_ids(request)
+        ids = self.prompt_ids(request, 0 if embeds else 1)
         tokenizer = self._model.tokenizer
         if params.stop and tokenizer is None:
             raise RequestError(
@@ -94,7 +112,7 @@ class Admission:
             prompt_logprobs=[None] * len(ids) if params.prompt_logprobs is not None else None,
             timings=Timings(time.monotonic()),
         )
-        job = Job(request, adapter, output, sink)
+        job = Job(request, adapter, output, sink, embeds)
         use = self._adapter_use(adapter) if adapter is not None else None
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         end_ids = frozenset(params.stop_token_ids) | (
@@ -105,7 +123,7 @@ class Admission:
                 seq_id=(output.request_id, index, next(self._ids)),
                 tokens=list(ids),
                 prompt_len=len(ids),
-                max_tokens=min(params.max_tokens, self._max_model_len - len(ids)),
+                max_tokens=1 if embeds else min(params.max_tokens, self._max_model_len - len(ids)),
                 adapter=use,
                 prompt_logprobs=index == 0 and params.prompt_logprobs is not None,
                 adapter_name=request.adapter,

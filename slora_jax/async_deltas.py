@@ -37,6 +37,10 @@ class AsyncDeltas:
         self._open = len(jobs)
 
     @property
+    def jobs(self) -> Sequence[Job]:
+        return self._jobs
+
+    @property
     def outputs(self) -> list[RequestOutput]:
         """One for each request; they are complete when the iteration has ended."""
         return [job.output for job in self._jobs]

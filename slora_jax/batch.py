@@ -81,6 +81,7 @@ class Batch:
     max_query: int = _static(default=1)  # 1 = every sequence has one token; else a bound, for prompt chunks
     use_adapters: bool = _static(default=True)  # False leaves all LoRA work out of the program
     return_logits: bool = _static(default=False)
+    return_hidden: bool = _static(default=False)
 
 
 @jax.tree_util.register_dataclass
@@ -93,4 +94,5 @@ class Output:
     top_ids: Leaf | None = None  # int32 [R, n]
     top_logprobs: Leaf | None = None  # float32 [R, n]
     logits: Leaf | None = None  # float32 [R, V]
+    hidden: Leaf | None = None  # float32 [R, H]: final hidden state, after the last norm
     finite: Leaf | None = None  # bool [R]: False where the logits hold NaN or Inf

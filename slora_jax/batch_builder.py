@@ -86,11 +86,13 @@ class BatchBuilder:
         *,
         widest: bool = False,
         decode_only: bool | None = None,
+        hidden: bool = False,
     ) -> tuple[Batch, Rows]:
         """Batch of numpy arrays for chunks in batch order, and what its rows of logits mean.
 
         widest: pad to the largest number of sequences; always so with log-probabilities of a prompt.
-        decode_only: kind of the step; None: as the chunks are.
+        decode_only: kind of the step; None: as the chunks are. hidden: the rows' final hidden states are wanted, which
+        only steps of the prompts' kind give; deterministic ones always do.
         A token whose value is not known on the host is given as ``-1 - row``, row being its sequence's. Only a
         sequence's last token can be.
         adapters: by digest; every adapter of `chunks` must have its pages in the pool.
@@ -100,7 +102,7 @@ class BatchBuilder:
         starts = np.fromiter((c.start for c in chunks), np.int32, count)
         ends = starts + lengths
         if decode_only is None:
-            decode_only = bool((lengths == 1).all())
+            decode_only = bool((lengths == 1).all()) and not hidden
         num_tokens = int(lengths.sum())
         rows = self._rows(chunks, ends)
         widest = widest or not rows.samples.all()
@@ -134,6 +136,7 @@ class BatchBuilder:
             logit_rows=_padded(logit_rows, num_rows),
             max_query=1 if decode_only else width,
             use_adapters=self.deterministic or bool((seg_adapter >= 0).any()),
+            return_hidden=not decode_only and (hidden or self.deterministic),
         )
         return batch, rows
 
@@ -210,10 +213,17 @@ class BatchBuilder:
         return Rows(chunks, index, position, sampled)
 
     def padding(
-        self, num_seqs: int, num_tokens: int, *, decode_only: bool, use_adapters: bool, rows: int | None = None
+        self,
+        num_seqs: int,
+        num_tokens: int,
+        *,
+        decode_only: bool,
+        use_adapters: bool,
+        rows: int | None = None,
+        hidden: bool = False,
     ) -> Batch:
         """A batch of the given padded shape that holds no token: compiling and running it changes nothing. rows: of
-        logits, if not as many as sequences.
+        logits, if not as many as sequences. hidden: with the rows' hidden states.
         """
         zeros = np.zeros(num_tokens, np.int32)
         return Batch(
@@ -230,6 +240,7 @@ class BatchBuilder:
             logit_rows=np.zeros(num_seqs if rows is None else rows, np.int32),
             max_query=1 if decode_only else num_tokens,
             use_adapters=use_adapters,
+            return_hidden=hidden,
         )
 
 

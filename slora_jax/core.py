@@ -38,6 +38,7 @@ class _Step:
     generations: list[Generation]  # of each row
     output: Output | None  # on the device; None if there are no rows
     logits: Any  # on the device: there when the step is over
+    hidden: Any  # on the device: of each row, if one of them is of an embedding; else None
     began: float
     compiles: int  # programs that had been compiled when it began
 
@@ -82,6 +83,7 @@ class EngineCore:
         )
         self._deliver = deliver
         self._generations: dict[Seq, Generation] = {}  # those that are computed
+        self._embeddings = 0  # jobs among them that want one
         self._sampling = SamplingTable(scheduler.max_seqs)
         self._in_flight: _Step | None = None
         self._last_done = 0.0  # when the results of the last step came
@@ -135,6 +137,7 @@ class EngineCore:
     def start(self, job: Job) -> None:
         self.tiers.start(job)
         job.open = len(job.generations)
+        self._embeddings += job.embeds
         for generation in job.generations:
             self._generations[generation.seq] = generation
             self.scheduler.add(generation.seq)
@@ -223,17 +226,21 @@ class EngineCore:
         sampled = np.fromiter((c.seq.row for c in plan.chunks if c.samples), np.int32)
         # samplers that know penalties and biases are for the largest batch only
         special = self.scheduler.deterministic or not self._sampling.covers(sampled)
+        embeds = self._embeddings > 0 and any(c.samples and self._generations[c.seq].job.embeds for c in plan.chunks)
         batch, rows = self.runner.builder.build(
-            plan.chunks, self.pool, self.tiers.shapes, widest=special, decode_only=plan.decode_only
+            plan.chunks, self.pool, self.tiers.shapes, widest=special, decode_only=plan.decode_only, hidden=embeds
         )
-        logits = self.runner.forward(batch)
+        logits, hidden = self.runner.forward(batch)
+        if embeds:
+            assert hidden is not None
+            hidden.copy_to_host_async()
         generations = [self._generations[plan.chunks[i].seq] for i in rows.index.tolist()]
         output = None
         if generations:
             plain = not special and len(sampled) == len(rows)
             sampling, last = self._row_sampling(rows, generations, len(batch.logit_rows), plain)
             output = self.runner.sample(logits, sampling, last)
-        return _Step(plan, rows, generations, output, logits, now, compiles)
+        return _Step(plan, rows, generations, output, logits, hidden if embeds else None, now, compiles)
 
     def _row_sampling(
         self, rows: Rows, generations: list[Generation], size: int, plain: bool
@@ -261,6 +268,7 @@ class EngineCore:
         if output is None:
             return
         assert output.finite is not None  # sample always tells
+        hidden = None if step.hidden is None else np.asarray(step.hidden)
         alive, events = self._generations, self._events
         columns = (step.generations, output.tokens.tolist(), output.finite.tolist(), step.rows.samples.tolist())
         for i, (generation, token, finite, samples) in enumerate(zip(*columns, strict=False)):
@@ -273,6 +281,12 @@ class EngineCore:
                 self._close(generation)
                 text = "the model's logits are not finite; check the adapter's weights, or use dtype float32"
                 events.append((generation, None, None, "error", text))
+            elif generation.job.embeds:
+                assert hidden is not None
+                generation.job.hidden = hidden[i].copy()
+                generation.seq.push(token)  # which nobody asked for
+                self._close(generation)
+                events.append((generation, None, None, "stop", None))
             else:
                 reason, error = generation.advance(token)
                 wanted = generation.completion.logprobs is not None
@@ -299,6 +313,7 @@ class EngineCore:
         job.open -= 1
         if job.open:
             return
+        self._embeddings -= job.embeds
         self.counters["finished_requests"] += 1
         self.tiers.finish(job)
 

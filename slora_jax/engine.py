@@ -1,7 +1,7 @@
 """The Engine: one base model, many adapters, all requests in one batch."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import logging
@@ -20,6 +20,7 @@ from slora_jax.core import EngineCore
 from slora_jax.delivery import Delivery
 from slora_jax.engine_adapters import EngineAdapters, read_contents
 from slora_jax.engine_config import EngineConfig
+from slora_jax.engine_embeddings import EngineEmbeddings
 from slora_jax.engine_loop import EngineLoop
 from slora_jax.errors import SloraError
 from slora_jax.jobs import Generation, Job, Sink
@@ -42,7 +43,7 @@ _HOST_TO_DEVICE_BYTES_PER_SECOND = 40e9  # measured from pinned memory on an H20
 _PROMPT_OPERATIONS_PER_SECOND = 600e12  # the same for evicting a prefix; bfloat16 on an H200
 
 
-class Engine(EngineAdapters):
+class Engine(EngineAdapters, EngineEmbeddings):
     """Serves requests on one base model, each with its own adapter or none.
 
     Make one with from_pretrained. Methods may be called from any thread; a thread of the engine's own runs the model,
@@ -174,7 +175,8 @@ class Engine(EngineAdapters):
         Raises CapacityError if a step does not fit in the device's memory.
         """
         with progress_bar("compiling", self.settings.progress) as progress:
-            self._loop.call(lambda: self._core.runner.warm_up(adapters=adapters, progress=progress))
+            wanted = dict(adapters=adapters, embeddings=self.settings.embeddings)
+            self._loop.call(lambda: self._core.runner.warm_up(**wanted, progress=progress))
 
     def generate(
         self, requests: Sequence[Request | str], *, progress: bool = False, on_delta: Sink | None = None
@@ -226,13 +228,17 @@ class Engine(EngineAdapters):
 
         Every request is checked before any is queued; errors are those of generate. The caller closes what it gets.
         """
+        return await self._astart(lambda sink: [self._admission.job(r, sink(i)) for i, r in enumerate(requests)])
+
+    async def _astart(self, make_jobs: Callable[[Callable[[int], Sink]], list[Job]]) -> AsyncDeltas:
+        """make_jobs: checks requests and makes jobs, given the sink of each by its number; on a worker thread."""
 
         def abort(request_id: str) -> None:
             with contextlib.suppress(SloraError):  # a closed engine has aborted it already
                 self._loop.submit(lambda: self._abort(request_id))
 
         deltas = AsyncDeltas(abort)
-        jobs = await asyncio.to_thread(lambda: [self._admission.job(r, deltas.sink(i)) for i, r in enumerate(requests)])
+        jobs = await asyncio.to_thread(make_jobs, deltas.sink)
         deltas.follow(jobs)
         try:
             await asyncio.wrap_future(self._loop.submit(lambda: self._start(jobs)))

@@ -66,6 +66,8 @@ class EngineConfig:
     warm_up: compile every step and sampler at start instead of when it is first needed; "greedy": only what requests
         need that want nothing but the likeliest token. Steps with adapters are among them if adapters are given at
         start, or max_lora_rank.
+    embeddings: steps that Engine.embed needs are among those that warming up compiles. It answers without that, too:
+        they are then compiled when they are first needed. Nobody else uses them.
     compile_cache_dir: where compiled steps are kept between runs; "" keeps none. It holds executable code: use a
         directory that only you can write to.
     progress: show progress bars.
@@ -95,6 +97,7 @@ class EngineConfig:
     implementation: Implementation = "auto"
     loop: Literal["unroll", "scan"] | None = None
     warm_up: bool | Literal["greedy"] = False
+    embeddings: bool = False
     compile_cache_dir: str = dataclasses.field(default_factory=_default_cache_dir)
     progress: bool = False
 

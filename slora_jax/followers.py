@@ -42,7 +42,7 @@ class LeaderRunner(Runner):
         self._send("_write_chunk", list(page_ids), np.asarray(chunk))
         super()._write_chunk(page_ids, chunk)
 
-    def forward(self, batch: Batch) -> jax.Array:
+    def forward(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
         self._send("forward", batch)
         return super().forward(batch)
 
@@ -76,7 +76,7 @@ def follow(processes: Processes, runner: Runner) -> None:
     while (message := processes.receive()) is not None:
         method, args = message
         if method == "forward":
-            logits = runner.forward(*args)
+            logits, _ = runner.forward(*args)
         elif method == "sample":
             assert logits is not None, "a step comes before its sampling"
             runner.sample(logits, *args)

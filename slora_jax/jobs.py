@@ -4,6 +4,8 @@ from collections.abc import Callable
 import logging
 import time
 
+import numpy as np
+
 from slora_jax.grammar import Constraint
 from slora_jax.registry import AdapterRecord
 from slora_jax.requests import Completion, Delta, Request, RequestOutput, TokenLogprob
@@ -151,13 +153,17 @@ class Generation:
 
 
 class Job:
-    """A request in flight."""
+    """A request in flight. embeds: the prompt's final hidden state is wanted, and no answer."""
 
-    def __init__(self, request: Request, adapter: AdapterRecord | None, output: RequestOutput, sink: Sink):
+    def __init__(
+        self, request: Request, adapter: AdapterRecord | None, output: RequestOutput, sink: Sink, embeds: bool = False
+    ):
         self.request = request
         self.adapter = adapter
         self.output = output
         self.sink = sink
+        self.embeds = embeds
+        self.hidden: np.ndarray | None = None  # float32 [H], of the prompt's last token
         self.generations: list[Generation] = []
         self.open = 0  # completions that the engine computes; its thread's own
 

@@ -155,17 +155,18 @@ def shard_params(config: ModelConfig, params: Mapping[str, jax.Array], parallel:
 def shard_forward(forward: Callable[..., Any], config: ModelConfig, parallel: Parallel) -> Callable[..., Any]:
     """``forward(params, state, batch) -> (state, logits)`` of one device's part, run on all of them.
 
-    Logits are split over the vocabulary; where it does not divide, columns past its end hold -inf.
+    Logits are split over the vocabulary; where it does not divide, columns past its end hold -inf. Hidden states, if
+    the batch asks for them, are whole on every device.
     """
     params = {name: partition(*spec.axes) for name, spec in param_specs(config).items()}
     state = State(pages=POOL)
 
-    def run(given: dict[str, jax.Array], old: State, batch: Batch) -> tuple[State, jax.Array]:
+    def run(given: dict[str, jax.Array], old: State, batch: Batch) -> tuple[State, Any]:
         return jax.shard_map(
             forward,
             mesh=parallel.mesh,
             in_specs=(params, state, batch_specs(batch)),
-            out_specs=(state, LOGITS),
+            out_specs=(state, (LOGITS, WHOLE) if batch.return_hidden else LOGITS),
             check_vma=False,
         )(given, old, batch)
 

@@ -43,7 +43,7 @@ class StepOptions:
 @dataclasses.dataclass(frozen=True)
 class StepShape:
     """Padded sizes of a step: sequences, tokens, rows of logits; whether each sequence has one token only; whether some
-    sequence has an adapter.
+    sequence has an adapter; whether the rows' hidden states are wanted, too.
     """
 
     seqs: int
@@ -51,15 +51,17 @@ class StepShape:
     rows: int
     decode_only: bool
     use_adapters: bool
+    hidden: bool = False
 
     @classmethod
     def of(cls, batch: Batch) -> "StepShape":
         sizes = (len(batch.kv_lens), len(batch.tokens), len(batch.logit_rows))
-        return cls(*sizes, batch.max_query == 1, batch.use_adapters)
+        return cls(*sizes, batch.max_query == 1, batch.use_adapters, batch.return_hidden)
 
     def __str__(self) -> str:
         kind = "decode" if self.decode_only else "prompt"
-        return f"{kind} step of {self.tokens} tokens{'' if self.use_adapters else ' without adapters'}"
+        hidden = " for embeddings" if self.hidden else ""
+        return f"{kind} step of {self.tokens} tokens{hidden}{'' if self.use_adapters else ' without adapters'}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +92,10 @@ class SampleShape:
         return f"sampler of {self.rows} rows"
 
 
-def _with_last_tokens(forward: Forward) -> Callable[..., tuple[State, jax.Array]]:
+def _with_last_tokens(forward: Forward) -> Callable[..., tuple[State, Any]]:
     """A step that finds tokens the host does not know among those that were sampled last."""
 
-    def step(params: Params, state: State, last: jax.Array, batch: Batch) -> tuple[State, jax.Array]:
+    def step(params: Params, state: State, last: jax.Array, batch: Batch) -> tuple[State, Any]:
         tokens = jnp.where(batch.tokens < 0, last[jnp.maximum(-1 - batch.tokens, 0)], batch.tokens)
         return forward(params, state, dataclasses.replace(batch, tokens=tokens))
 
@@ -146,30 +148,34 @@ class Programs:
             )
         self._whole = NamedSharding(options.parallel.mesh, WHOLE) if options.parallel else None
         forward = make_forward(**{f.name: getattr(options, f.name) for f in dataclasses.fields(options)})
-        outputs = None
+        plain, hidden = None, None  # shardings of what steps return
         self._logits = None
         if options.parallel:
             self._logits = NamedSharding(options.parallel.mesh, LOGITS)
-            outputs = (State(pages=options.parallel.pool), self._logits)
+            state = State(pages=options.parallel.pool)
+            plain, hidden = (state, self._logits), (state, (self._logits, self._whole))
         name = self._cache.name if self._cache else ""
-        self._step = jax.jit(
-            _named(_with_last_tokens(forward), name),
-            donate_argnums=1,
-            out_shardings=outputs,
-            compiler_options=compiler_options(),
-        )
+        step = _named(_with_last_tokens(forward), name)
+        common: dict[str, Any] = dict(donate_argnums=1, compiler_options=compiler_options())
+        self._step = jax.jit(step, out_shardings=plain, **common)
+        self._hidden_step = jax.jit(step, out_shardings=hidden, **common)
         self._sample = jax.jit(
             _named(_into_last_tokens(make_sample(options.parallel)), name), out_shardings=self._whole
         )
 
-    def forward(self, params: Params, state: State, last: jax.Array, batch: Batch) -> tuple[State, jax.Array]:
-        """A step: the new state, and logits. Tokens of the batch that are negative, -1 - row, are taken from `last`."""
+    def forward(
+        self, params: Params, state: State, last: jax.Array, batch: Batch
+    ) -> tuple[State, jax.Array, jax.Array | None]:
+        """A step: the new state, logits, and the rows' hidden states if the batch asks for them. Tokens of the batch
+        that are negative, -1 - row, are taken from `last`.
+        """
         shape = StepShape.of(batch)
         program = self._steps.get(shape)
         if program is None:
             self.compiles += 1
             program = self._steps[shape] = self._compile_step(shape, batch)
-        return program(params, state, last, batch)
+        state, found = program(params, state, last, batch)
+        return (state, *found) if shape.hidden else (state, found, None)
 
     def sample(
         self, logits: jax.Array, sampling: Sampling, last: jax.Array, rows: np.ndarray
@@ -182,21 +188,34 @@ class Programs:
             program = self._samplers[shape] = self._compile_sampler(shape, sampling)
         return program(logits, sampling, last, rows)
 
-    def step_shapes(self, *, adapters: bool) -> list[StepShape]:
-        """Every shape that a step can have, the largest first; with `adapters`, of steps in which one is used, too."""
+    def step_shapes(self, *, adapters: bool, embeddings: bool = False) -> list[StepShape]:
+        """Every shape that a step can have, the largest first; with `adapters`, of steps in which one is used, too;
+        with `embeddings`, of steps whose hidden states are wanted.
+        """
         buckets = self.builder.buckets
         sizes = [(buckets.max_seqs, buckets.tokens[-1], buckets.wide_rows, False)]
         sizes += [(buckets.max_seqs, n, buckets.max_seqs, False) for n in reversed(buckets.tokens)]
         sizes += [(n, n, n, True) for n in reversed(buckets.seqs)]
         if self.builder.deterministic:
-            return [StepShape(*size, True) for size in (sizes[0], sizes[-1])]
-        return [StepShape(*size, used) for size in sizes for used in ((True, False) if adapters else (False,))]
+            return [StepShape(*sizes[0], True, True), StepShape(*sizes[-1], True)]
+        kinds = [(*size, used) for size in sizes for used in ((True, False) if adapters else (False,))]
+        shapes = [StepShape(*kind) for kind in kinds]
+        if embeddings:
+            shapes += [dataclasses.replace(shape, hidden=True) for shape in shapes if not shape.decode_only]
+        return shapes
 
-    def compile_ahead(self, *, adapters: bool, greedy_only: bool = False, progress: Progress | None = None) -> None:
-        """Compiles all that serving can need, on several threads. adapters: see step_shapes. greedy_only: no samplers
-        for anything but the likeliest token, and no steps for log-probabilities of prompts.
+    def compile_ahead(
+        self,
+        *,
+        adapters: bool,
+        embeddings: bool = False,
+        greedy_only: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """Compiles all that serving can need, on several threads. adapters, embeddings: see step_shapes. greedy_only:
+        no samplers for anything but the likeliest token, and no steps for log-probabilities of prompts.
         """
-        steps = [s for s in self.step_shapes(adapters=adapters) if s not in self._steps]
+        steps = [s for s in self.step_shapes(adapters=adapters, embeddings=embeddings) if s not in self._steps]
         buckets = self.builder.buckets
         if greedy_only and not self.builder.deterministic:
             steps = [s for s in steps if s.rows < buckets.wide_rows]
@@ -242,7 +261,12 @@ class Programs:
     def padding(self, shape: StepShape) -> Batch:
         """A batch of a shape that holds no token."""
         return self.builder.padding(
-            shape.seqs, shape.tokens, decode_only=shape.decode_only, use_adapters=shape.use_adapters, rows=shape.rows
+            shape.seqs,
+            shape.tokens,
+            decode_only=shape.decode_only,
+            use_adapters=shape.use_adapters,
+            rows=shape.rows,
+            hidden=shape.hidden,
         )
 
     def _spec(self, x: Any) -> jax.ShapeDtypeStruct:
@@ -269,6 +293,8 @@ class Programs:
             )
             specs = dataclasses.replace(specs, adapters=placed)
         args = (self._params, self._state(), self._last(), specs)
+        if shape.hidden:
+            return self._get(shape, self._hidden_step, args, (State(pages=0), (0, 0)))
         return self._get(shape, self._step, args, (State(pages=0), 0))
 
     def _compile_sampler(self, shape: SampleShape, sampling: Sampling) -> jax.stages.Compiled:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 import dataclasses
 
+import numpy as np
+
 from slora_jax.sampling_params import SamplingParams
 
 
@@ -98,6 +100,39 @@ class RequestOutput:
     @property
     def finish_reason(self) -> str | None:
         return self.completions[0].finish_reason
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingRequest:
+    """A text to be made a vector: exactly one of `prompt` or `prompt_token_ids`. Other fields as in Request.
+
+    normalize: to length 1, so that a dot product of two is the cosine of their angle.
+    """
+
+    prompt: str | None = None
+    adapter: str | None = None
+    prompt_token_ids: Sequence[int] | None = None
+    normalize: bool = True
+    request_id: str | None = None
+    priority: int = 0
+    tenant: str | None = None
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class EmbeddingOutput:
+    """A finished EmbeddingRequest.
+
+    embedding: float32 [H], the model's final hidden state (after its last norm) at the prompt's last token; None if it
+    failed, and `error` then says why. adapter_digest: as in RequestOutput.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    adapter: str | None
+    adapter_digest: str | None
+    embedding: np.ndarray | None
+    error: str | None
+    timings: Timings
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

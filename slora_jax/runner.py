@@ -128,12 +128,12 @@ class Runner:
             write = self._writers[len(page_ids)] = self._write.lower(*args).compile()
         self.state = write(*args)
 
-    def forward(self, batch: Batch) -> jax.Array:
-        """Dispatches a step and returns its logits, still on the device. Tokens of the batch that are negative, -1 -
-        row, are those that `sample` chose last for that row.
+    def forward(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
+        """Dispatches a step and returns its logits, and its rows' hidden states if the batch asks for them, still on
+        the device. Tokens of the batch that are negative, -1 - row, are those that `sample` chose last for that row.
         """
-        self.state, logits = self.programs.forward(self.params, self.state, self.last_tokens, batch)
-        return logits
+        self.state, logits, hidden = self.programs.forward(self.params, self.state, self.last_tokens, batch)
+        return logits, hidden
 
     def sample(self, logits: jax.Array, sampling: Sampling, rows: np.ndarray) -> Output:
         """Dispatches the choice of tokens, which the device keeps for `rows` (int32 [R]; max_seqs: for none). Its
@@ -151,16 +151,24 @@ class Runner:
             return None
         return jax.device_get(output)
 
-    def warm_up(self, *, adapters: bool, greedy_only: bool = False, progress: Progress | None = None) -> None:
+    def warm_up(
+        self,
+        *,
+        adapters: bool,
+        embeddings: bool = False,
+        greedy_only: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
         """Compiles what is not compiled yet, and runs every step once on padding: a program's first run is slow, too.
 
         Arguments as in Programs.compile_ahead. Raises CapacityError if a step does not fit in the device's memory.
         """
-        self.programs.compile_ahead(adapters=adapters, greedy_only=greedy_only, progress=progress)
+        wanted = dict(adapters=adapters, embeddings=embeddings, greedy_only=greedy_only)
+        self.programs.compile_ahead(**wanted, progress=progress)
         for shape in self.programs.compiled_steps():
             remedy = "set max_step_tokens, max_seqs or page_pool_bytes lower"
             with device_memory_errors(f"a {shape}", remedy):
-                logits = self.forward(self.programs.padding(shape))
+                logits, _ = self.forward(self.programs.padding(shape))
                 if shape.rows <= self.builder.buckets.max_seqs:
                     nobody = np.full(shape.rows, self.builder.buckets.max_seqs, np.int32)
                     self.fetch(self.sample(logits, build_sampling([], shape.rows), nobody), logits)

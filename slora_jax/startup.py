@@ -1,6 +1,7 @@
 """Makes the device side of an engine: how many pages, compiled steps, then the pool."""
 
 import logging
+from typing import Any
 
 import jax
 
@@ -41,7 +42,9 @@ def make_runner(
     default = Buckets.default(settings.max_seqs, settings.max_step_tokens, gpu=jax.default_backend() == "gpu")
     buckets = Buckets(seqs=settings.seq_buckets or default.seqs, tokens=settings.token_buckets or default.tokens)
     num_pages = choose_num_pages(options, model.params, settings, buckets, max_model_len)
-    greedy_only = settings.warm_up == "greedy"
+    ahead: dict[str, Any] = dict(
+        adapters=adapters, embeddings=settings.embeddings, greedy_only=settings.warm_up == "greedy"
+    )
     while True:
         runner = make_leader(
             options=options,
@@ -56,7 +59,7 @@ def make_runner(
         if not settings.warm_up:
             break
         with progress_bar("compiling", settings.progress) as progress:
-            runner.programs.compile_ahead(adapters=adapters, greedy_only=greedy_only, progress=progress)
+            runner.programs.compile_ahead(**ahead, progress=progress)
         if settings.page_pool_bytes is not None or device_memory() is None or jax.process_count() > 1:
             break
         fits = fitting_pages(options, settings, buckets, runner.programs.temp_bytes())
@@ -68,5 +71,5 @@ def make_runner(
         num_pages = fits
     runner.reset()
     if settings.warm_up:
-        runner.warm_up(adapters=adapters, greedy_only=greedy_only)
+        runner.warm_up(**ahead)
     return runner

@@ -17,7 +17,7 @@ from slora_jax.sampling import sample
 
 Params = dict[str, jax.Array]
 BatchStep = Callable[[Params, State, Batch], tuple[State, Output]]
-Forward = Callable[[Params, State, Batch], tuple[State, jax.Array]]
+Forward = Callable[[Params, State, Batch], tuple[State, Any]]
 
 
 def compiler_options() -> dict[str, bool]:
@@ -40,6 +40,8 @@ def make_forward(
     parallel: Parallel | None = None,
 ) -> Forward:
     """Makes ``forward(params, state, batch) -> (state, logits)``: the step without sampling. Logits are float32 [R, V].
+    With batch.return_hidden it returns ``(state, (logits, hidden))``, hidden being the rows' final hidden states,
+    float32 [R, H].
 
     With `parallel` they are split over the vocabulary, and columns past V, where it does not divide, hold -inf.
     Arguments as in make_batch_step.
@@ -56,10 +58,12 @@ def make_forward(
     )
     apply: Callable[..., Any] = model.apply
 
-    def forward(params: Params, state: State, batch: Batch) -> tuple[State, jax.Array]:
+    def forward(params: Params, state: State, batch: Batch) -> tuple[State, Any]:
         variables = {"params": params}
         pages, hidden = apply(variables, state.pages, batch)
-        return State(pages=pages), apply(variables, hidden[batch.logit_rows], method="logits")
+        rows = hidden[batch.logit_rows]
+        logits = apply(variables, rows, method="logits")
+        return State(pages=pages), (logits, rows.astype(jnp.float32)) if batch.return_hidden else logits
 
     return shard_forward(forward, config, parallel) if parallel else forward
 
@@ -87,8 +91,9 @@ def make_batch_step(config: ModelConfig, **options) -> BatchStep:
     def batch_step(params: Params, state: State, batch: Batch) -> tuple[State, Output]:
         if batch.sampling is None:
             raise ValueError("batch.sampling is missing: batch_step needs it to choose tokens")
-        state, logits = forward(params, state, batch)
-        output = choose(logits, batch.sampling)
+        state, found = forward(params, state, batch)
+        logits, hidden = found if batch.return_hidden else (found, None)
+        output = dataclasses.replace(choose(logits, batch.sampling), hidden=hidden)
         if batch.return_logits:
             output = dataclasses.replace(output, logits=logits[:, : config.vocab_size])
         return state, output

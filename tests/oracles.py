@@ -112,7 +112,13 @@ def _rope(x, positions, config):
 
 
 def llama_logits(config, params, tokens, adapter=None):
-    """Logits [n, V] of one prompt, in one pass without a cache. adapter: slora_jax Adapter or None."""
+    """Logits [n, V] of one prompt. Arguments as in llama_hidden."""
+    head = np.asarray(params["embed" if config.tied_embeddings else "lm_head"], np.float64)
+    return llama_hidden(config, params, tokens, adapter) @ head.T
+
+
+def llama_hidden(config, params, tokens, adapter=None):
+    """Final hidden states [n, H] of one prompt, in one pass without a cache. adapter: slora_jax Adapter or None."""
     w = {name: np.asarray(x, np.float64) for name, x in params.items()}
     x = w["embed"][np.asarray(tokens)]
     positions = np.arange(len(tokens), dtype=np.float64)
@@ -141,5 +147,4 @@ def llama_logits(config, params, tokens, adapter=None):
         gate, up = gate + delta(h, i, 4), up + delta(h, i, 5)
         h = gate / (1 + np.exp(-gate)) * up
         x = x + h @ w["wdown"][i] + delta(h, i, 6)
-    x = _rms_norm(x, w["final_norm"], config.norm_eps)
-    return x @ w["embed" if config.tied_embeddings else "lm_head"].T
+    return _rms_norm(x, w["final_norm"], config.norm_eps)

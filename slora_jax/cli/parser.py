@@ -174,6 +174,11 @@ def _serve(commands) -> None:
     operation.add_argument("--drain-seconds", type=float, default=30.0, metavar="X", help="longest wait at a shutdown")
     operation.add_argument("--traces", action="store_true", help="send OpenTelemetry traces (extra otel)")
     operation.add_argument("--no-warm-up", action="store_true", help="compile steps when they are first needed")
+    operation.add_argument(
+        "--embeddings",
+        action="store_true",
+        help="compile what /v1/embeddings needs at start, too (default: when it is first called)",
+    )
     operation.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     _engine_options(parser)
 

@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     settings = EngineConfig(
         **engine_options(args),
         max_lora_rank=args.max_lora_rank,
+        embeddings=args.embeddings,
         # else the adapters, which are read later, say up to which rank steps are compiled
         warm_up=config.warm_up and args.max_lora_rank is not None,
     )

@@ -27,29 +27,29 @@ def choose_adapter(service: Service, tenant: Tenant, model: str) -> str | None:
     return adapter
 
 
-def tokenizer_of(service: Service) -> Tokenizer:
+def tokenizer_of(service: Service, param: str = "prompt") -> Tokenizer:
     """ApiError 400 for a model without one."""
     tokenizer = service.engine.model.tokenizer
     if tokenizer is None:
-        raise ApiError(400, "this model has no tokenizer; send the prompt as token ids", param="prompt")
+        raise ApiError(400, f"this model has no tokenizer; send the {param} as token ids", param=param)
     return tokenizer
 
 
 async def encode_prompts(
-    service: Service, prompts: Sequence[str | Sequence[int]], add_special_tokens: bool = True
+    service: Service, prompts: Sequence[str | Sequence[int]], add_special_tokens: bool = True, param: str = "prompt"
 ) -> list[list[int]]:
-    """Token ids of prompts. Ids are taken as they are; the engine checks them."""
+    """Token ids of prompts. Ids are taken as they are; the engine checks them. param: the call's field they are of."""
 
     def encode(prompt: str | Sequence[int]) -> list[int]:
         if not isinstance(prompt, str):
             return list(prompt)
         most = service.engine.max_model_len
-        return tokenizer_of(service).encode(prompt, add_special_tokens=add_special_tokens, max_tokens=most)
+        return tokenizer_of(service, param).encode(prompt, add_special_tokens=add_special_tokens, max_tokens=most)
 
     try:
         return await asyncio.to_thread(lambda: [encode(prompt) for prompt in prompts])
     except RequestError as error:
-        raise bad_request(error, "prompt") from None
+        raise bad_request(error, param) from None
 
 
 async def encode_chat(

@@ -10,7 +10,14 @@ from starlette.responses import Response
 
 import slora_jax
 from slora_jax.errors import SloraError
-from slora_jax.server import routes_adapters, routes_openai, routes_operation, routes_slora, routes_tokens
+from slora_jax.server import (
+    routes_adapters,
+    routes_embeddings,
+    routes_openai,
+    routes_operation,
+    routes_slora,
+    routes_tokens,
+)
 from slora_jax.server.edge import Edge
 from slora_jax.server.errors import ApiError
 from slora_jax.server.service import Service
@@ -25,7 +32,7 @@ def create_app(service: Service) -> FastAPI:
         redoc_url=None,
     )
     app.state.service = service
-    for module in (routes_openai, routes_slora, routes_tokens, routes_adapters, routes_operation):
+    for module in (routes_openai, routes_embeddings, routes_slora, routes_tokens, routes_adapters, routes_operation):
         app.include_router(module.router)
     app.add_middleware(
         Edge, config=service.config, tenants=service.tenants, metrics=service.metrics, tracing=service.tracing

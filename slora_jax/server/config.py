@@ -20,6 +20,7 @@ class ServerConfig:
     max_body: largest request body. header_seconds, body_seconds: longest times to send a request's headers, its body.
         write_seconds: longest time for which a client may leave its answer unread.
     max_prompts, max_completions: prompts in a call, and prompts times n. max_answer_tokens: tokens of an answer.
+    max_inputs: inputs in a call for embeddings, of which max_prompts are computed at a time.
     max_queue: completions that wait for the engine, beyond what it runs at once, before callers are sent away with 429.
     max_adapters: adapters registered at the same time.
     warm_up: compile every step shape after the adapters were read and before the first call is taken.
@@ -42,6 +43,7 @@ class ServerConfig:
     write_seconds: float = 60.0
     max_prompts: int = 64
     max_completions: int = 128
+    max_inputs: int = 2048
     max_answer_tokens: int = 4096
     max_queue: int = 256
     max_adapters: int = 10_000
@@ -50,7 +52,7 @@ class ServerConfig:
     drain_seconds: float = 30.0
 
     def __post_init__(self):
-        for name in ("max_body", "max_prompts", "max_completions", "max_answer_tokens", "max_adapters"):
+        for name in ("max_body", "max_prompts", "max_completions", "max_inputs", "max_answer_tokens", "max_adapters"):
             if getattr(self, name) < 1:
                 raise SloraError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_queue < 0:

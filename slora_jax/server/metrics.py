@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from pallas_kernels.geometry import PAGE_TOKENS
-from slora_jax.requests import RequestOutput
+from slora_jax.requests import EmbeddingOutput, RequestOutput
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _MAX_TENANTS = 100
@@ -59,6 +59,7 @@ class Metrics:
         self._latency = histogram("request_latency_seconds", "From arrival to the end of the answer", _SECONDS)
         self._queued = histogram("queue_seconds", "From arrival to the first step", _SECONDS)
         self._ended = counter("completions", "Completions by how they ended", "tenant", "finish_reason")
+        self._embedded = counter("embeddings", "Texts made vectors, by how they ended", "tenant", "result")
         self._prompt_tokens = counter("prompt_tokens", "Tokens of prompts", "tenant")
         self._answer_tokens = counter("generated_tokens", "Tokens of answers", "tenant")
         self._responses = counter("http_responses", "HTTP responses by status", "status")
@@ -83,6 +84,14 @@ class Metrics:
         longest = max(len(c.token_ids) for c in output.completions)
         if longest > 1 and timings.finished is not None and timings.first_token is not None:
             self._tpot.observe((timings.finished - timings.first_token) / (longest - 1))
+
+    def embedded(self, output: EmbeddingOutput, tenant: str) -> None:
+        """Counts an embedding that has ended, however it did."""
+        tenant = self._tenant_label(tenant)
+        self._embedded.labels(tenant, "error" if output.error else "ok").inc()
+        self._prompt_tokens.labels(tenant).inc(len(output.prompt_token_ids))
+        if output.timings.scheduled is not None:
+            self._queued.observe(output.timings.scheduled - output.timings.arrival)
 
     def _tenant_label(self, tenant: str) -> str:
         if tenant not in self._tenants and len(self._tenants) >= _MAX_TENANTS:

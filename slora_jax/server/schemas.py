@@ -100,6 +100,14 @@ class SamplingFields(Body):
 Ids = Annotated[list[Token], Field(min_length=1)]
 
 
+def as_prompts(given: str | list[int] | list[str] | list[list[int]]) -> list[str | Sequence[int]]:
+    """OpenAI's four forms: one text, the token ids of one, several texts, token ids of several."""
+    if isinstance(given, str):
+        return [given]
+    ids = [token for token in given if isinstance(token, int)]
+    return [ids] if ids else [part for part in given if not isinstance(part, int)]
+
+
 class CompletionBody(SamplingFields):
     prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
     add_special_tokens: bool = True
@@ -109,11 +117,21 @@ class CompletionBody(SamplingFields):
     suffix: Literal[""] | None = None
 
     def prompts(self) -> list[str | Sequence[int]]:
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]  # one prompt, as token ids
-        return list(self.prompt)
+        return as_prompts(self.prompt)
+
+
+class EmbeddingBody(Body):
+    """dimensions: only the model's own size is accepted. user: for OpenAI's books, as in SamplingFields."""
+
+    model: str = Field(max_length=256)
+    input: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    add_special_tokens: bool = True
+    dimensions: int | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    user: str | None = None
+
+    def inputs(self) -> list[str | Sequence[int]]:
+        return as_prompts(self.input)
 
 
 class TextPart(Body):

@@ -8,7 +8,7 @@ import time
 from typing import Literal
 
 from slora_jax.engine import Engine
-from slora_jax.requests import RequestOutput
+from slora_jax.requests import EmbeddingOutput, RequestOutput
 from slora_jax.server.adapter_manager import AdapterManager
 from slora_jax.server.config import ServerConfig
 from slora_jax.server.errors import ApiError
@@ -127,6 +127,11 @@ class Service:
         self.metrics.finished(output, tenant.key.name)
         if output.timings.latency is not None:
             self._mean_latency += 0.1 * (output.timings.latency - self._mean_latency)
+
+    def embedded(self, output: EmbeddingOutput, tenant: Tenant) -> None:
+        """finished, for an embedding."""
+        tenant.tokens.take(len(output.prompt_token_ids))
+        self.metrics.embedded(output, tenant.key.name)
 
     async def snapshot(self) -> Snapshot | None:
         """The engine's state now, or a moment ago if it is busy with a long step. None while it is loading."""

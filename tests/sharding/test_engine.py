@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 import numpy as np
 import pytest
 
-from slora_jax import AdapterError, Engine, EngineConfig, Request, SamplingParams, SloraError
+from slora_jax import AdapterError, EmbeddingRequest, Engine, EngineConfig, Request, SamplingParams, SloraError
 from slora_jax.adapters import random_adapter
 from slora_jax.loading import load_model
 from slora_jax.memory import page_bytes
@@ -46,6 +46,16 @@ def adapters():
     return {f"a{i}": random_adapter(config, r, seed=i, scale=0.5) for i, r in enumerate(ranks)}
 
 
+def embeddings(engine):
+    rng = np.random.default_rng(1)
+    names = (None, "a0", "a1", "a2")
+    requests = [
+        EmbeddingRequest(None, name, rng.integers(0, 256, n).tolist())
+        for name, n in zip(names, (5, 40, 1, 17), strict=True)
+    ]
+    return np.stack([output.embedding for output in engine.embed(requests)])
+
+
 def requests():
     rng = np.random.default_rng(0)
     names = (None, "a0", "a1", "a2", "a0", None)
@@ -60,9 +70,8 @@ def requests():
 @pytest.fixture(scope="module")
 def wanted(adapters):
     with Engine.from_pretrained("random:tiny-gqa", engine_config(400, 1, "auto"), adapters) as engine:
-        return [o.token_ids for o in engine.generate(requests())], engine.generate(
-            [Request(None, "a3", GREEDY, [1, 2, 3])]
-        )[0].token_ids
+        tokens = [o.token_ids for o in engine.generate(requests())]
+        return tokens, engine.generate([Request(None, "a3", GREEDY, [1, 2, 3])])[0].token_ids, embeddings(engine)
 
 
 @pytest.mark.parametrize(("devices", "lora", "pages"), [(4, "s-lora", 40), (2, "comm-free", 60)])
@@ -72,6 +81,7 @@ def test_tokens_are_those_of_one_device_with_adapters_that_come_and_go(wanted, a
     with Engine.from_pretrained("random:tiny-gqa", engine_config(pages, devices, lora), first) as engine:
         assert len(engine.model.params["wqkv"].sharding.device_set) == devices
         assert [o.token_ids for o in engine.generate(requests())] == wanted[0]
+        np.testing.assert_allclose(embeddings(engine), wanted[2], atol=2e-5)
         engine.add_adapter("a0", adapters["a3"])  # replaces
         assert engine.generate([Request(None, "a0", GREEDY, [1, 2, 3])])[0].token_ids == wanted[1]
         engine.remove_adapter("a0")
