@@ -25,6 +25,7 @@ from slora_jax.runner import Runner
 from slora_jax.sampling_batch import SamplingTable, build_sampling, with_all_features
 from slora_jax.scheduler import Scheduler, StepPlan
 from slora_jax.sequence import Sequence as Seq
+from slora_jax.step_times import StepTimes
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ class EngineCore:
         self._in_flight: _Step | None = None
         self._last_done = 0.0  # when the results of the last step came
         self._events: list[Event] = []  # not delivered yet
+        self.times = StepTimes()
         self.counters = dict(
             steps=0,
             prompt_tokens=0,
@@ -202,7 +204,9 @@ class EngineCore:
 
     def _start_step(self) -> _Step | None:
         """Plans a step and dispatches it. None if there is nothing to compute."""
+        self.times.begin()
         plan = self.scheduler.schedule()
+        self.times.mark("plan")
         self.counters["preemptions"] += len(plan.preempted)
         now = time.monotonic()
         for drop in plan.dropped:
@@ -213,6 +217,7 @@ class EngineCore:
         compiles = self.runner.compiles
         self.tiers.write(plan.loads)
         self.tiers.look_ahead()
+        self.times.mark("adapters")
         if not plan.chunks:
             return None
         for seq in plan.admitted:
@@ -230,7 +235,9 @@ class EngineCore:
         batch, rows = self.runner.builder.build(
             plan.chunks, self.pool, self.tiers.shapes, widest=special, decode_only=plan.decode_only, hidden=embeds
         )
+        self.times.mark("build")
         logits, hidden = self.runner.forward(batch)
+        self.times.mark("dispatch")
         if embeds:
             assert hidden is not None
             hidden.copy_to_host_async()
@@ -239,7 +246,9 @@ class EngineCore:
         if generations:
             plain = not special and len(sampled) == len(rows)
             sampling, last = self._row_sampling(rows, generations, len(batch.logit_rows), plain)
+            self.times.mark("build")
             output = self.runner.sample(logits, sampling, last)
+            self.times.mark("dispatch")
         return _Step(plan, rows, generations, output, logits, hidden if embeds else None, now, compiles)
 
     def _row_sampling(
@@ -258,11 +267,21 @@ class EngineCore:
 
     def _collect(self, step: _Step) -> None:
         """Waits for a step's results and hands them out."""
+        self.times.begin()
         output = self.runner.fetch(step.output, step.logits)
+        self.times.mark("wait")
+        try:
+            self._take(step, output)
+        finally:
+            self.times.mark("collect")
+
+    def _take(self, step: _Step, output: Output | None) -> None:
+        """Hands out a step's results."""
         now = time.monotonic()
         # a step's time begins when the device is free for it; one in which something was compiled tells nothing
         seconds = now - max(step.began, self._last_done) if self.runner.compiles == step.compiles else 0.0
         self._last_done = now
+        self.times.device += seconds
         self.scheduler.complete(step.plan, seconds)
         self.counters["steps"] += 1
         if output is None:

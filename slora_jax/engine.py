@@ -288,7 +288,8 @@ class Engine(EngineAdapters, EngineEmbeddings):
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start, and the present: running, waiting, pages by use, hits of the prefix cache, and
-        hits, loads and evictions of each tier of adapters (docs/adapters.md).
+        hits, loads and evictions of each tier of adapters (docs/adapters.md). step_seconds: where the seconds of steps
+        went, on the host and on the device (StepTimes).
 
         compiles: programs that were compiled while serving, because a step needed them: 0 after a full warm-up.
         """
@@ -297,6 +298,7 @@ class Engine(EngineAdapters, EngineEmbeddings):
             core = self._core
             return dict(
                 **core.counters,
+                step_seconds=core.times.as_dict(),
                 compiles=core.runner.compiles,
                 running=len(core.scheduler.running),
                 waiting=len(core.scheduler.waiting),

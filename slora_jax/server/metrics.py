@@ -129,6 +129,12 @@ class Metrics:
         )
         for name in ("steps", "preemptions", "adapter_loads"):
             yield CounterMetricFamily(f"slora_engine_{name}", f"The engine's {name.replace('_', ' ')}", stats[name])
+        times = stats["step_seconds"]
+        host = CounterMetricFamily("slora_step_host_seconds", "The engine thread's seconds by part", labels=["part"])
+        for part, spent in times["host"].items():
+            host.add_metric([part], spent)
+        yield host
+        yield CounterMetricFamily("slora_step_device_seconds", "Seconds in which a step ran", times["device"])
         prefixes = stats["prefix_cache"]
         text = "Prompt tokens that were looked for among kept prefixes"
         yield CounterMetricFamily("slora_prefix_queried_tokens", text, prefixes["prompt_tokens"])

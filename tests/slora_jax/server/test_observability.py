@@ -61,6 +61,9 @@ def test_what_ended_and_what_is_are_told(engine):
     assert got["slora_adapter_hits_total", (("tier", "device"),)] == 7
     assert got["slora_adapter_loads_total", (("tier", "host"),)] == 4
     assert got["slora_adapter_load_seconds_total", (("tier", "disk"),)] == 0.5
+    parts = {dict(labels)["part"] for name, labels in got if name == "slora_step_host_seconds_total"}
+    assert parts == {"plan", "adapters", "build", "dispatch", "wait", "collect"}
+    assert got["slora_step_device_seconds_total", ()] == engine.stats()["step_seconds"]["device"]
     (labels,) = [dict(labels) for name, labels in got if name == "vllm:lora_requests_info"]
     assert labels == {"max_lora": "8", "running_lora_adapters": "one", "waiting_lora_adapters": "two"}
 
