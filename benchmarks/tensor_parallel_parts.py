@@ -35,7 +35,7 @@ from slora_jax.page_pool import PagePool
 from slora_jax.parallel import Parallel
 from slora_jax.placement import adapter_pages
 from slora_jax.sampling_batch import build_sampling
-from slora_jax.scheduler import sequence_owner
+from slora_jax.seats import sequence_owner
 from slora_jax.sequence import AdapterUse, Chunk
 from slora_jax.sequence import Sequence as Seq
 from slora_jax.step import compiler_options, make_batch_step

@@ -24,7 +24,7 @@ from slora_jax.buckets import Buckets
 from slora_jax.loading import LoadedModel, load_model
 from slora_jax.page_pool import PagePool
 from slora_jax.sampling_batch import RowSampling, build_sampling
-from slora_jax.scheduler import sequence_owner
+from slora_jax.seats import sequence_owner
 from slora_jax.sequence import AdapterUse, Chunk
 from slora_jax.sequence import Sequence as Seq
 

@@ -121,7 +121,7 @@ class AdapterTiers:
         only those that are under way keep their place in host memory.
         """
         pages = self._pages
-        if not (pages.loads or self._scheduler.has_waiting or pages.prefetches or self._pinned or self._prefetched):
+        if not (pages.loads or self._scheduler.waiting or pages.prefetches or self._pinned or self._prefetched):
             return
         copied = [use.source for use in pages.loads.adapters()]
         ahead = (use.source for use in self._scheduler.upcoming(_AHEAD))

@@ -14,7 +14,8 @@ from slora_jax.adapters import AdapterShape
 from slora_jax.batch import Batch
 from slora_jax.buckets import Buckets
 from slora_jax.page_pool import PagePool
-from slora_jax.scheduler import Chunk, sequence_owner
+from slora_jax.seats import sequence_owner
+from slora_jax.sequence import Chunk
 
 
 class Row(NamedTuple):

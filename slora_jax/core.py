@@ -23,8 +23,9 @@ from slora_jax.registry import AdapterRecord, AdapterRegistry
 from slora_jax.requests import TokenLogprob
 from slora_jax.runner import Runner
 from slora_jax.sampling_batch import SamplingTable, build_sampling, with_all_features
-from slora_jax.scheduler import Scheduler, StepPlan
+from slora_jax.scheduler import Scheduler
 from slora_jax.sequence import Sequence as Seq
+from slora_jax.step_plan import StepPlan
 from slora_jax.step_times import StepTimes
 
 logger = logging.getLogger(__name__)
@@ -348,16 +349,6 @@ class EngineCore:
         for seq in self._generations:
             seq.num_unknown = 0  # a preempted one's last token is lost, and will be sampled again
         self.runner.reset()
-
-    def page_map(self) -> list[str | None]:
-        """What each page id holds: an adapter's digest, "kv", or None if it is free."""
-        kinds: list[str | None] = [None] * self.pool.num_pages
-        for owner in self.pool.owners():
-            assert isinstance(owner, tuple)  # made by sequence_owner, prefix_owner or adapter_owner
-            kind, name = owner
-            for page in self.pool.pages(owner):
-                kinds[page] = name if kind == "adapter" else "kv"
-        return kinds
 
     def prefix_stats(self) -> dict[str, float]:
         """Prompt tokens of started requests, how many of them were found in the prefix cache, and their share; and how

@@ -29,6 +29,7 @@ from slora_jax.memory import check_weights_fit, num_weights, step_options
 from slora_jax.model_config import ModelConfig
 from slora_jax.page_loads import PageLoads
 from slora_jax.page_pool import PagePool
+from slora_jax.page_uses import page_map, used_pages
 from slora_jax.parallel import Parallel, choose_parallel, param_shards, shard_params
 from slora_jax.policies import Quotas, make_policy
 from slora_jax.progress import progress_bar
@@ -302,7 +303,7 @@ class Engine(EngineAdapters, EngineEmbeddings):
                 compiles=core.runner.compiles,
                 running=len(core.scheduler.running),
                 waiting=len(core.scheduler.waiting),
-                pages=core.scheduler.used_pages(),
+                pages=used_pages(core.pool),
                 prefix_cache=core.prefix_stats(),
                 num_pages=core.pool.num_pages,
                 page_bytes=core.runner.page_bytes,
@@ -315,7 +316,7 @@ class Engine(EngineAdapters, EngineEmbeddings):
 
     def page_map(self) -> list[str | None]:
         """What each page holds: an adapter's digest, "kv", or None if it is free."""
-        return self._loop.call(self._core.page_map)
+        return self._loop.call(lambda: page_map(self._core.pool))
 
     def check_integrity(self) -> None:
         """Raises AssertionError if the pool's books are wrong. For tests and debugging."""

@@ -13,8 +13,9 @@ import numpy as np
 
 from pallas_kernels.geometry import TILE
 from slora_jax import Adapter, Engine
-from slora_jax.scheduler import Scheduler, StepPlan
+from slora_jax.scheduler import Scheduler
 from slora_jax.sequence import Sequence
+from slora_jax.step_plan import StepPlan
 from slora_jax.twin import StepLog, step_work
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"  # also where the program came from the persistent cache

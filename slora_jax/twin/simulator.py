@@ -10,10 +10,12 @@ from slora_jax.buckets import Buckets
 from slora_jax.errors import CapacityError
 from slora_jax.model_config import ModelConfig
 from slora_jax.page_pool import PagePool
+from slora_jax.page_uses import used_pages
 from slora_jax.policies import Quotas, make_policy
-from slora_jax.scheduler import Scheduler, StepPlan
+from slora_jax.scheduler import Scheduler
 from slora_jax.sequence import AdapterUse
 from slora_jax.sequence import Sequence as Seq
+from slora_jax.step_plan import StepPlan
 from slora_jax.traces import Setting, TraceRequest
 from slora_jax.twin.cost import ITEM_BYTES, CostModel, step_work
 from slora_jax.twin.metrics import Record
@@ -71,7 +73,7 @@ class Simulation:
 @dataclasses.dataclass(frozen=True)
 class SimulationResult:
     """records: one for each request of the trace, in its order. counters: steps, loads and so on. pages: what the
-    pages held, one row a sample: seconds and Scheduler.used_pages(). steps: if they were asked for.
+    pages held, one row a sample: seconds and used_pages(). steps: if they were asked for.
     """
 
     records: list[Record]
@@ -169,7 +171,7 @@ class _Run:
         if self.sim.log_steps:
             self.steps.add(self.now, seconds, work)
         if self.now >= self.next_sample:
-            self.pages.append(dict(seconds=self.now, **self.scheduler.used_pages()))
+            self.pages.append(dict(seconds=self.now, **used_pages(self.scheduler.pool)))
             self.next_sample = self.now + self.sim.sample_seconds
         sampled = [chunk.seq for chunk in plan.chunks if chunk.samples]
         self.scheduler.complete(plan, seconds)

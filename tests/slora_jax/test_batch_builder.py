@@ -9,7 +9,8 @@ from slora_jax.adapters import random_adapter
 from slora_jax.batch_builder import BatchBuilder
 from slora_jax.buckets import Buckets
 from slora_jax.page_pool import PagePool
-from slora_jax.scheduler import Scheduler, sequence_owner
+from slora_jax.scheduler import Scheduler
+from slora_jax.seats import sequence_owner
 from slora_jax.sequence import AdapterUse, Sequence
 from slora_jax.shapes import named_shape
 

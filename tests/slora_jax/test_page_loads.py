@@ -7,6 +7,7 @@ import pytest
 from slora_jax.adapter_pages import adapter_owner
 from slora_jax.page_loads import PageLoads, chunk_sizes
 from slora_jax.page_pool import PagePool
+from slora_jax.page_uses import used_pages
 from slora_jax.scheduler import Scheduler
 from slora_jax.sequence import AdapterUse, Sequence
 
@@ -125,7 +126,7 @@ def test_adapters_of_waiting_requests_go_to_free_pages_ahead_of_their_turn():
     add(scheduler, "large", AdapterUse("b", 30))
     plan = step(scheduler)
     assert [load.adapter.digest for load in plan.loads] == ["a", "b"]
-    assert scheduler.used_pages()["idle_adapter"] == 33
+    assert used_pages(scheduler.pool)["idle_adapter"] == 33
     add(scheduler, "third", AdapterUse("c", 8))  # the pages that are free would not hold it
     assert step(scheduler).loads == [] and scheduler.adapters.evictions == 0
     scheduler.remove(first)
@@ -157,7 +158,7 @@ def test_what_was_copied_for_somebody_who_left_becomes_idle():
     scheduler.remove(base)
     assert scheduler.has_work()  # the rest of the copy
     assert [load.num_pages for load in step(scheduler).loads] == [4]
-    assert scheduler.used_pages()["idle_adapter"] == 5 and not scheduler.has_work()
+    assert used_pages(scheduler.pool)["idle_adapter"] == 5 and not scheduler.has_work()
 
 
 def test_a_pinned_adapter_leaves_its_pages_last():

@@ -10,8 +10,10 @@ import pytest
 
 from slora_jax.adapter_pages import adapter_owner
 from slora_jax.page_pool import PagePool
+from slora_jax.page_uses import used_pages
 from slora_jax.policies import Cluster, EarlyAbort, Fair, Priority, Quota, Quotas
-from slora_jax.scheduler import Scheduler, sequence_owner
+from slora_jax.scheduler import Scheduler
+from slora_jax.seats import sequence_owner
 from slora_jax.sequence import AdapterUse, Sequence
 
 
@@ -118,7 +120,7 @@ def serve(
         assert step < 20000, "the requests do not finish"
     assert all(pool.is_idle(owner) for owner in pool.owners())  # only idle adapters and prefixes are left
     assert pool.available == num_pages
-    pages = scheduler.used_pages()
+    pages = used_pages(scheduler.pool)
     assert pages["kv"] == pages["adapter"] == 0 and sum(pages.values()) == num_pages
     if scheduler.prefixes is not None:
         assert len(scheduler.prefixes) == pages["idle_kv"]
