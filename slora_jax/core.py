@@ -5,10 +5,8 @@ one thread.
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 import contextlib
-import dataclasses
 import logging
 import time
-from typing import Any
 
 import numpy as np
 
@@ -17,36 +15,17 @@ from slora_jax.adapter_tiers import AdapterTiers
 from slora_jax.batch import Output, Sampling
 from slora_jax.batch_builder import Rows
 from slora_jax.delivery import Event
+from slora_jax.dispatched import DispatchedStep, token_logprob
 from slora_jax.jobs import Generation, Job
 from slora_jax.page_pool import PagePool
 from slora_jax.registry import AdapterRecord, AdapterRegistry
-from slora_jax.requests import TokenLogprob
 from slora_jax.runner import Runner
 from slora_jax.sampling_batch import SamplingTable, build_sampling, with_all_features
 from slora_jax.scheduler import Scheduler
 from slora_jax.sequence import Sequence as Seq
-from slora_jax.step_plan import StepPlan
 from slora_jax.step_times import StepTimes
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(slots=True)
-class _Step:
-    """A step that was dispatched and whose results were not taken yet."""
-
-    plan: StepPlan
-    rows: Rows
-    generations: list[Generation]  # of each row
-    output: Output | None  # on the device; None if there are no rows
-    logits: Any  # on the device: there when the step is over
-    hidden: Any  # on the device: of each row, if one of them is of an embedding; else None
-    began: float
-    compiles: int  # programs that had been compiled when it began
-
-    @property
-    def needs_host_tokens(self) -> bool:
-        return any(generation.needs_host_tokens for generation in self.generations)
 
 
 class EngineCore:
@@ -87,7 +66,7 @@ class EngineCore:
         self._generations: dict[Seq, Generation] = {}  # those that are computed
         self._embeddings = 0  # jobs among them that want one
         self._sampling = SamplingTable(scheduler.max_seqs)
-        self._in_flight: _Step | None = None
+        self._in_flight: DispatchedStep | None = None
         self._last_done = 0.0  # when the results of the last step came
         self._events: list[Event] = []  # not delivered yet
         self.times = StepTimes()
@@ -105,19 +84,6 @@ class EngineCore:
 
     def jobs(self) -> list[Job]:
         return list({id(g.job): g.job for g in self._generations.values()}.values())
-
-    def describe_jobs(self) -> list[dict[str, Any]]:
-        """What is in flight, for people and dashboards. A job is running once one of its sequences is."""
-        return [
-            dict(
-                request_id=job.output.request_id,
-                adapter=job.request.adapter,
-                state="running" if any(g.seq in self.scheduler.running for g in job.generations) else "waiting",
-                prompt_tokens=len(job.output.prompt_token_ids),
-                generated_tokens=sum(g.seq.output_len for g in job.generations),
-            )
-            for job in self.jobs()
-        ]
 
     def adapters_read(self) -> None:
         """To be called when the loader has something to tell."""
@@ -203,7 +169,7 @@ class EngineCore:
             self.flush()
         return did
 
-    def _start_step(self) -> _Step | None:
+    def _start_step(self) -> DispatchedStep | None:
         """Plans a step and dispatches it. None if there is nothing to compute."""
         self.times.begin()
         plan = self.scheduler.schedule()
@@ -250,7 +216,7 @@ class EngineCore:
             self.times.mark("build")
             output = self.runner.sample(logits, sampling, last)
             self.times.mark("dispatch")
-        return _Step(plan, rows, generations, output, logits, hidden if embeds else None, now, compiles)
+        return DispatchedStep(plan, rows, generations, output, logits, hidden if embeds else None, now, compiles)
 
     def _row_sampling(
         self, rows: Rows, generations: list[Generation], size: int, plain: bool
@@ -266,7 +232,7 @@ class EngineCore:
         sizes = (self.runner.builder.max_model_len, self.runner.config.vocab_size)
         return with_all_features(build_sampling(wanted, size), *sizes), last
 
-    def _collect(self, step: _Step) -> None:
+    def _collect(self, step: DispatchedStep) -> None:
         """Waits for a step's results and hands them out."""
         self.times.begin()
         output = self.runner.fetch(step.output, step.logits)
@@ -276,7 +242,7 @@ class EngineCore:
         finally:
             self.times.mark("collect")
 
-    def _take(self, step: _Step, output: Output | None) -> None:
+    def _take(self, step: DispatchedStep, output: Output | None) -> None:
         """Hands out a step's results."""
         now = time.monotonic()
         # a step's time begins when the device is free for it; one in which something was compiled tells nothing
@@ -296,7 +262,7 @@ class EngineCore:
             if seq not in alive:
                 continue  # it ended meanwhile
             if not samples:
-                self._prompt_logprob(generation, int(step.rows.position[i]), output, i)
+                step.take_prompt_logprob(i, output)
             elif not finite:
                 self._close(generation)
                 text = "the model's logits are not finite; check the adapter's weights, or use dtype float32"
@@ -310,17 +276,11 @@ class EngineCore:
             else:
                 reason, error = generation.advance(token)
                 wanted = generation.completion.logprobs is not None
-                logprob = _logprob(output, i, token, generation.job.params.logprobs or 0) if wanted else None
+                logprob = token_logprob(output, i, token, generation.job.params.logprobs or 0) if wanted else None
                 events.append((generation, token, logprob, reason, error))
                 self.counters["generated_tokens"] += 1
                 if reason is not None:
                     self._close(generation)
-
-    @staticmethod
-    def _prompt_logprob(generation: Generation, position: int, output: Output, i: int) -> None:
-        table, top = generation.job.output.prompt_logprobs, generation.job.params.prompt_logprobs
-        if generation.completion.index == 0 and table is not None and top is not None:
-            table[position + 1] = _logprob(output, i, generation.seq.tokens[position + 1], top)
 
     def _close(self, generation: Generation) -> None:
         """Computes no more of a completion."""
@@ -349,28 +309,3 @@ class EngineCore:
         for seq in self._generations:
             seq.num_unknown = 0  # a preempted one's last token is lost, and will be sampled again
         self.runner.reset()
-
-    def prefix_stats(self) -> dict[str, float]:
-        """Prompt tokens of started requests, how many of them were found in the prefix cache, and their share; and how
-        many tokens preempted requests found there when they were resumed.
-        """
-        cache = self.scheduler.prefixes
-        if cache is None:
-            return dict(prompt_tokens=0, hit_tokens=0, hit_rate=0.0, resumed_tokens=0)
-        return dict(
-            prompt_tokens=cache.prompt_tokens,
-            hit_tokens=cache.hit_tokens,
-            hit_rate=cache.hit_tokens / max(cache.prompt_tokens, 1),
-            resumed_tokens=cache.resumed_tokens,
-        )
-
-
-def _logprob(output: Output, row: int, token: int, num_top: int) -> TokenLogprob:
-    """Log-probability of a row's token, and of the best `num_top`."""
-    assert output.logprobs is not None
-    top: dict[int, float] = {}
-    if num_top:
-        assert output.top_ids is not None and output.top_logprobs is not None
-        ids, values = output.top_ids[row, :num_top].tolist(), output.top_logprobs[row, :num_top].tolist()
-        top = dict(zip(ids, values, strict=True))
-    return TokenLogprob(token, float(output.logprobs[row]), top)

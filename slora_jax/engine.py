@@ -1,12 +1,10 @@
 """The Engine: one base model, many adapters, all requests in one batch."""
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 import contextlib
 import dataclasses
 import logging
 import os
-import queue
 from typing import Any
 
 import jax
@@ -15,15 +13,15 @@ from pallas_kernels.geometry import PAGE_TOKENS
 from slora_jax.adapter_loader import AdapterLoader
 from slora_jax.adapters import AdapterReader
 from slora_jax.admission import Admission
-from slora_jax.async_deltas import AsyncDeltas
 from slora_jax.core import EngineCore
 from slora_jax.delivery import Delivery
 from slora_jax.engine_adapters import EngineAdapters, read_contents
 from slora_jax.engine_config import EngineConfig
 from slora_jax.engine_embeddings import EngineEmbeddings
 from slora_jax.engine_loop import EngineLoop
+from slora_jax.engine_requests import EngineRequests
 from slora_jax.errors import SloraError
-from slora_jax.jobs import Generation, Job, Sink
+from slora_jax.jobs import Generation
 from slora_jax.loading import LoadedModel, load_config, load_model
 from slora_jax.memory import check_weights_fit, num_weights, step_options
 from slora_jax.model_config import ModelConfig
@@ -32,9 +30,9 @@ from slora_jax.page_pool import PagePool
 from slora_jax.page_uses import page_map, used_pages
 from slora_jax.parallel import Parallel, choose_parallel, param_shards, shard_params
 from slora_jax.policies import Quotas, make_policy
+from slora_jax.prefix_cache import prefix_stats
 from slora_jax.progress import progress_bar
 from slora_jax.registry import AdapterRegistry, Contents, shapes_of
-from slora_jax.requests import Delta, Request, RequestOutput
 from slora_jax.scheduler import Scheduler
 from slora_jax.startup import make_runner
 
@@ -44,7 +42,7 @@ _HOST_TO_DEVICE_BYTES_PER_SECOND = 40e9  # measured from pinned memory on an H20
 _PROMPT_OPERATIONS_PER_SECOND = 600e12  # the same for evicting a prefix; bfloat16 on an H200
 
 
-class Engine(EngineAdapters, EngineEmbeddings):
+class Engine(EngineRequests, EngineAdapters, EngineEmbeddings):
     """Serves requests on one base model, each with its own adapter or none.
 
     Make one with from_pretrained. Methods may be called from any thread; a thread of the engine's own runs the model,
@@ -179,106 +177,6 @@ class Engine(EngineAdapters, EngineEmbeddings):
             wanted = dict(adapters=adapters, embeddings=self.settings.embeddings)
             self._loop.call(lambda: self._core.runner.warm_up(**wanted, progress=progress))
 
-    def generate(
-        self, requests: Sequence[Request | str], *, progress: bool = False, on_delta: Sink | None = None
-    ) -> list[RequestOutput]:
-        """Runs requests, together with whatever else the engine serves, and returns their outputs in order.
-
-        Every request is checked before any is queued: RequestError or AdapterError names the first bad one. A failure
-        later on ends that request alone, with finish_reason "error". on_delta: called with each piece of every answer,
-        on a thread that hands out all answers; what it raises is logged and changes no answer.
-        """
-        finished: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
-
-        def sink(delta: Delta) -> None:
-            try:
-                if on_delta:
-                    on_delta(delta)
-            finally:
-                if delta.output:
-                    finished.put(delta.output)
-
-        jobs = [self._admission.job(r, sink) for r in requests]
-        self._loop.call(lambda: self._start(jobs))
-        with progress_bar("generating", progress) as report:
-            for done in range(len(jobs)):
-                finished.get()
-                report(done + 1, len(jobs), "requests")
-        return [job.output for job in jobs]
-
-    def stream(self, request: Request | str) -> Iterator[Delta]:
-        """Runs one request and yields its answer piece by piece. Closing the iterator early aborts the request."""
-        deltas: queue.SimpleQueue[Delta] = queue.SimpleQueue()
-        job = self._admission.job(request, deltas.put)
-        self._loop.call(lambda: self._start([job]))
-        return self._deltas(job, deltas)
-
-    def _deltas(self, job: Job, deltas: "queue.SimpleQueue[Delta]") -> Iterator[Delta]:
-        try:
-            while True:
-                delta = deltas.get()
-                yield delta
-                if delta.output:
-                    return
-        finally:
-            if not job.finished:
-                self.abort(job.output.request_id)
-
-    async def astart(self, requests: Sequence[Request | str]) -> AsyncDeltas:
-        """Checks and queues requests, and returns their answers piece by piece. The event loop never waits for a step.
-
-        Every request is checked before any is queued; errors are those of generate. The caller closes what it gets.
-        """
-        return await self._astart(lambda sink: [self._admission.job(r, sink(i)) for i, r in enumerate(requests)])
-
-    async def _astart(self, make_jobs: Callable[[Callable[[int], Sink]], list[Job]]) -> AsyncDeltas:
-        """make_jobs: checks requests and makes jobs, given the sink of each by its number; on a worker thread."""
-
-        def abort(request_id: str) -> None:
-            with contextlib.suppress(SloraError):  # a closed engine has aborted it already
-                self._loop.submit(lambda: self._abort(request_id))
-
-        deltas = AsyncDeltas(abort)
-        jobs = await asyncio.to_thread(make_jobs, deltas.sink)
-        deltas.follow(jobs)
-        try:
-            await asyncio.wrap_future(self._loop.submit(lambda: self._start(jobs)))
-        except BaseException:
-            deltas.close()
-            raise
-        return deltas
-
-    async def astream(self, request: Request | str) -> AsyncIterator[Delta]:
-        """stream for asyncio."""
-        deltas = await self.astart([request])
-        try:
-            async for _, delta in deltas:
-                yield delta
-        finally:
-            deltas.close()
-
-    async def agenerate(self, request: Request | str) -> RequestOutput:
-        """Runs one request and returns its output. Cancelling the task aborts the request."""
-        async for delta in self.astream(request):
-            if delta.output:
-                return delta.output
-        raise AssertionError("a stream always ends with an output")
-
-    def abort(self, request_id: str) -> bool:
-        """Ends a request now, with finish_reason "abort"; its pages are free before the next step. False if it is not
-        in flight.
-        """
-
-        return self._loop.call(lambda: self._abort(request_id))
-
-    def prompt_ids(self, request: Request) -> list[int]:
-        """Token ids that a request's prompt stands for. RequestError as generate raises it."""
-        return self._admission.prompt_ids(request)
-
-    def list_requests(self) -> list[dict[str, Any]]:
-        """Requests in flight: request_id, adapter, state ("running" or "waiting"), prompt_tokens, generated_tokens."""
-        return self._loop.call(self._core.describe_jobs)
-
     def longest(self, adapter: str | None = None) -> int:
         """Tokens that a prompt and its answer may have together, as far as the model and the pool go. AdapterError if
         the adapter is unknown.
@@ -304,7 +202,7 @@ class Engine(EngineAdapters, EngineEmbeddings):
                 running=len(core.scheduler.running),
                 waiting=len(core.scheduler.waiting),
                 pages=used_pages(core.pool),
-                prefix_cache=core.prefix_stats(),
+                prefix_cache=prefix_stats(core.scheduler.prefixes),
                 num_pages=core.pool.num_pages,
                 page_bytes=core.runner.page_bytes,
                 adapters=len(self._registry),
@@ -336,22 +234,10 @@ class Engine(EngineAdapters, EngineEmbeddings):
     def __exit__(self, *exc) -> None:
         self.close()
 
-    def _start(self, jobs: list[Job]) -> None:
-        """Queues jobs. On the engine's thread."""
-        for job in jobs:
-            self._core.start(job)
-
     def _stopped(self, generation: Generation) -> None:
         """A stop string ended a completion. On the delivery thread."""
         with contextlib.suppress(SloraError):  # a closed engine computes no more of it anyway
             self._loop.submit(lambda: self._core.stopped(generation))
-
-    def _abort(self, request_id: str) -> bool:
-        """On the engine's thread."""
-        jobs = [j for j in self._core.jobs() if j.output.request_id == request_id]
-        for job in jobs:
-            self._core.end(job, "abort")
-        return bool(jobs)
 
     def _adapters_read(self) -> None:
         """The loader has something to tell. On any thread."""

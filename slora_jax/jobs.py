@@ -1,8 +1,9 @@
 """A request in flight: its sequences, its growing texts, and where the pieces go."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 import logging
 import time
+from typing import Any
 
 import numpy as np
 
@@ -175,3 +176,13 @@ class Job:
     def finished(self) -> bool:
         """Whether all of its texts are complete."""
         return all(g.finished for g in self.generations)
+
+    def describe(self, running: Container[Sequence]) -> dict[str, Any]:
+        """What it is and how far, for people and dashboards. It is running once one of its sequences is."""
+        return dict(
+            request_id=self.output.request_id,
+            adapter=self.request.adapter,
+            state="running" if any(g.seq in running for g in self.generations) else "waiting",
+            prompt_tokens=len(self.output.prompt_token_ids),
+            generated_tokens=sum(g.seq.output_len for g in self.generations),
+        )

@@ -144,3 +144,17 @@ class PrefixCache:
         self._by_digest[digest].discard(key)
         if not self._by_digest[digest]:
             del self._by_digest[digest]
+
+
+def prefix_stats(cache: PrefixCache | None) -> dict[str, float]:
+    """Prompt tokens of started requests, how many of them were found in the cache, and their share; and how many tokens
+    preempted requests found there when they were resumed. None: no cache.
+    """
+    if cache is None:
+        return dict(prompt_tokens=0, hit_tokens=0, hit_rate=0.0, resumed_tokens=0)
+    return dict(
+        prompt_tokens=cache.prompt_tokens,
+        hit_tokens=cache.hit_tokens,
+        hit_rate=cache.hit_tokens / max(cache.prompt_tokens, 1),
+        resumed_tokens=cache.resumed_tokens,
+    )
