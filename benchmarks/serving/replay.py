@@ -1,15 +1,15 @@
 """Plays a trace to an engine in real time, from outside, as its callers would."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import dataclasses
 import itertools
-import threading
 import time
 from typing import Any
 
 from benchmarks.serving.probe import Compiles, Probe
+from benchmarks.serving.ticker import every
 from slora_jax import Delta, Engine, Request, RequestOutput, SamplingParams, SloraError
 from slora_jax.progress import progress_bar
 from slora_jax.traces import TraceRequest
@@ -73,9 +73,15 @@ def replay(
         Probe(engine, adapter_bytes, start, sample_seconds) as probe,
         ThreadPoolExecutor(len(groups), "request") as pool,
         progress_bar(title, progress) as report,
-        _reporting(lambda: report(finished, len(trace), "requests")),
-        during(),
+        contextlib.ExitStack() as stack,
     ):
+
+        def show() -> None:
+            report(finished, len(trace), "requests")
+
+        stack.callback(show)
+        stack.enter_context(every(0.5, show, "progress"))
+        stack.enter_context(during())
         waiting = []
         for group in groups:
             time.sleep(max(0.0, start + trace[group[0]].arrival - time.monotonic()))
@@ -146,21 +152,3 @@ def _growth(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, fl
     grown["loads"] = grown.pop("adapter_loads")
     asked, hit = (after["prefix_cache"][k] - before["prefix_cache"][k] for k in ("prompt_tokens", "hit_tokens"))
     return grown | dict(prefix_hit_tokens=hit, prefix_hit_rate=hit / asked if asked else 0.0)
-
-
-@contextlib.contextmanager
-def _reporting(report: Callable[[], None]) -> Iterator[None]:
-    stop = threading.Event()
-
-    def loop() -> None:
-        while not stop.wait(0.5):
-            report()
-
-    thread = threading.Thread(target=loop, name="progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        report()

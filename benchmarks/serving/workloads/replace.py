@@ -9,12 +9,13 @@ import argparse
 from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
-import threading
+import itertools
 import time
 from typing import Any
 
 from benchmarks.serving.probe import adapter_bytes
 from benchmarks.serving.session import Session, adapter_name
+from benchmarks.serving.ticker import every
 from benchmarks.serving.workloads import OpenSession
 from benchmarks.serving.workloads.sweep import longest
 from slora_jax import Adapter, Engine, Request, RequestOutput, SamplingParams
@@ -52,23 +53,10 @@ class Replacer:
             digest = self._engine.add_adapter(name, adapters[version % 2])
             self.history.append(Replacement(name, digest, began, time.monotonic()))
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        stop = threading.Event()
-
-        def loop() -> None:
-            version = 1
-            while not stop.wait(self._pause):
-                self.point_all(version)
-                version += 1
-
-        thread = threading.Thread(target=loop, name="replacer", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
+    def running(self) -> contextlib.AbstractContextManager[None]:
+        """Replaces all of them every `pause` seconds meanwhile."""
+        versions = itertools.count(1)
+        return every(self._pause, lambda: self.point_all(next(versions)), "replacer")
 
     def allowed(self, name: str, moment: float) -> set[str]:
         """Digests that a request of this moment may have been answered by."""
