@@ -17,18 +17,15 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 
 import argparse
 from concurrent.futures import ThreadPoolExecutor
-import dataclasses
-import json
 from pathlib import Path
 import time
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
-from benchmarks.record import RESULTS, write_result
+from benchmarks.record import RESULTS
 from benchmarks.tensor_parallel_parts import (
     DecodeCase,
-    clones,
     collectives,
     copy_bandwidth,
     free_bytes,
@@ -36,72 +33,10 @@ from benchmarks.tensor_parallel_parts import (
     serve,
     tuning_bytes,
 )
-from pallas_kernels import MODULES
-from pallas_kernels.geometry import PAGE_TOKENS
-from sharding import CostModel, choose_layout, make_mesh, measure_latency
+from benchmarks.tensor_parallel_report import OutOfTime, Report
+from benchmarks.tensor_parallel_subject import LAYOUTS, MODELS, Subject
+from sharding import measure_latency
 from slora_jax import EngineConfig
-from slora_jax.adapters import Adapter
-from slora_jax.loading import LoadedModel, load_model
-from slora_jax.memory import page_bytes
-from slora_jax.parallel import Parallel, make_parallel, param_shards
-from slora_jax.placement import adapter_pages
-from slora_jax.shapes import named_shape
-from slora_jax.traces import SETTINGS, Setting
-
-MODELS = {
-    setting.shape: setting
-    for setting in (
-        SETTINGS["S5"],
-        SETTINGS["S6"],
-        Setting("llama-3.1-70b", (16,), MODULES),
-        Setting("tiny-gqa", (8, 16), MODULES),
-    )
-}
-LAYOUTS = ("base", "comm-free", "s-lora", "auto")
-
-
-class OutOfTime(Exception):
-    """The budget is spent."""
-
-
-@dataclasses.dataclass
-class Report:
-    """Results by the name of their part, in a file that is always up to date. Parts found there are not run again."""
-
-    path: Path
-    settings: dict[str, Any]
-    deadline: float
-
-    def __post_init__(self):
-        self.parts: dict[str, Any] = {}
-        if self.path.exists():
-            found = json.loads(self.path.read_text())
-            if {k: found.get(k) for k in self.settings} != self.settings:
-                raise SystemExit(f"{self.path} holds results of other settings; give another --json")
-            self.parts = found["parts"]
-
-    def missing(self, name: str) -> bool:
-        return name not in self.parts
-
-    def run(self, name: str, part, least: float) -> None:
-        """Runs a part that takes `least` seconds or more. What it raises is recorded, unless the time is up."""
-        if not self.missing(name):
-            return
-        self.check(least)
-        start = time.monotonic()
-        try:
-            result = part()
-        except OutOfTime:
-            raise
-        except Exception as error:  # noqa: BLE001 - one layout that does not fit must not end the others
-            result = dict(error=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}")
-        self.parts[name] = dict(result, part_seconds=round(time.monotonic() - start, 2))
-        write_result(self.path, dict(self.settings, parts=self.parts))
-        print(f"{name}: {json.dumps({k: v for k, v in self.parts[name].items() if k != 'kernels'})[:400]}", flush=True)
-
-    def check(self, least: float) -> None:
-        if time.monotonic() + least > self.deadline:
-            raise OutOfTime
 
 
 class Bench:
@@ -109,90 +44,8 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, name: str, report: Report):
         self.args, self.name, self.report = args, name, report
-        self.setting = MODELS[name]
-        self.config = named_shape(name)
-        self.counts = sorted({min(n, args.max_seqs) if args.tp == 1 else n for n in args.adapters})
-        self.adapters = clones(self.config, self.setting, max(self.counts), args.dtype)
-        self.max_rank = max(a.max_rank for a in self.adapters.values())
-        # see EngineConfig.loop; compiling unrolled XLA kernels for a CPU would take minutes
-        self.loop: Literal["unroll", "scan"] = "unroll" if jax.default_backend() == "gpu" else "scan"
-        self.mesh = make_mesh(args.tp)
-        self.latency = measure_latency(self.mesh) if args.tp > 1 else 0.0
-        self.parallels = {(layout, n): self._parallel(layout, n) for layout in self.layouts() for n in self.counts}
-        self._model: LoadedModel | None = None
-
-    def layouts(self) -> tuple[str, ...]:
-        return tuple(x for x in LAYOUTS if x in self.args.layouts) if self.args.tp > 1 else ("base", "one-gpu")
-
-    def _parallel(self, layout: str, count: int) -> Parallel | None:
-        if self.args.tp == 1:
-            return None
-        if layout in ("base", "comm-free"):
-            return make_parallel(self.config, self.mesh, "comm-free")
-        if layout == "s-lora":
-            return make_parallel(self.config, self.mesh, "s-lora")
-        lora = choose_layout(  # what an engine of max_seqs takes at its start
-            self.config.geometry,
-            devices=self.args.tp,
-            tokens=self.args.max_seqs,
-            adapters=min(count, self.args.max_seqs),
-            rank=self.max_rank,
-            model=CostModel(latency=self.latency),
-        )
-        return make_parallel(self.config, self.mesh, lora)
-
-    @property
-    def model(self) -> LoadedModel:
-        if self._model is None:
-            start = time.monotonic()
-            first = next(iter(self.parallels.values()))
-            shards = param_shards(self.config, first) if first else None
-            self._model = load_model(f"random:{self.name}", dtype=self.args.dtype, shardings=shards)
-            print(f"{self.name} made in {time.monotonic() - start:.1f} s", flush=True)
-        return self._model
-
-    def used(self, count: int, seqs: int) -> list[Adapter]:
-        return list(self.adapters.values())[: min(count, seqs)]
-
-    def case(self, layout: str, count: int, seqs: int) -> DecodeCase:
-        """One program serves every number of adapters of a layout, so the pool has room for the most."""
-        pages = self.pages(layout, seqs)
-        context = self.context(seqs)
-        return DecodeCase(
-            config=self.config,
-            parallel=self.parallels[layout, count],
-            seqs=seqs,
-            context=context,
-            num_pages=pages + seqs * -(-context // PAGE_TOKENS),
-            max_rank=self.max_rank,
-            dtype=self.args.dtype,
-            use_adapters=layout != "base",
-            implementation=self.args.implementation,
-            loop=self.loop,
-        )
-
-    def pages(self, layout: str, seqs: int) -> int:
-        if layout == "base":
-            return 1
-        counts = [n for n in self.counts if (layout, n) in self.parallels]
-        needs = []
-        for n in counts:
-            used = self.used(n, seqs)
-            needs.append(sum(adapter_pages(a, self.config, self.parallels[layout, n]) for a in used))
-        return max(needs) + 1
-
-    def context(self, seqs: int) -> int:
-        """The same for all layouts: the longest up to --context that leaves room for the adapters in each of them."""
-        parallel = next(iter(self.parallels.values()))
-        assert self.model is not None  # the weights are in place when the rest is shared out
-        free = free_bytes(self.config, self.args.dtype, parallel)
-        if free is None:
-            return self.args.context
-        most = free // page_bytes(self.config, self.args.dtype, parallel)
-        left = (most - max(self.pages(x, seqs) for x in self.layouts())) // seqs
-        if left < 1:
-            raise ValueError(f"{seqs} sequences with their adapters do not fit beside the weights")
-        return min(self.args.context, left * PAGE_TOKENS)
+        self.subject = Subject(args, name)
+        self.config, self.counts, self.parallels = self.subject.config, self.subject.counts, self.subject.parallels
 
     def run(self) -> None:
         report = self.report
@@ -200,26 +53,21 @@ class Bench:
         for seqs in self.args.seqs:
             self.decode(seqs)
         for count in self.counts:
-            for layout in self.layouts():
+            for layout in self.subject.layouts():
                 name = f"{self.name}/served/{layout}" + ("" if layout == "base" else f"/n{count}")
-                if layout == "auto" and (same := self.same(count)):
+                if layout == "auto" and (same := self.subject.same(count)):
                     report.run(name, lambda same=same: dict(same_as=same), 0)
                 else:
                     report.run(name, lambda x=layout, n=count: self.served(x, n), self.args.served_seconds)
 
-    def same(self, count: int) -> str | None:
-        """The layout that "auto" comes to, if it is one and the same for all groups."""
-        chosen = self.parallels["auto", count]
-        assert chosen is not None
-        lora = set(chosen.layout.lora)
-        return lora.pop() if len(lora) == 1 else None
-
     def ceilings(self) -> dict[str, Any]:
-        found: dict[str, Any] = dict(copy_bytes_per_second=copy_bandwidth(self.args.spend), latency=self.latency)
+        found: dict[str, Any] = dict(
+            copy_bytes_per_second=copy_bandwidth(self.args.spend), latency=self.subject.latency
+        )
         parallel = next(iter(self.parallels.values()))
         if parallel:
             found["all_reduce_seconds"] = {
-                str(n): measure_latency(self.mesh, (n, self.config.hidden_size), self.args.dtype)
+                str(n): measure_latency(self.subject.mesh, (n, self.config.hidden_size), self.args.dtype)
                 for n in self.args.seqs
             }
             auto = {n: p.layout.lora for (x, n), p in self.parallels.items() if x == "auto" and p}
@@ -231,12 +79,14 @@ class Bench:
     def decode(self, seqs: int) -> None:
         """All layouts at one number of sequences. Their programs are compiled side by side, then timed one by one."""
         wanted: dict[str, list[int]] = {}
-        for layout in self.layouts():
+        for layout in self.subject.layouts():
             counts = [n for n in self.counts if self.report.missing(self._decode_name(layout, seqs, n))]
             counts = counts[:1] if layout == "base" else counts
             if layout == "auto":
-                for n in [n for n in counts if self.same(n)]:
-                    self.report.run(self._decode_name(layout, seqs, n), lambda n=n: dict(same_as=self.same(n)), 0)
+                for n in [n for n in counts if self.subject.same(n)]:
+                    self.report.run(
+                        self._decode_name(layout, seqs, n), lambda n=n: dict(same_as=self.subject.same(n)), 0
+                    )
                     counts.remove(n)
             if counts:
                 wanted[layout] = counts
@@ -269,14 +119,14 @@ class Bench:
 
     def _compile(self, wanted: dict[str, list[int]], seqs: int):
         """Cases and programs by layout, side by side. "auto" may be another program for another number of adapters."""
-        model = self.model  # made before the threads ask for it
+        model = self.subject.model  # made before the threads ask for it
         start = time.monotonic()
         keys = {}
         for layout, counts in wanted.items():
             for n in counts:
                 parallel = self.parallels[layout, n]
                 keys[layout, parallel.layout.lora if parallel else None] = n
-        cases = {key: self.case(key[0], n, seqs) for key, n in keys.items()}
+        cases = {key: self.subject.case(key[0], n, seqs) for key, n in keys.items()}
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
             programs = dict(zip(cases, pool.map(lambda c: c.compile(model.params), cases.values()), strict=True))
         print(f"{len(programs)} programs for {seqs} sequences compiled in {time.monotonic() - start:.1f} s", flush=True)
@@ -286,8 +136,8 @@ class Bench:
         return f"{self.name}/decode/{seqs}/{layout}" + ("" if layout == "base" else f"/n{count}")
 
     def _timed(self, case: DecodeCase, program, state, layout: str, count: int) -> tuple[dict[str, Any], Any]:
-        adapters = [] if layout == "base" else self.used(count, case.seqs)
-        seconds, state = case.seconds(program, self.model.params, state, adapters, self.args.spend)
+        adapters = [] if layout == "base" else self.subject.used(count, case.seqs)
+        seconds, state = case.seconds(program, self.subject.model.params, state, adapters, self.args.spend)
         ceilings = self.report.parts[f"{self.name}/ceilings"]
         size = case.floor_bytes(adapters)
         floor = size / ceilings["copy_bytes_per_second"]
@@ -308,7 +158,7 @@ class Bench:
 
             def call():
                 nonlocal held
-                held, output = program(self.model.params, held, batch)
+                held, output = program(self.subject.model.params, held, batch)
                 return output.tokens
 
             result["kernels"] = kernel_times(call)
@@ -317,7 +167,7 @@ class Bench:
 
     def served(self, layout: str, count: int) -> dict[str, Any]:
         parallel = self.parallels[layout, count]
-        adapters = {} if layout == "base" else dict(list(self.adapters.items())[:count])
+        adapters = {} if layout == "base" else dict(list(self.subject.adapters.items())[:count])
         free = free_bytes(self.config, self.args.dtype, parallel)
         devices = self.args.tp
         pool = 1 << 28 if free is None else free - tuning_bytes(self.config, self.args.dtype, devices)
@@ -328,16 +178,16 @@ class Bench:
             seq_buckets=(self.args.max_seqs,),
             token_buckets=(self.args.step_tokens,),
             max_model_len=self.args.lengths[1] * 2,
-            max_lora_rank=self.max_rank,
+            max_lora_rank=self.subject.max_rank,
             page_pool_bytes=pool,
             tensor_parallel=devices,
             implementation=self.args.implementation,
-            loop=self.loop,
+            loop=self.subject.loop,
             warm_up=True,
             compile_cache_dir=os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"),
         )
         options: dict[str, Any] = dict(requests=self.args.requests, lengths=tuple(self.args.lengths), settings=settings)
-        result = serve(self.model, parallel, adapters, **options)
+        result = serve(self.subject.model, parallel, adapters, **options)
         base = self.report.parts.get(f"{self.name}/served/base", {}).get("requests_per_second")
         return dict(result, of_base=result["requests_per_second"] / base) if base and layout != "base" else result
 
