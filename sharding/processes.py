@@ -5,14 +5,13 @@ without a round trip, and the operating system closes them when a process dies, 
 know at once, even while they wait in a collective that will never end. The coordination service of jax.distributed,
 which introduces the processes to each other, would need a key for every step, polling, and a heartbeat's timeout.
 
-Messages are pickled. Only processes of one job exchange them: who connects must name a secret that the coordination
+Only processes of one job exchange messages (see messages.py): who connects must name a secret that the coordination
 service keeps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import hmac
 import os
-import pickle
 import queue
 import secrets
 import socket
@@ -24,6 +23,8 @@ from typing import Any
 
 import jax
 from jax._src import distributed  # its key-value store has no public name yet
+
+from sharding.messages import Receiver, Sender
 
 HEARTBEAT = 1.0
 """Seconds between two signs of life."""
@@ -52,10 +53,9 @@ class Processes:
         self._sockets = sockets
         self._on_loss = on_loss
         self._locks = {peer: threading.Lock() for peer in sockets}
-        self._sent = SentBuffers()
+        self._sender, self._receiver = Sender(), Receiver()
         self._meetings = 0
-        self._known: list[bytes] = []
-        self._commands: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[list[bytes] | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._gone: set[int] = set()  # those that said goodbye
         for peer, connection in sockets.items():
@@ -64,16 +64,17 @@ class Processes:
         threading.Thread(target=self._beat, daemon=True).start()
 
     def send(self, message: Any) -> None:
-        """Sends an object to all other processes."""
+        """Sends an object to all other processes; see Sender.encode for what it may hold."""
         for peer in self._gone:
             self._lost(peer, "it said goodbye")
-        frames = self._sent.encode(message)
+        frames = self._sender.encode(message)
         for peer in self._sockets:
             self._send_frames(peer, frames)
 
-    def receive(self) -> Any:
-        """The next object that process 0 sent, or None after it has closed."""
-        return self._commands.get()
+    def receive(self, types: Iterable[type] = ()) -> Any:
+        """The next object that process 0 sent, or None after it has closed. types: dataclasses that it may hold."""
+        frames = self._commands.get()
+        return None if frames is None else self._receiver.decode(frames, types)
 
     def meet(self) -> None:
         """Waits until all processes are here, however long one of them loads or compiles before. Some collectives
@@ -115,50 +116,15 @@ class Processes:
                     self._commands.put(None)
                     return
                 if frames:
-                    self._commands.put(self._decode(frames))
+                    self._commands.put(frames)
         except TimeoutError:
             self._lost(peer, f"nothing was heard of it for {SILENCE:g} seconds")
         except (OSError, EOFError) as error:
             self._lost(peer, str(error))
 
-    def _decode(self, frames: list[bytes]) -> Any:
-        message, self._known = decode(frames, self._known)
-        return message
-
     def _lost(self, peer: int, why: str) -> None:
         if not self._closed.is_set():
             self._on_loss(f"process {peer} has ended ({why}); process {self.index} ends too")
-
-
-class SentBuffers:
-    """Messages as frames. An array that is the same as in the last message, at the same place, is not sent again: from
-    one decode step to the next that is most of the page and adapter tables.
-    """
-
-    def __init__(self) -> None:
-        self._last: list[bytes] = []
-
-    def encode(self, message: Any) -> list[bytes]:
-        found: list[pickle.PickleBuffer] = []
-        body = pickle.dumps(message, protocol=5, buffer_callback=found.append)
-        buffers = [b.raw() for b in found]
-        new: list[bytes | None] = []
-        for i, buffer in enumerate(buffers):
-            if i < len(self._last) and self._last[i] == buffer:
-                new.append(None)
-            else:
-                new.append(bytes(buffer))
-        self._last = [old if b is None else b for b, old in zip(new, [*self._last, *[b""] * len(new)], strict=False)]
-        changed = bytes(b is not None for b in new)
-        return [body, changed, *[b for b in new if b is not None]]
-
-
-def decode(frames: list[bytes], last: list[bytes]) -> tuple[Any, list[bytes]]:
-    """The object of `SentBuffers.encode`, and the buffers to decode the next one with."""
-    body, changed, *new = frames
-    fresh = iter(new)
-    buffers = [next(fresh) if is_new else last[i] for i, is_new in enumerate(changed)]
-    return pickle.loads(body, buffers=buffers), buffers
 
 
 def _read(connection: socket.socket, size: int) -> bytes:

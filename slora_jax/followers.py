@@ -12,7 +12,8 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from sharding import Processes, join
+from pallas_kernels import AdapterTable
+from sharding import Processes, ShardedTable, join
 from slora_jax.batch import Batch, Output, Sampling
 from slora_jax.runner import Runner
 
@@ -73,7 +74,7 @@ def make_runner(**options) -> Runner:
 def follow(processes: Processes, runner: Runner) -> None:
     """Repeats process 0's calls until it closes."""
     logits = None
-    while (message := processes.receive()) is not None:
+    while (message := processes.receive((Batch, Sampling, AdapterTable, ShardedTable))) is not None:
         method, args = message
         if method == "forward":
             logits, _ = runner.forward(*args)

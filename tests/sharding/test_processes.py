@@ -1,6 +1,7 @@
 """Two real processes on CPUs: the tokens of one device, and the end of both when one is killed."""
 
 import contextlib
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -10,13 +11,16 @@ import socket
 import subprocess
 import sys
 import time
+from typing import Any
 
 from hf_files import hf_tensors, write_model
+from jax import numpy as jnp
 import numpy as np
 import pytest
 
 from sharding.launch import connection, leader_worker_set, parser
-from sharding.processes import Processes, SentBuffers, decode
+from sharding.messages import Receiver, Sender
+from sharding.processes import Processes
 from slora_jax.loading import load_model, save_orbax
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -134,18 +138,38 @@ def test_a_closed_connection_is_a_loss_and_a_goodbye_is_none():
 
 
 def test_what_did_not_change_is_not_sent_again():
-    encoder, known = SentBuffers(), []
+    sender, receiver = Sender(), Receiver()
     table, tokens = np.arange(10000), np.zeros(4)
     sizes = []
     for i in range(4):
         tokens[0] = i
         if i == 3:
             table[5] = 0  # in place, as a table that is kept from step to step
-        frames = encoder.encode((table, tokens) if i != 2 else (tokens,))
+        frames = sender.encode((table, tokens) if i != 2 else (tokens,))
         sizes.append(sum(map(len, frames)))
-        got, known = decode(frames, known)
+        got = receiver.decode(frames)
         np.testing.assert_equal(got, (table, tokens) if i != 2 else (tokens,))
     assert sizes[0] > 80000 and sizes[1] < 1000 and sizes[3] > 80000
+
+
+@dataclasses.dataclass(frozen=True)
+class Parcel:
+    array: Any
+    inner: Any = None
+    kind: str = "plain"
+
+
+def test_a_message_is_data_of_expected_kinds():
+    array = jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3)
+    message = (Parcel(np.asarray(array), Parcel(np.zeros((0, 4), bool))), {"o", "qkv"}, np.int32(3), None, [1.5, "[]"])
+    got = Receiver().decode(Sender().encode(message), [Parcel])
+    assert got[0].array.dtype == array.dtype and got[0].array.tolist() == array.tolist()
+    assert got[0].inner.array.shape == (0, 4) and got[0].inner.array.dtype == bool and got[0].kind == "plain"
+    assert got[1:] == ({"o", "qkv"}, 3, None, [1.5, "[]"])
+    with pytest.raises(ValueError, match="holds a Parcel"):
+        Receiver().decode(Sender().encode(message))
+    with pytest.raises(TypeError, match="cannot hold a function"):
+        Sender().encode(test_who_is_who)
 
 
 def test_who_is_who():
