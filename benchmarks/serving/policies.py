@@ -4,7 +4,7 @@
 
 Needs no GPU. What is S-LoRA's: the points of cv and alpha, the number of adapters under clustering, 13B with ranks 64,
 32 and 16 and a pool of 14,000 tokens there, two minutes. What is ours: the devices, which are cost models, and the
-rates, which are above what they can serve, because below them every policy attains everything.
+rates: 3 requests/s, which is above what they can serve, and two points of less load.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from slora_jax.traces import SETTINGS, TraceRequest, merge, synthetic_trace
 from slora_jax.twin import Ceilings, CostModel, Simulation, SimulationResult, ideal_cost, simulate, summarise
 
 POINTS = [(cv, 1.0) for cv in (1, 2, 4, 6, 8)] + [(1, alpha) for alpha in (0.1, 0.3, 0.6)]
+MODERATE = [(1, 2.0), (8, 1.0)]  # cv, requests/s
 _SLOW = CostModel(  # eight seats and a step of a tenth of a second: small enough to be crowded by a few requests
     name="slow", step=0.02, weights=0.08, token=2e-4, decode_context=1e-6, adapter_byte=4e-12, load_byte=1e-10
 )
@@ -48,20 +49,23 @@ def _attained(result: SimulationResult) -> dict[str, float]:
 
 
 def early_abort() -> Iterator[dict[str, Any]]:
-    for cv, alpha in POINTS:
-        trace = synthetic_trace(adapters=50, rate=3, seconds=120, cv=cv, alpha=alpha, lengths=(8, 64))
-        policies: dict[str, dict[str, Any]] = {
-            "fcfs": {},
-            "early-abort, S-LoRA's rule": dict(policy="early-abort", policy_options={"slack": 0.5}),
-            "early-abort": dict(policy="early-abort"),
-        }
-        yield dict(cv=cv, alpha=alpha) | {k: _attained(simulate(slow(**v), trace)) for k, v in policies.items()}
+    policies: dict[str, dict[str, Any]] = {
+        "fcfs": {},
+        "early-abort, S-LoRA's rule": dict(policy="early-abort", policy_options={"slack": 0.5}),
+        "early-abort": dict(policy="early-abort"),
+    }
+    for cv, alpha, rate in [(*point, 3.0) for point in POINTS] + [(cv, 1.0, rate) for cv, rate in MODERATE]:
+        trace = synthetic_trace(adapters=50, rate=rate, seconds=120, cv=cv, alpha=alpha, lengths=(8, 64))
+        point = dict(cv=cv, alpha=alpha, rate=rate)
+        yield point | {name: _attained(simulate(slow(**options), trace)) for name, options in policies.items()}
 
 
 def clustering() -> Iterator[dict[str, Any]]:
     for cv, alpha in POINTS:
         trace = synthetic_trace(adapters=32, rate=3, seconds=120, cv=cv, alpha=alpha)
-        yield dict(cv=cv, alpha=alpha) | {p: _attained(simulate(a100_40(policy=p), trace)) for p in ("fcfs", "cluster")}
+        yield dict(cv=cv, alpha=alpha, rate=3.0) | {
+            p: _attained(simulate(a100_40(policy=p), trace)) for p in ("fcfs", "cluster")
+        }
 
 
 def noisy(tenants: int, rate: float, seconds: float = 120) -> tuple[list[TraceRequest], list[TraceRequest]]:
@@ -99,10 +103,11 @@ def main() -> None:
     result = dict(early_abort=list(early_abort()), clustering=list(clustering()), noisy_tenant=list(noisy_tenant()))
     write_result(args.json, result)
     for name in ("early_abort", "clustering"):
-        print(f"{name}: SLO attainment")
+        print(f"{name}: SLO attainment / satisfaction")
         for point in result[name]:
-            shares = ", ".join(f"{k} {v['slo_attainment']:.3f}" for k, v in point.items() if isinstance(v, dict))
-            print(f"  cv {point['cv']}, alpha {point['alpha']}: {shares}")
+            figures = {k: v for k, v in point.items() if isinstance(v, dict)}
+            shares = [f"{k} {v['slo_attainment']:.3f} / {v['satisfaction']:.3f}" for k, v in figures.items()]
+            print(f"  cv {point['cv']}, alpha {point['alpha']}, {point['rate']:g}/s: {', '.join(shares)}")
     print("noisy_tenant: p99 of the others' first tokens, of what it is without the noisy one")
     for point in result["noisy_tenant"]:
         shares = ", ".join(f"{name} {ratio:.2f}" for name, ratio in point["ratio"].items())
