@@ -6,23 +6,25 @@ with either.
 Run it after `make demo`, which fetches the model:
 
 .venv/bin/python examples/custom_pipeline.py
+JAX_NUM_CPU_DEVICES=3 .venv/bin/python examples/custom_pipeline.py --devices 3    # the same over three devices
 """
 
+import argparse
 from collections.abc import Mapping, Sequence
 import dataclasses
-import sys
 
 import jax
-from jax import numpy as jnp
 import numpy as np
 
-from pallas_kernels import PAGE_TOKENS, write_adapter
+from pallas_kernels import PAGE_TOKENS
 from slora_jax import Adapter, Batch, State, make_batch_step, read_adapter
 from slora_jax.adapter_pages import adapter_owner
 from slora_jax.batch_builder import BatchBuilder
 from slora_jax.buckets import Buckets
-from slora_jax.loading import LoadedModel, load_model
+from slora_jax.loading import LoadedModel, load_config, load_model
 from slora_jax.page_pool import PagePool
+from slora_jax.parallel import Parallel, make_parallel, param_shards
+from slora_jax.placement import adapter_image, adapter_pages, make_write, new_state
 from slora_jax.sampling_batch import RowSampling, build_sampling
 from slora_jax.seats import sequence_owner
 from slora_jax.sequence import AdapterUse, Chunk
@@ -40,31 +42,36 @@ ANSWERS = (
 
 
 def score_answers(
-    model: LoadedModel, adapters: Sequence[Adapter | None], prompt: Sequence[int], answers: Sequence[Sequence[int]]
+    model: LoadedModel,
+    adapters: Sequence[Adapter | None],
+    prompt: Sequence[int],
+    answers: Sequence[Sequence[int]],
+    parallel: Parallel | None = None,
 ) -> np.ndarray:
     """Log-probability of each answer after the prompt under each adapter (None: the base model), float32 [adapters,
-    answers].
+    answers]. parallel: the devices that the model's parameters are spread over, if there are several.
     """
     dtype = model.params["embed"].dtype
-    geometry = model.config.geometry
+    config, geometry = model.config, model.config.geometry
     known = {adapter.digest: adapter for adapter in adapters if adapter is not None}
     length = len(prompt) + max(map(len, answers))
     num_seqs = len(adapters) * len(answers)
 
     # 1. The pool: one array for adapters and KV cache, and the books of who owns which page.
     seq_pages = -(-length // PAGE_TOKENS)
-    num_pages = num_seqs * seq_pages + sum(adapter.num_pages(geometry) for adapter in known.values())
+    sizes = {digest: adapter_pages(adapter, config, parallel) for digest, adapter in known.items()}
+    num_pages = num_seqs * seq_pages + sum(sizes.values())
     pool = PagePool(num_pages)
-    pages = jnp.zeros((model.config.num_layers, num_pages, geometry.page_elements), dtype)
-    load = jax.jit(write_adapter, donate_argnums=0)
+    state = new_state(config, num_pages, dtype, parallel)
+    write = jax.jit(make_write(parallel), donate_argnums=0)
     for digest, adapter in known.items():
-        ids = pool.allocate(adapter_owner(digest), adapter.num_pages(geometry))
-        pages = load(pages, np.asarray(ids, np.int32), adapter.image(geometry, dtype))
+        ids = pool.allocate(adapter_owner(digest), sizes[digest])
+        state = write(state, np.asarray(ids, np.int32), adapter_image(adapter, config, dtype, parallel))
 
     # 2. The batch: one sequence for each adapter and answer, those of one adapter together.
     chunks = []
     for a, adapter in enumerate(adapters):
-        use = AdapterUse(adapter.digest, adapter.num_pages(geometry)) if adapter is not None else None
+        use = AdapterUse(adapter.digest, sizes[adapter.digest]) if adapter is not None else None
         for b, answer in enumerate(answers):
             tokens = [*prompt, *answer]
             seq = Seq(
@@ -73,7 +80,9 @@ def score_answers(
             pool.allocate(sequence_owner(seq), seq_pages)
             chunks.append(Chunk(seq, 0, len(tokens)))
     buckets = Buckets(seqs=(num_seqs,), tokens=(sum(chunk.length for chunk in chunks),))
-    batch, rows = BatchBuilder(geometry, buckets, num_pages, seq_pages * PAGE_TOKENS).build(chunks, pool, known)
+    layout = parallel.layout if parallel else None
+    builder = BatchBuilder(geometry, buckets, num_pages, seq_pages * PAGE_TOKENS, layout)
+    batch, rows = builder.build(chunks, pool, known)
 
     # 3. What is asked for: at every position the log-probability of the token that follows, summed over the answer's
     # tokens.
@@ -91,27 +100,30 @@ def score_answers(
 
     # 4. Your own program around the step.
     batch_step = make_batch_step(
-        model.config,
+        config,
         dtype=dtype,
         max_rank=max((adapter.max_rank for adapter in known.values()), default=8),
         loop="scan",
+        parallel=parallel,
     )
 
     def score(params: Mapping[str, jax.Array], state: State, batch: Batch, owners: jax.Array):
         state, output = batch_step(params, state, batch)
         return state, jax.ops.segment_sum(output.logprobs, owners, num_seqs + 1)[:num_seqs]
 
-    _, scores = jax.jit(score, donate_argnums=1)(model.params, State(pages=pages), batch, owners)
+    _, scores = jax.jit(score, donate_argnums=1)(model.params, state, batch, owners)
     return np.asarray(scores).reshape(len(adapters), len(answers))
 
 
-def main(source: str = MODEL) -> None:
-    model = load_model(source, dtype="float32")
+def main(source: str = MODEL, devices: int = 1) -> None:
+    parallel = make_parallel(load_config(source), devices, "s-lora") if devices > 1 else None
+    shardings = param_shards(load_config(source), parallel) if parallel else None
+    model = load_model(source, dtype="float32", shardings=shardings)
     assert model.tokenizer is not None, "the example needs a model with a tokenizer"
     prompt = model.tokenizer.chat([{"role": "user", "content": QUESTION}])
     answers = [model.tokenizer.encode(text, add_special_tokens=False) for text in ANSWERS]
     adapters = [None, *(read_adapter(f"examples/adapters/{name}", model.config) for name in NAMES)]
-    scores = score_answers(model, adapters, prompt, answers)
+    scores = score_answers(model, adapters, prompt, answers, parallel)
     for text, column in zip(ANSWERS, scores.T, strict=True):
         print(text)
         for name, score in zip(("base", *NAMES), column, strict=True):
@@ -119,4 +131,8 @@ def main(source: str = MODEL) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", nargs="?", default=MODEL)
+    parser.add_argument("--devices", type=int, default=1)
+    args = parser.parse_args()
+    main(args.model, args.devices)

@@ -1,14 +1,17 @@
 """The examples run, and their numbers are those of the Engine."""
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from slora_jax import Engine, EngineConfig, Request, SamplingParams
 from slora_jax.adapters import random_adapter
 from slora_jax.loading import load_model
+from slora_jax.parallel import make_parallel, shard_params
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
@@ -57,6 +60,11 @@ def test_custom_pipeline_scores_as_the_engine_does():
     expected = [sum(entry.logprob for entry in output.prompt_logprobs[len(prompt) :]) for output in outputs]
     np.testing.assert_allclose(scores.ravel(), expected, rtol=1e-5, atol=1e-4)
     assert len(np.unique(scores)) == scores.size
+    if len(jax.devices()) >= 2:  # the same program over devices, as docs/sharding.md shows
+        parallel = make_parallel(model.config, 2, "s-lora")
+        sharded = dataclasses.replace(model, params=shard_params(model.config, model.params, parallel))
+        found = load("custom_pipeline").score_answers(sharded, [None, *adapters.values()], prompt, answers, parallel)
+        np.testing.assert_allclose(found, scores, rtol=1e-5, atol=1e-4)
 
 
 def test_the_model_that_is_fetched_is_checked(tmp_path, monkeypatch):
