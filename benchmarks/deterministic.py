@@ -44,7 +44,7 @@ def _measure(model: LoadedModel, adapters: dict, args: argparse.Namespace, deter
     settings = EngineConfig(
         max_model_len=2 * args.longest,
         max_lora_rank=max(_RANKS),
-        page_pool_bytes=args.page_pool_gib << 30,
+        page_pool_bytes=int(args.page_pool_gib * 2**30),
         deterministic=deterministic,
         warm_up=True,
         progress=True,
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=512)
     parser.add_argument("--longest", type=int, default=512, help="tokens of a prompt, and of an answer, at most")
     parser.add_argument("--check", type=int, default=16, help="requests that also run alone")
-    parser.add_argument("--page-pool-gib", type=int, default=48, help="small enough that some requests are preempted")
+    parser.add_argument("--page-pool-gib", type=float, default=48, help="small enough that some requests are preempted")
     parser.add_argument("--json", type=Path, help="file for the result")
     args = parser.parse_args()
     model = load_model(args.model)

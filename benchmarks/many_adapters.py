@@ -7,9 +7,11 @@ copied.
 """
 
 import argparse
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import time
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +21,7 @@ from slora_jax.adapters import random_adapter
 from slora_jax.loading import load_model
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-2-7b", help="named shape of the base model")
     parser.add_argument("--adapters", type=int, default=200)
@@ -32,7 +34,7 @@ def main() -> None:
     parser.add_argument("--max-seqs", type=int, default=256)
     parser.add_argument("--implementation", default="auto")
     parser.add_argument("--json", type=Path, default=RESULTS / "many_adapters.json")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     ranks = [int(r) for r in args.ranks.split(",")]
     start = time.perf_counter()
@@ -112,6 +114,7 @@ def main() -> None:
     write_result(args.json, result)
     for key, value in result.items():
         print(f"{key:28} {value}")
+    return result
 
 
 if __name__ == "__main__":

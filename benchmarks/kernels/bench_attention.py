@@ -50,8 +50,15 @@ def seconds(fn, *args, warm: float = 0.15, spend: float = 0.3) -> float:
     return statistics.median(times)
 
 
+def require_gpu() -> None:
+    """Ends the program where there is none: a CPU would run out of memory and patience."""
+    if jax.default_backend() != "gpu":
+        raise SystemExit(f"this benchmark needs an NVIDIA GPU; JAX finds only {jax.devices()[0].device_kind}")
+
+
 def ceilings() -> dict[str, float]:
     """Copy bandwidth in bytes/s (read + written; XLA's and, where torch is at hand, torch's) and bf16 GEMM FLOP/s."""
+    require_gpu()
     x = jax.random.normal(jax.random.key(0), (1 << 30,), jnp.bfloat16)
     found = {"copy_xla": 4 * x.size / seconds(jax.jit(lambda x: -x), x)}
     del x
@@ -235,6 +242,7 @@ PREFILL_CANDIDATES = [PrefillConfig(block_kv=block, stages=stages) for block, st
 
 def tune() -> None:
     """Writes the config with the least product of times over a head layout's named shapes into the kernels' table."""
+    require_gpu()
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     mine = table.setdefault(device_kind(), {})
     for kind, (heads, kv_heads, dim) in HEADS.items():
