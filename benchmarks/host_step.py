@@ -98,8 +98,8 @@ class _EmptyRunner:
     def write_adapter(self, image, page_ids, start: int, stop: int) -> None:
         pass
 
-    def forward(self, batch: Batch) -> jax.Array:
-        return self._forward(self._last, batch)
+    def forward(self, batch: Batch) -> tuple[jax.Array, None]:
+        return self._forward(self._last, batch), None
 
     def sample(self, logits: jax.Array, sampling: Sampling, rows: np.ndarray) -> Output:
         output, self._last = self._sample(logits, sampling, self._last, rows)
