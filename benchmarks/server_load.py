@@ -4,8 +4,12 @@
 
 Starts `slora-jax serve MODEL --adapters DIR` with random adapters, and is itself the outside load generator: so many
 streams at the same time, each asking again when it is answered. Every answer's token ids are held against the same
-request's answer when it was alone; /health is asked all the while; the server's memory is watched. Then the same
-requests go through Engine.generate in a process of its own. Needs aiohttp (extra dev).
+request's answer when it was alone; /health is asked all the while, by a process of its own; the server's memory is
+watched. Then the same requests go through Engine.generate in a process of its own. Needs aiohttp (extra dev).
+
+The share of the bare engine's rate means something only for a model whose steps take milliseconds: beside
+random:tiny-gqa, whose steps take microseconds, it says how many calls a second Python can answer. On a machine with few
+cores server, load generator and model share them; cpu_seconds are those of the process alone.
 
 Where kernels are not batch-invariant an answer may differ from its solo run in a late token; it is lost if it is cut
 short or never comes, and mixed up if it is the solo answer to another request.
@@ -14,7 +18,10 @@ short or never comes, and mixed up if it is the solo answer to another request.
 import argparse
 import asyncio
 from collections import Counter
+from collections.abc import Iterator
+import contextlib
 import json
+import os
 from pathlib import Path
 import socket
 import subprocess
@@ -76,7 +83,6 @@ class Client:
         self._session, self._base, self._model, self._tokens = session, base, model, tokens
         self.ttft: list[float] = []
         self.latency: list[float] = []
-        self.health: list[float] = []
 
     async def ask(self, adapter: str | None, prompt: list[int]) -> list[int] | str:
         """Token ids of an answer, or what went wrong."""
@@ -106,13 +112,24 @@ class Client:
         self.latency.append(time.monotonic() - start)
         return ids if ended and len(ids) == self._tokens else "cut short"
 
-    async def watch_health(self) -> None:
-        while True:
-            start = time.monotonic()
-            async with self._session.get(f"{self._base}/health") as response:
-                assert response.status == 200
-            self.health.append(time.monotonic() - start)
-            await asyncio.sleep(0.02)
+
+@contextlib.contextmanager
+def watch_health(port: int, took: list[float]) -> Iterator[None]:
+    """Appends how long answers of /health took meanwhile."""
+    command = [sys.executable, "-m", "benchmarks.ask_health", str(port)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "begun\n"
+        yield
+        took += json.loads(process.communicate()[0])
+    finally:
+        process.kill()
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time that a process has taken, of all its threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def resident_bytes(pid: int) -> int:
@@ -130,7 +147,8 @@ def seconds(values: list[float]) -> dict[str, float]:
     return {f"p{q}": float(np.percentile(values, q)) for q in (50, 90, 99)} | {"max": max(values)} if values else {}
 
 
-async def drive(args: argparse.Namespace, base: str, pid: int, distinct: list[tuple[str, list[int]]]) -> dict[str, Any]:
+async def drive(args: argparse.Namespace, port: int, pid: int, distinct: list[tuple[str, list[int]]]) -> dict[str, Any]:
+    base = f"http://127.0.0.1:{port}"
     timeout = aiohttp.ClientTimeout(total=None, sock_read=args.timeout)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
@@ -163,20 +181,22 @@ async def drive(args: argparse.Namespace, base: str, pid: int, distinct: list[tu
                 else:
                     outcome["mixed up" if tuple(answer) in owners else "other tokens than alone"] += 1
 
-        watchers = [asyncio.create_task(client.watch_health()), asyncio.create_task(watch_memory(pid, memory))]
-        start = time.monotonic()
-        await asyncio.gather(*(stream() for _ in range(args.streams)))
-        elapsed = time.monotonic() - start
-        for watcher in watchers:
+        health = list[float]()
+        with watch_health(port, health):
+            watcher = asyncio.create_task(watch_memory(pid, memory))
+            start, spent = time.monotonic(), cpu_seconds(pid)
+            await asyncio.gather(*(stream() for _ in range(args.streams)))
+            elapsed, spent = time.monotonic() - start, cpu_seconds(pid) - spent
             watcher.cancel()
         tenth = max(1, len(memory) // 10)
         return dict(
             seconds=elapsed,
             requests_per_second=args.requests / elapsed,
+            cpu_seconds_per_request=spent / args.requests,
             outcome=dict(outcome),
             ttft_seconds=seconds(client.ttft),
             latency_seconds=seconds(client.latency),
-            health_seconds=seconds(client.health),
+            health_seconds=seconds(health),
             resident_bytes=dict(
                 first_tenth=max(memory[:tenth]), last_tenth=max(memory[-tenth:]), max=max(memory), samples=len(memory)
             ),
@@ -200,10 +220,11 @@ def run_bare(args: argparse.Namespace, adapters: Path) -> None:
     with Engine.from_pretrained(args.model, engine_config(args), sources) as engine:
         engine.warm_up(adapters=True)
         engine.generate(requests[: args.streams])
-        start = time.monotonic()
+        start, spent = time.monotonic(), time.process_time()
         engine.generate(requests)
-        elapsed = time.monotonic() - start
-        print(json.dumps(dict(seconds=elapsed, requests_per_second=args.requests / elapsed)))
+        elapsed, spent = time.monotonic() - start, time.process_time() - spent
+        rates = dict(requests_per_second=args.requests / elapsed, cpu_seconds_per_request=spent / args.requests)
+        print(json.dumps(dict(seconds=elapsed, **rates)))
 
 
 def run_server(args: argparse.Namespace, adapters: Path) -> dict[str, Any]:
@@ -218,7 +239,7 @@ def run_server(args: argparse.Namespace, adapters: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "slora_jax", "serve", args.model, "--quiet", *flags]
     process = subprocess.Popen(command)
     try:
-        result = asyncio.run(drive(args, f"http://127.0.0.1:{port}", process.pid, make_requests(args)))
+        result = asyncio.run(drive(args, port, process.pid, make_requests(args)))
     finally:
         process.terminate()
         process.wait(60)
@@ -255,7 +276,16 @@ def main() -> None:
     bare = json.loads(done.stdout.splitlines()[-1])
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     share = server["requests_per_second"] / bare["requests_per_second"]
-    result = dict(settings=settings, server=server, bare_engine=bare, share_of_bare_engine=share)
+    overhead = server["cpu_seconds_per_request"] - bare["cpu_seconds_per_request"]
+    result = dict(
+        model=args.model,
+        settings=settings,
+        server=server,
+        bare_engine=bare,
+        share_of_bare_engine=share,
+        cpu_seconds_of_serving_a_request=overhead,
+        load_average=os.getloadavg(),
+    )
     write_result(args.json, result)
     print(json.dumps(result, indent=1))
 

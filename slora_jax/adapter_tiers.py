@@ -181,6 +181,7 @@ class AdapterTiers:
                 misses=pages.misses,
                 loads=self.page_loads,
                 evictions=pages.evictions,
+                adapters=len(pages.all_resident()),
             ),
             host=dict(
                 loads=counters["images"],
@@ -204,6 +205,7 @@ class AdapterTiers:
 
     def _read(self, outcome: Outcome) -> None:
         record = outcome.record
+        record.error = None
         if record.digest is None:
             self._registry.read(record, outcome.digest, outcome.weights_digest)
             for job in self._jobs.get(record, ()):
@@ -215,6 +217,7 @@ class AdapterTiers:
 
     def _failed(self, record: AdapterRecord, error: str) -> None:
         """A job goes on where the weights are in pages."""
+        record.error = error
         resident = record.digest is not None and self._pages.resident(record.digest)
         if not resident:
             for job in list(self._jobs.get(record, ())):

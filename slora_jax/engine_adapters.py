@@ -1,13 +1,13 @@
 """The adapters' part of the Engine's interface."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 import dataclasses
 import os
 import time
 from typing import Any, Literal, overload
 
-from slora_jax.adapters import Adapter, AdapterReader, AdapterShape, read_adapter
+from slora_jax.adapters import Adapter, AdapterFiles, AdapterReader, AdapterShape, read_adapter
 from slora_jax.core import EngineCore
 from slora_jax.engine_config import ResolvedConfig
 from slora_jax.engine_loop import EngineLoop
@@ -39,27 +39,31 @@ class EngineAdapters:
     _loop: EngineLoop
 
     @overload
-    def add_adapter(self, name: str, source: Any, *, lazy: Literal[False] = False) -> str: ...
+    def add_adapter(self, name: str, source: Any, *, lazy: Literal[False, "verified"] = False) -> str: ...
 
     @overload
-    def add_adapter(self, name: str, source: Any, *, lazy: bool) -> str | None: ...
+    def add_adapter(self, name: str, source: Any, *, lazy: bool | Literal["verified"]) -> str | None: ...
 
-    def add_adapter(self, name: str, source: Any, *, lazy: bool = False) -> str | None:
+    def add_adapter(self, name: str, source: Any, *, lazy: bool | Literal["verified"] = False) -> str | None:
         """Registers an adapter and returns the digest of its contents.
 
         source: PEFT directory, Hugging Face id, ``{"weights": pytree, "lora_alpha": 16}`` or an Adapter (see
         read_adapter). A name that is known is pointed at the new contents at once: requests already queued or running
         keep the old, later ones get the new, and neither meets the other's pages.
         lazy: for a directory: check its configuration and header now, and read its tensors when a request needs them;
-        returns None then. What only the tensors show, NaN and infinity, ends those requests.
+        returns None then. What only the tensors show, NaN and infinity, ends those requests. "verified": read the
+        tensors now as well, so that nothing is left to be found wrong, but keep none of them.
         Raises AdapterError if the adapter is not acceptable, CapacityError if the pool or the host's memory cannot hold
         it; nothing is changed then.
         """
-        contents = read_contents(name, source, self._reader, self.model.config, lazy)
+        contents = read_contents(name, source, self._reader, self.model.config, bool(lazy))
         shape = contents if isinstance(contents, Adapter) else contents.shape
         self._check_shape(name, shape)
+        verified = read_contents(name, contents, self._reader, self.model.config) if lazy == "verified" else None
         self._loop.call(lambda: self._core.runner.require_adapters(shape.max_rank, shape.groups))
         record, old = self._registry.add(name, contents)
+        if isinstance(verified, Adapter):
+            self._registry.read(record, verified.digest, verified.weights_digest)
         if old is not None and old.identity != record.identity:
             self._loop.call(lambda: self._core.tiers.release(old))
         return record.digest
@@ -72,7 +76,26 @@ class EngineAdapters:
         AdapterError if the directory cannot be read or holds no adapter.
         """
         began = time.monotonic()
-        found, refused = self._reader.check_all(path)
+        added, refused = self._add_checked(*self._reader.check_all(path))
+        return AddedDirectory(added, refused, time.monotonic() - began)
+
+    def add_adapters(self, directories: Mapping[str, str | os.PathLike[str]]) -> AddedDirectory:
+        """add_adapter_directory for PEFT directories wherever they are, by the names that the adapters shall have."""
+        began = time.monotonic()
+        found: dict[str, AdapterFiles] = {}
+        refused: dict[str, str] = {}
+        for name, path in directories.items():
+            try:
+                found[name] = self._reader.check(path)
+            except AdapterError as error:
+                refused[name] = f"adapter {name!r}: {error}"
+        added, refused = self._add_checked(found, refused)
+        return AddedDirectory(added, refused, time.monotonic() - began)
+
+    def _add_checked(
+        self, found: Mapping[str, AdapterFiles], refused: dict[str, str]
+    ) -> tuple[list[str], dict[str, str]]:
+        """Registers what the engine can take. Returns the names, and all that was refused."""
         fits: dict[AdapterShape, str | None] = {}
         replaced = []
         for name, files in found.items():
@@ -93,7 +116,7 @@ class EngineAdapters:
                 replaced.append(old)
         if replaced:
             self._loop.call(lambda: self._core.tiers.release(*replaced))
-        return AddedDirectory(added, refused, time.monotonic() - began)
+        return added, refused
 
     def remove_adapter(self, name: str, timeout: float | None = None) -> None:
         """Forgets an adapter: new requests are refused, those in flight are waited for, then its memory is freed.
@@ -144,15 +167,18 @@ class EngineAdapters:
         record = self._registry.get(name)
         self._loop.call(lambda: self._core.tiers.pin(record, False))
 
-    def list_adapters(self) -> list[dict[str, Any]]:
-        """Registered adapters: name, digest (None until the contents were read), rank, targets, pages that it takes,
-        the tier where it is ("pages", "host" or "disk"), resident (whether that is "pages"), pinned, hits (requests
-        that named it), last_used (when the last one came, seconds since 1970, or None).
+    def list_adapters(self, names: Collection[str] | None = None) -> list[dict[str, Any]]:
+        """Registered adapters, or those of some names: name, digest (None until the contents were read), rank, targets,
+        pages that it takes, the tier where it is ("pages", "host" or "disk"), resident (whether that is "pages"),
+        pinned, hits (requests that named it), last_used (when the last one came, seconds since 1970, or None), error
+        (why its files could not be read when that was last tried, or None).
         """
         resident, ready = self._loop.call(self._core.tiers.snapshot)
         pages: dict[AdapterShape, int] = {}
         rows = []
         for name, record in self._registry.items():
+            if names is not None and name not in names:
+                continue
             shape = record.shape
             if shape not in pages:
                 pages[shape] = self._images.num_pages(shape)
@@ -170,6 +196,7 @@ class EngineAdapters:
                     pinned=record.pinned,
                     hits=record.hits,
                     last_used=record.last_used,
+                    error=record.error,
                 )
             )
         return rows
@@ -201,6 +228,8 @@ class EngineAdapters:
 def read_contents(name: str, source: Any, reader: AdapterReader, config: ModelConfig, lazy: bool = False) -> Contents:
     """What a name will point at. Raises AdapterError beginning with the adapter's name."""
     try:
+        if isinstance(source, AdapterFiles):
+            return reader.read(source)
         if isinstance(source, str | os.PathLike):
             return reader.check(source) if lazy else reader.read(source)
         if lazy:

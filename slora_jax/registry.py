@@ -20,7 +20,8 @@ class AdapterRecord:
 
     contents: weights that stay in host memory, or files. digest, weights_digest: see Adapter; None until the files are
     read for the first time. registered: whether the name still points here. hits: requests that named it. last_used:
-    when the last of them came, seconds since 1970. pinned: see Engine.pin_adapter.
+    when the last of them came, seconds since 1970. pinned: see Engine.pin_adapter. error: why its files could not be
+    read the last time that was tried.
     """
 
     contents: Contents
@@ -30,6 +31,7 @@ class AdapterRecord:
     hits: int = 0
     last_used: float | None = None
     pinned: bool = False
+    error: str | None = None
 
     def __post_init__(self):
         if isinstance(self.contents, Adapter):

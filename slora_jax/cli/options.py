@@ -80,7 +80,9 @@ def sampling_from_args(args: argparse.Namespace) -> dict[str, Any]:
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """Fields of EngineConfig from the flags of the engine."""
+    tiers = {name: getattr(args, name) for name in ("host_adapter_bytes", "adapter_chunk_bytes", "adapter_step_bytes")}
     return dict(
+        **{name: size for name, size in tiers.items() if size is not None},
         dtype=args.dtype,
         max_model_len=args.max_model_len,
         max_seqs=args.max_seqs,

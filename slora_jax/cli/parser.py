@@ -285,6 +285,24 @@ def _engine_options(parser: argparse.ArgumentParser) -> None:
         help="memory for KV cache and adapters, for instance 512M or 40G (default: what the GPU has free, 1G on a CPU)",
     )
     group.add_argument(
+        "--host-adapter-bytes",
+        type=byte_size,
+        metavar="SIZE",
+        help="host memory for adapters, ready to be copied to pages (default: half of what is free, 48G at most)",
+    )
+    group.add_argument(
+        "--adapter-chunk-bytes",
+        type=byte_size,
+        metavar="SIZE",
+        help="of an adapter that one copy to the device moves (default: 16M)",
+    )
+    group.add_argument(
+        "--adapter-step-bytes",
+        type=byte_size,
+        metavar="SIZE",
+        help="of adapters that are copied at most before a step in which other requests run (default: 128M)",
+    )
+    group.add_argument(
         "--tp", type=int, metavar="N", default=1, help="devices that the model is spread over (default: 1)"
     )
     group.add_argument(

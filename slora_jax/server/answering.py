@@ -163,7 +163,8 @@ class Answers:
         if delta.finish_reason in ("error", "abort"):
             completion = self.outputs[index].completions[delta.index]
             if completion.finish_reason == "error":
-                raise ApiError(500, completion.error or "the answer failed", code="generation_failed")
+                error = self._service.adapters.without_paths(completion.error)
+                raise ApiError(500, error or "the answer failed", code="generation_failed")
             raise ApiError(503, "the answer was cut short by the server", code="aborted", retry_after=1)
         return index, delta
 

@@ -46,7 +46,7 @@ class ServerConfig:
     max_inputs: int = 2048
     max_answer_tokens: int = 4096
     max_queue: int = 256
-    max_adapters: int = 10_000
+    max_adapters: int = 200_000
     warm_up: bool = False
     traces: bool = False
     drain_seconds: float = 30.0

@@ -23,13 +23,14 @@ _TPOT = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0
 class Snapshot:
     """The engine and its adapters at one moment.
 
-    stats: of Engine.stats. requests: of Engine.list_requests. adapters: of AdapterManager.describe. pages: of
-    Engine.page_map. max_seqs: completions the engine runs at once.
+    stats: of Engine.stats. requests: of Engine.list_requests. adapters: of AdapterManager.describe, some of
+    num_adapters that are served. pages: of Engine.page_map. max_seqs: completions the engine runs at once.
     """
 
     stats: Mapping[str, Any]
     requests: Sequence[Mapping[str, Any]]
     adapters: Sequence[Mapping[str, Any]]
+    num_adapters: int
     pages: Sequence[str | None]
     max_seqs: int
     load_seconds: float
@@ -121,12 +122,9 @@ class Metrics:
             used.add_metric([kind], count)
         yield used
         yield GaugeMetricFamily("slora_page_bytes", "Bytes of a page", stats["page_bytes"])
-        yield GaugeMetricFamily(
-            "slora_adapters", "Adapters that can be asked", sum(a["digest"] is not None for a in now.adapters)
-        )
-        yield GaugeMetricFamily(
-            "slora_adapters_resident", "Adapters in the pool", sum(a["tier"] == "device" for a in now.adapters)
-        )
+        yield GaugeMetricFamily("slora_adapters", "Adapters that can be asked", now.num_adapters)
+        resident = stats["adapter_tiers"]["pages"]["adapters"]
+        yield GaugeMetricFamily("slora_adapters_resident", "Adapters in the pool", resident)
         for name in ("steps", "preemptions", "adapter_loads"):
             yield CounterMetricFamily(f"slora_engine_{name}", f"The engine's {name.replace('_', ' ')}", stats[name])
         times = stats["step_seconds"]
@@ -140,9 +138,9 @@ class Metrics:
         yield CounterMetricFamily("slora_prefix_queried_tokens", text, prefixes["prompt_tokens"])
         yield CounterMetricFamily("slora_prefix_hit_tokens", "Those that were found", prefixes["hit_tokens"])
         yield from _tiers(stats.get("adapter_tiers", {}))
-        yield CounterMetricFamily("slora_adapter_registrations", "Adapters read from files", now.loads)
+        yield CounterMetricFamily("slora_adapter_registrations", "Adapters taken from files", now.loads)
         yield CounterMetricFamily("slora_adapter_registration_failures", "Adapters refused", now.failures)
-        yield CounterMetricFamily("slora_adapter_registration_seconds", "Seconds spent reading them", now.load_seconds)
+        yield CounterMetricFamily("slora_adapter_registration_seconds", "Seconds spent checking them", now.load_seconds)
         yield from self._vllm(now)
 
     def _vllm(self, now: Snapshot) -> Iterable[Metric]:

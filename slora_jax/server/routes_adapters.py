@@ -51,5 +51,7 @@ async def unload_lora_adapter(body: UnloadAdapterBody, request: Request, service
 
 @router.get("/v1/adapters")
 async def adapters(service: ServiceDep) -> dict[str, Any]:
-    """Every adapter: where its weights are (tier device or host), rank, digest, pages, use, and any error."""
+    """Every adapter: where its weights are (tier device, host or disk), rank, digest (once they were read), pages, use,
+    and any error.
+    """
     return {"object": "list", "data": await asyncio.to_thread(service.adapters.describe)}

@@ -72,7 +72,8 @@ async def _embed(service: Service, tenant: Tenant, requests: list[EmbeddingReque
             for output in done:
                 service.embedded(output, tenant)
                 if output.error is not None:
-                    raise ApiError(500, output.error, code="embedding_failed")
+                    reason = service.adapters.without_paths(output.error)
+                    raise ApiError(500, reason or "the embedding failed", code="embedding_failed")
             outputs += done
     if requests[0].adapter is not None:
         service.adapters.touch(requests[0].adapter)

@@ -1,5 +1,6 @@
 """OpenAI's calls: chat, completions, models."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 import dataclasses
 from typing import Any
@@ -44,8 +45,11 @@ async def chat_completions(body: ChatBody, request: Request, service: ServiceDep
             return written.whole((await answers.collect())[0])
 
     async def pieces() -> AsyncGenerator[bytes]:
-        yield event(_no_usage(body, written.first(answers.outputs[0])))
+        begun = False
         async for _, delta in answers:
+            if not begun:  # not before: which contents answer may only be known now
+                yield event(_no_usage(body, written.first(answers.outputs[0])))
+                begun = True
             if chunk := written.chunk(delta, answers.outputs[0]):
                 yield event(_no_usage(body, chunk))
         if body.stream_options and body.stream_options.include_usage:
@@ -99,11 +103,13 @@ async def completions(body: CompletionBody, request: Request, service: ServiceDe
 async def models(service: ServiceDep, tenant: TenantDep) -> dict[str, Any]:
     """The base model and the adapters that the caller may use."""
     manager, base = service.adapters, service.config.model_name
-    names = [name for name in manager.names() if tenant.key.may_use(name)]
-    entries = [_model(service, name, manager.path(name), base) for name in names]
-    if tenant.key.base:
-        entries.insert(0, _model(service, base, base, None))
-    return {"object": "list", "data": entries}
+
+    def listed() -> list[dict[str, Any]]:
+        names = [name for name in manager.names() if tenant.key.may_use(name)]
+        entries = [_model(service, name, manager.path(name), base) for name in names]
+        return [_model(service, base, base, None), *entries] if tenant.key.base else entries
+
+    return {"object": "list", "data": await asyncio.to_thread(listed)}
 
 
 @router.get("/v1/models/{name:path}")

@@ -19,6 +19,8 @@ from slora_jax.server.tracing import Tracing
 logger = logging.getLogger(__name__)
 
 _SNAPSHOT_SECONDS = 0.5  # how long a scrape waits for an engine that is in the middle of a step
+_SHOWN_ADAPTERS = 500  # on the status page; GET /v1/adapters has all
+_SCAN_SHARE = 0.05  # of a thread's time at most; two system calls an adapter
 
 
 class Service:
@@ -75,7 +77,7 @@ class Service:
         self.phase = "ready" if self.phase == "loading" else self.phase
         self._watcher = asyncio.create_task(self._watch())
         logger.info(
-            "ready", extra={"fields": {"seconds": round(time.monotonic() - start, 3), "adapters": len(manager.names())}}
+            "ready", extra={"fields": {"seconds": round(time.monotonic() - start, 3), "adapters": manager.num_served}}
         )
 
     async def drain(self) -> None:
@@ -149,7 +151,8 @@ class Service:
             return Snapshot(
                 stats=engine.stats(),
                 requests=engine.list_requests(),
-                adapters=adapters.describe(),
+                adapters=adapters.describe(limit=_SHOWN_ADAPTERS),
+                num_adapters=adapters.num_served,
                 pages=engine.page_map(),
                 max_seqs=engine.settings.max_seqs,
                 load_seconds=adapters.load_seconds,
@@ -160,10 +163,13 @@ class Service:
         self._snapshot = await asyncio.to_thread(take)
 
     async def _watch(self) -> None:
+        took = 0.0
         while True:
-            await asyncio.sleep(self.config.scan_seconds)
+            await asyncio.sleep(max(self.config.scan_seconds, took / _SCAN_SHARE))
+            start = time.monotonic()
             try:
                 await asyncio.to_thread(self.adapters.scan)
+                took = time.monotonic() - start
                 await asyncio.to_thread(self.tenants.reload)
             except Exception:  # watching goes on, whatever a disk or an adapter does
                 logger.exception("the scan of the adapters' directory failed")

@@ -236,7 +236,7 @@ def test_prefetching_brings_an_adapter_to_pages_before_anybody_asks(directory, a
         engine.prefetch_adapter("a1").result(30)
         assert engine.generate([ask("a1")])[0].token_ids == answers[1]
         assert engine.stats()["adapter_tiers"]["pages"] | dict(evictions=0) == dict(
-            hits=1, misses=0, loads=1, evictions=0
+            hits=1, misses=0, loads=1, evictions=0, adapters=1
         )
         (directory / "a2" / "adapter_config.json").unlink()
         with pytest.raises(AdapterError, match=r"no adapter_config.json in it"):

@@ -98,8 +98,9 @@ def test_bad_adapters_are_told_and_hurt_nobody(serving, adapters, make_adapter, 
             make_adapter(adapters / "cut")
             (adapters / "one" / "adapter_model.safetensors").write_bytes(weights[:-100])
             await scan(service)
+            assert await answer(client, "cut") == good
             entries = await listed(client)
-            assert await answer(client, "cut") == good and entries["cut"]["error"] is None
+            assert entries["cut"]["error"] is None
             assert await answer(client, "one") == good  # what was good is served on, and the error is told
             assert entries["one"]["error"] and entries["one"]["digest"] == entries["cut"]["digest"]
 
@@ -284,5 +285,76 @@ def test_a_registry_cannot_name_a_path_outside(serving, tmp_path):
         async with serving(load_root=tmp_path / "root", registry=tmp_path / "registry.json") as (client, _):
             assert await answer(client, "x") == "404"
             assert "must be relative" in (await listed(client))["x"]["error"]
+
+    asyncio.run(main())
+
+
+def test_found_adapters_are_checked_now_and_read_when_they_are_asked_for(serving, engine, adapters, make_adapter):
+    """Nobody's weights are in memory before; NaN is told when it is met, and nothing tells where the files lie."""
+    make_adapter(adapters / "nan", float("nan"))
+    make_adapter(adapters / "cut", 0.7)
+
+    async def main():
+        async with serving() as (client, service):
+            before = engine.stats()["adapter_tiers"]["disk"]["reads"]
+            entries = await listed(client)
+            assert {entry["tier"] for entry in entries.values()} == {"disk"}
+            assert all(entry["error"] is None and entry["digest"] is None for entry in entries.values())
+            assert engine.stats()["adapter_tiers"]["disk"]["reads"] == before
+            chat = {"model": "one", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, "stream": True}
+            chunks = (await client.post("/v1/chat/completions", json=chat)).text.split("data: ")[1:-1]
+            digest = (await listed(client))["one"]["digest"]
+            assert digest and {json.loads(chunk)["system_fingerprint"] for chunk in chunks} == {digest}
+            failed = await client.post("/v1/completions", json={"model": "nan", "prompt": "a"})
+            told = failed.json()["error"]["message"]
+            assert failed.status_code == 500 and "'nan'" in told and str(adapters) not in told, told
+            weights = (adapters / "cut" / "adapter_model.safetensors").read_bytes()
+            (adapters / "cut" / "adapter_model.safetensors").write_bytes(weights[:-4])
+            failed = await client.post("/v1/embeddings", json={"model": "cut", "input": "a"})
+            assert failed.status_code == 500 and str(adapters) not in failed.text
+            entries = await listed(client)
+            assert entries["nan"]["error"] and entries["cut"]["error"] and str(adapters) not in json.dumps(entries)
+            assert entries["one"]["tier"] != "disk" and entries["two"]["tier"] == "disk"
+            make_adapter(adapters / "nan", 0.5)
+            await scan(service)
+            assert await answer(client, "nan") == await answer(client, "two")
+            assert (await listed(client))["nan"]["error"] is None
+
+    asyncio.run(main())
+
+
+def test_an_adapter_that_is_loaded_by_call_is_read_whole(serving, engine, tmp_path, make_adapter):
+    make_adapter(tmp_path / "root" / "nan", float("nan"))
+    make_adapter(tmp_path / "root" / "good", 0.5)
+
+    async def main():
+        async with serving(load_root=tmp_path / "root") as (client, _):
+            refused = await load(client, "x", "nan")
+            assert refused.status_code == 400 and str(tmp_path) not in refused.text, refused.text
+            assert "x" not in await listed(client)
+            assert (await load(client, "x", "good")).status_code == 200
+            entry = (await listed(client))["x"]
+            assert entry["digest"] and entry["tier"] == "disk"  # of its weights nothing is kept
+            assert await answer(client, "x") == await answer(client, "two")
+
+    asyncio.run(main())
+
+
+def test_many_adapters_are_added_at_once_and_counted(serving, engine, adapters, make_adapter):
+    for i in range(30):
+        make_adapter(adapters / f"many-{i}", 1 + i / 8)
+
+    async def main():
+        async with serving(max_adapters=20) as (client, service):
+            entries = await listed(client)
+            assert len(entries) == 32 and service.adapters.num_served == 20 == len(service.adapters.names())
+            assert sum("20 adapters are registered" in (e["error"] or "") for e in entries.values()) == 12
+            served = service.adapters.names()
+            for name in served[:5]:
+                shutil.rmtree(adapters / name)
+            await scan(service)
+            assert service.adapters.num_served == 15 == engine.stats()["adapters"]
+            shown = await asyncio.to_thread(service.adapters.describe, 4)
+            assert len(shown) == 4 and all(entry["error"] for entry in shown)
 
     asyncio.run(main())

@@ -232,7 +232,7 @@ def test_operation(serving):
         assert alive.status_code == 200
         status = got["/status"].json()
         assert sum(count for _, count in status["page_map"]) == status["stats"]["num_pages"] == 200
-        assert status["adapters"][0]["tier"] == "device" and status["adapters"][1]["tier"] == "host"
+        assert status["adapters"][0]["tier"] == "device" and status["adapters"][1]["tier"] == "disk"
         page = got["/"]
         assert "script-src 'sha256-" in page.headers["content-security-policy"]
         assert "http" not in page.text.replace("http-equiv", "")  # no outside asset

@@ -104,17 +104,16 @@ def test_neither_clients_that_vanish_nor_bad_adapters_leak_files(running, adapte
 
 
 def test_adapters_deleted_or_replaced_while_they_are_read(serving, adapters, make_adapter, engine, monkeypatch):
-    add = engine.add_adapter
+    add = engine.add_adapters
 
-    def delete_first(name, source):
-        if name == "gone":
-            shutil.rmtree(adapters / "gone")
-        return add(name, source)
+    def delete_first(directories):
+        shutil.rmtree(adapters / "gone")
+        return add(directories)
 
     async def main():
         async with serving() as (client, service):
             before = (await client.post("/v1/completions", json=BODY | {"temperature": 0})).json()
-            monkeypatch.setattr(engine, "add_adapter", delete_first)
+            monkeypatch.setattr(engine, "add_adapters", delete_first)
             make_adapter(adapters / "gone")
             for _ in range(2):
                 await asyncio.to_thread(service.adapters.scan)

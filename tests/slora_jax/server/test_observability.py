@@ -16,7 +16,7 @@ from slora_jax.server.tracing import Tracing
 
 DASHBOARD = Path(__file__).parents[3] / "docs" / "grafana.json"
 TIERS = {
-    "pages": dict(hits=7, misses=2, loads=3, evictions=1),
+    "pages": dict(hits=7, misses=2, loads=3, evictions=1, adapters=4),
     "host": dict(loads=4, evictions=1, adapters=3, bytes=1000, budget=2000),
     "disk": dict(reads=5, failures=1, load_seconds=0.5),
 }
@@ -37,8 +37,8 @@ def snapshot(engine) -> Snapshot:
         dict(request_id="b", adapter="two", state="waiting", prompt_tokens=1, generated_tokens=0),
     ]
     return Snapshot(
-        stats=engine.stats() | {"adapter_tiers": TIERS}, requests=requests, adapters=[], pages=[], max_seqs=8,
-        load_seconds=0.1, loads=2, failures=1,
+        stats=engine.stats() | {"adapter_tiers": TIERS}, requests=requests, adapters=[], num_adapters=2, pages=[],
+        max_seqs=8, load_seconds=0.1, loads=2, failures=1,
     )  # fmt: skip
 
 
@@ -59,6 +59,7 @@ def test_what_ended_and_what_is_are_told(engine):
     assert got["slora_generated_tokens_total", (("tenant", "tenant-0"),)] == 3
     assert got["slora_generated_tokens_total", (("tenant", "other"),)] == 3 * 50  # labels are bounded
     assert got["slora_adapter_hits_total", (("tier", "device"),)] == 7
+    assert (got["slora_adapters", ()], got["slora_adapters_resident", ()]) == (2, 4)
     assert got["slora_adapter_loads_total", (("tier", "host"),)] == 4
     assert got["slora_adapter_load_seconds_total", (("tier", "disk"),)] == 0.5
     parts = {dict(labels)["part"] for name, labels in got if name == "slora_step_host_seconds_total"}

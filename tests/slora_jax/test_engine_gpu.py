@@ -1,0 +1,58 @@
+"""The engine on a GPU at Llama-2-7B's widths: all small sizes of steps, adapters that come and go, pages used again."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from slora_jax import Engine, EngineConfig, Request, SamplingParams
+from slora_jax.adapters import clone, random_adapter
+from slora_jax.loading import LoadedModel
+from slora_jax.loading.random import random_params
+from slora_jax.memory import page_bytes
+from slora_jax.shapes import named_shape
+
+RANKS = (8, 16, 32, 64)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(900)
+def test_no_request_fails_whatever_the_size_of_its_steps():
+    config = dataclasses.replace(named_shape("llama-2-7b"), num_layers=2)
+    params = random_params(config, dtype="bfloat16")
+    model = LoadedModel(config=config, params=params, tokenizer=None, eos_token_ids=(), name="two layers of 7B")
+    dtype = params["embed"].dtype
+    first = {rank: random_adapter(config, rank, ("q", "k", "v", "o"), seed=rank, dtype=dtype) for rank in RANKS}
+    adapters = {f"a{i}": clone(first[RANKS[i % len(RANKS)]], i) for i in range(24)}
+    settings = EngineConfig(
+        dtype="bfloat16",
+        max_seqs=32,
+        max_step_tokens=256,
+        seq_buckets=(1, 2, 4, 8, 16, 32),
+        token_buckets=(64, 128, 256),
+        max_model_len=512,
+        max_lora_rank=max(RANKS),
+        page_pool_bytes=600 * page_bytes(config, "bfloat16"),  # of which 32 sequences can take 1,024
+        compile_cache_dir="",
+    )
+    rng = np.random.default_rng(0)
+    with Engine(model, settings, adapters) as engine:
+        engine.warm_up(adapters=True)
+        for count in (1, 2, 3, 4, 7, 30, 200):
+            sizes = zip(rng.integers(4, 250, count), rng.integers(2, 200, count), strict=True)
+            requests = [
+                Request(
+                    None,
+                    f"a{rng.integers(len(adapters))}",
+                    SamplingParams(max_tokens=int(answer), ignore_eos=True),
+                    rng.integers(0, config.vocab_size, prompt).tolist(),
+                )
+                for prompt, answer in sizes
+            ]
+            errors = [
+                (i, o.completions[0].error)
+                for i, o in enumerate(engine.generate(requests))
+                if o.finish_reason == "error"
+            ]
+            assert not errors, f"{len(errors)} of {count} requests: {errors[:3]}"
+        engine.check_integrity()
