@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     names = list(adapters)
     with Engine(model, settings, adapters) as engine:
         for adapters_too in (False, True):
-            engine.warm_up(adapters=adapters_too)
+            engine.warm_up(adapters=adapters_too, greedy_only=True)
         for name in names:
             engine.prefetch_adapter(name).result()
         first_token(engine, names[0], prompts[0])

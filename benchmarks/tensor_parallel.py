@@ -183,7 +183,7 @@ class Bench:
             tensor_parallel=devices,
             implementation=self.args.implementation,
             loop=self.subject.loop,
-            warm_up=True,
+            warm_up="greedy",
             compile_cache_dir=os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"),
         )
         options: dict[str, Any] = dict(requests=self.args.requests, lengths=tuple(self.args.lengths), settings=settings)

@@ -166,15 +166,16 @@ class Engine(EngineRequests, EngineAdapters, EngineEmbeddings):
             )
         return cls(loaded, settings, read, parallel)
 
-    def warm_up(self, *, adapters: bool) -> None:
+    def warm_up(self, *, adapters: bool, greedy_only: bool = False) -> None:
         """Compiles every step shape now, up to the largest rank registered. What is asked meanwhile waits. With
         EngineConfig.warm_up it was done at start, when it leaves the pool more memory.
 
-        adapters: also the shapes of steps in which some request uses an adapter.
+        adapters: also the shapes of steps in which some request uses an adapter. greedy_only: only those samplers that
+        choose the likeliest token and tell nothing else.
         Raises CapacityError if a step does not fit in the device's memory.
         """
         with progress_bar("compiling", self.settings.progress) as progress:
-            wanted = dict(adapters=adapters, embeddings=self.settings.embeddings)
+            wanted = dict(adapters=adapters, embeddings=self.settings.embeddings, greedy_only=greedy_only)
             self._loop.call(lambda: self._core.runner.warm_up(**wanted, progress=progress))
 
     def longest(self, adapter: str | None = None) -> int:

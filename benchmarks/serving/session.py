@@ -111,10 +111,10 @@ class Session:
         """Compiles everything that a measurement may run: all steps, and what a few real requests need besides."""
         users: list[str | None] = [None] if base else []
         if self.adapters:
-            self.engine.warm_up(adapters=True)
+            self.engine.warm_up(adapters=True, greedy_only=True)
             users += list(self.adapters)[:3]
         if base:
-            self.engine.warm_up(adapters=False)
+            self.engine.warm_up(adapters=False, greedy_only=True)
         sampling = SamplingParams(max_tokens=2, ignore_eos=True)
         for user in users:  # one after another, so that steps with and without adapters both come
             self.engine.generate([Request(prompt_token_ids=[3, 4, 5], adapter=user, sampling=sampling)])
