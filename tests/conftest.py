@@ -1,5 +1,6 @@
 """Settings of every test run: caches inside the checkout, no network, GPU tests only where a GPU is."""
 
+from collections.abc import Iterator
 import os
 from pathlib import Path
 
@@ -21,8 +22,11 @@ settings.register_profile("slora-jax", deadline=None)  # a first call compiles
 settings.load_profile("slora-jax")
 
 
+_SLOWEST = ("test_golden.py", "test_structured.py", "test_serving.py", "test_forward.py")  # these files come first
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name != "test_golden.py")  # the slowest file first, for several processes
+    items.sort(key=lambda item: (*_SLOWEST, item.path.name).index(item.path.name))  # for several processes
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return
@@ -31,6 +35,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if jax.default_backend() != "gpu":
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compiles for the CPU without LLVM's optimisations, which take longer than the steps of tiny models do: the same
+    program of XLA's operations, in machine code that is less good. Also in processes that tests start. Files with a
+    test of a real model, and GPUs, get everything.
+    """
+    import jax
+
+    real = any(i.path == request.path and "smollm2_gguf" in i.fixturenames for i in request.session.items)
+    quick = not real and jax.default_backend() == "cpu"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(quick)))
+        jax.config.update("jax_disable_most_optimizations", quick)
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

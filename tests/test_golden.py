@@ -12,6 +12,8 @@ from steps import prompt_logits
 from slora_jax import Request, SamplingParams, read_adapter
 from slora_jax.loading import load_model, save_orbax
 
+BUCKETS = dict(seq_buckets=(1, 64), token_buckets=(64, 256))  # few programs to compile
+
 
 def check(outputs) -> None:
     for (name, row), output in zip(ROWS, outputs, strict=True):
@@ -23,7 +25,7 @@ def check(outputs) -> None:
 
 @pytest.fixture(scope="module")
 def engine(smollm2_gguf):
-    with make_engine(smollm2_gguf) as engine:
+    with make_engine(smollm2_gguf, **BUCKETS) as engine:
         yield engine
 
 
@@ -105,5 +107,5 @@ def test_the_same_through_an_orbax_checkpoint(tmp_path, smollm2_gguf):
         tmp_path / "smol", loaded.config, loaded.params, tokenizer=loaded.tokenizer, eos_token_ids=loaded.eos_token_ids
     )
     del loaded
-    with make_engine(str(tmp_path / "smol")) as engine:
+    with make_engine(str(tmp_path / "smol"), **BUCKETS) as engine:
         check(engine.generate(requests()))
