@@ -220,7 +220,7 @@ class Programs:
         if greedy_only and not self.builder.deterministic:
             steps = [s for s in steps if s.rows < buckets.wide_rows]
         sizes = (buckets.seqs, buckets.wide_rows, self.builder.max_model_len, self.options.config.vocab_size)
-        samplings = sampling_shapes(*sizes, greedy_only=greedy_only and not self.builder.deterministic)
+        samplings = sampling_shapes(*sizes, greedy_only=greedy_only, deterministic=self.builder.deterministic)
         kinds = {SampleShape.of(s): s for s in samplings}
         samplers = [(shape, s) for shape, s in kinds.items() if shape not in self._samplers]
         total = len(steps) + len(samplers)

@@ -84,16 +84,24 @@ def _mask_words(vocab_size: int) -> int:
 
 
 def sampling_shapes(
-    seqs: Sequence[int], wide_rows: int, max_len: int, vocab_size: int, *, greedy_only: bool = False
+    seqs: Sequence[int],
+    wide_rows: int,
+    max_len: int,
+    vocab_size: int,
+    *,
+    greedy_only: bool = False,
+    deterministic: bool = False,
 ) -> list[Sampling]:
     """One of every shape that a SamplingTable, or with_all_features for the largest of `seqs` and for `wide_rows`,
     makes.
 
-    greedy_only: those of steps in which nothing but the likeliest token is wanted.
+    greedy_only: those of steps in which nothing but the likeliest token is wanted. deterministic: all sequences' tokens
+    are then chosen with all features.
     """
     plain = [build_sampling([], n) for n in seqs]
     if greedy_only:
-        return plain
+        wide = [build_sampling([], rows) for rows in (seqs[-1], wide_rows)] if deterministic else []
+        return plain + [with_all_features(s, max_len, vocab_size) for s in wide]
     found = [
         dataclasses.replace(s, mode=mode, logprobs=logprobs, top_logprobs=TOP_LOGPROBS if logprobs else 0)
         for s in plain
