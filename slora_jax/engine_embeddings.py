@@ -24,7 +24,7 @@ class EngineEmbeddings:
     _admission: Admission
     _loop: EngineLoop
     _start: Callable[[list[Job]], None]
-    _astart: Callable[[Callable[[Callable[[int], Sink]], list[Job]]], Coroutine[Any, Any, AsyncDeltas]]
+    _astart: Callable[[Callable[[Callable[[int], Sink]], list[Job]], bool], Coroutine[Any, Any, AsyncDeltas]]
 
     def embed(self, requests: Sequence[EmbeddingRequest | str]) -> list[EmbeddingOutput]:
         """Embeds prompts in the same steps in which others are answered, and returns the vectors in order.
@@ -46,9 +46,11 @@ class EngineEmbeddings:
 
     async def aembed(self, requests: Sequence[EmbeddingRequest | str]) -> list[EmbeddingOutput]:
         """embed for asyncio. Cancelling the task aborts the requests."""
-        deltas = await self._astart(
-            lambda sink: [self._admission.embedding(r, sink(i)) for i, r in enumerate(requests)]
-        )
+
+        def make_jobs(sink: Callable[[int], Sink]) -> list[Job]:
+            return [self._admission.embedding(r, sink(i)) for i, r in enumerate(requests)]
+
+        deltas = await self._astart(make_jobs, True)
         try:
             async for _ in deltas:
                 pass

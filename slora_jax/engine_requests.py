@@ -68,21 +68,26 @@ class EngineRequests:
             if not job.finished:
                 self.abort(job.output.request_id)
 
-    async def astart(self, requests: Sequence[Request | str]) -> AsyncDeltas:
+    async def astart(self, requests: Sequence[Request | str], *, ends_only: bool = False) -> AsyncDeltas:
         """Checks and queues requests, and returns their answers piece by piece. The event loop never waits for a step.
 
         Every request is checked before any is queued; errors are those of generate. The caller closes what it gets.
+        ends_only: only the last piece of each completion comes.
         """
-        return await self._astart(lambda sink: [self._admission.job(r, sink(i)) for i, r in enumerate(requests)])
 
-    async def _astart(self, make_jobs: Callable[[Callable[[int], Sink]], list[Job]]) -> AsyncDeltas:
+        def make_jobs(sink: Callable[[int], Sink]) -> list[Job]:
+            return [self._admission.job(r, sink(i)) for i, r in enumerate(requests)]
+
+        return await self._astart(make_jobs, ends_only)
+
+    async def _astart(self, make_jobs: Callable[[Callable[[int], Sink]], list[Job]], ends_only: bool) -> AsyncDeltas:
         """make_jobs: checks requests and makes jobs, given the sink of each by its number; on a worker thread."""
 
         def abort(request_id: str) -> None:
             with contextlib.suppress(SloraError):  # a closed engine has aborted it already
                 self._loop.submit(lambda: self._abort(request_id))
 
-        deltas = AsyncDeltas(abort)
+        deltas = AsyncDeltas(abort, ends_only)
         jobs = await asyncio.to_thread(make_jobs, deltas.sink)
         deltas.follow(jobs)
         try:
@@ -103,10 +108,13 @@ class EngineRequests:
 
     async def agenerate(self, request: Request | str) -> RequestOutput:
         """Runs one request and returns its output. Cancelling the task aborts the request."""
-        async for delta in self.astream(request):
-            if delta.output:
-                return delta.output
-        raise AssertionError("a stream always ends with an output")
+        deltas = await self.astart([request], ends_only=True)
+        try:
+            async for _ in deltas:
+                pass
+            return deltas.outputs[0]
+        finally:
+            deltas.close()
 
     def abort(self, request_id: str) -> bool:
         """Ends a request now, with finish_reason "abort"; its pages are free before the next step. False if it is not

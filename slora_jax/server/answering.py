@@ -1,8 +1,9 @@
 """One call being answered: prompts to token ids, to the engine, and accounted for at the end, however it comes."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 import contextlib
+import itertools
 from typing import Any, Self
 
 from starlette.requests import Request as HttpRequest
@@ -47,6 +48,8 @@ async def encode_prompts(
         return tokenizer_of(service, param).encode(prompt, add_special_tokens=add_special_tokens, max_tokens=most)
 
     try:
+        if not any(isinstance(prompt, str) for prompt in prompts):
+            return [encode(prompt) for prompt in prompts]  # a copy needs no thread
         return await asyncio.to_thread(lambda: [encode(prompt) for prompt in prompts])
     except RequestError as error:
         raise bad_request(error, param) from None
@@ -81,11 +84,16 @@ class Answers:
         self._places = contextlib.ExitStack()
 
     async def start(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, form: str = "response_format"
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        form: str = "response_format",
+        *,
+        streamed: bool = False,
     ) -> Self:
         """Queues the prompts. ApiError 400, 404, 429 or 503 if they cannot be answered; nothing is queued then.
 
-        form: the call's field that asks for params.structured.
+        form: the call's field that asks for params.structured. streamed: `pieces` are wanted, not only `collect`.
         """
         config = self._service.config
         if len(prompts) > config.max_prompts:
@@ -109,7 +117,7 @@ class Answers:
             Request(None, self._adapter, params, ids, request_id=f"{self.id}-{i}") for i, ids in enumerate(prompts)
         ]
         try:
-            self._deltas = await self._service.engine.astart(requests)
+            self._deltas = await self._service.engine.astart(requests, ends_only=not streamed)
         except BaseException as error:
             self._places.close()
             if isinstance(error, AdapterError):  # unloaded since it was looked up
@@ -152,24 +160,23 @@ class Answers:
         assert self._deltas is not None  # between start and close
         return self._deltas.outputs
 
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> tuple[int, Delta]:
-        """(index of the prompt, Delta). ApiError if an answer failed."""
-        if self._deltas is None:
-            raise StopAsyncIteration
-        index, delta = await anext(self._deltas)
-        if delta.finish_reason in ("error", "abort"):
-            completion = self.outputs[index].completions[delta.index]
-            if completion.finish_reason == "error":
-                error = self._service.adapters.without_paths(completion.error)
-                raise ApiError(500, error or "the answer failed", code="generation_failed")
-            raise ApiError(503, "the answer was cut short by the server", code="aborted", retry_after=1)
-        return index, delta
+    async def pieces(self) -> AsyncGenerator[list[tuple[int, Delta]]]:
+        """(index of the prompt, Delta), as many at a time as have come. ApiError if an answer failed."""
+        deltas = self._deltas
+        while deltas is not None and (batch := await deltas.take()):
+            good = list(itertools.takewhile(lambda item: item[1].finish_reason not in ("error", "abort"), batch))
+            if good:
+                yield good
+            if len(good) < len(batch):
+                index, failed = batch[len(good)]
+                completion = self.outputs[index].completions[failed.index]
+                if completion.finish_reason == "error":
+                    error = self._service.adapters.without_paths(completion.error)
+                    raise ApiError(500, error or "the answer failed", code="generation_failed")
+                raise ApiError(503, "the answer was cut short by the server", code="aborted", retry_after=1)
 
     async def collect(self) -> list[RequestOutput]:
         """Waits for the ends of all answers."""
-        async for _ in self:
+        async for _ in self.pieces():
             pass
         return self.outputs

@@ -8,11 +8,12 @@ from slora_jax.server.service import Service
 from slora_jax.server.tenants import Tenant
 
 
-def _service(request: Request) -> Service:
+# async, because FastAPI sends every other function through a thread
+async def _service(request: Request) -> Service:
     return request.app.state.service
 
 
-def _tenant(request: Request) -> Tenant:
+async def _tenant(request: Request) -> Tenant:
     return request.state.tenant
 
 

@@ -19,8 +19,7 @@ def event(data: dict[str, Any] | str) -> bytes:
     return b"data: " + text.encode() + b"\n\n"
 
 
-def to_json(data: Any) -> str:
-    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 class EventStream(Response):
@@ -47,20 +46,27 @@ class EventStream(Response):
             self._close()
 
     async def _pump(self, send: Send) -> None:
-        async def write(body: bytes, more: bool = True) -> None:
-            try:
-                async with asyncio.timeout(self._write_seconds):
-                    await send({"type": "http.response.body", "body": body, "more_body": more})
-            except (TimeoutError, OSError):
-                raise ClientDisconnect from None
+        loop = asyncio.get_running_loop()
 
-        async with contextlib.aclosing(self._events) as events:
+        async def write(body: bytes, more: bool = True) -> None:
+            limit.reschedule(loop.time() + self._write_seconds)
             try:
-                async for item in events:
-                    await write(item)
-            except ApiError as error:
-                await write(event(error.body()))
-        await write(b"", more=False)
+                await send({"type": "http.response.body", "body": body, "more_body": more})
+            except OSError:
+                raise ClientDisconnect from None
+            limit.reschedule(None)
+
+        try:
+            async with asyncio.timeout(None) as limit, contextlib.aclosing(self._events) as events:
+                try:
+                    async for item in events:
+                        if item:
+                            await write(item)
+                except ApiError as error:
+                    await write(event(error.body()))
+                await write(b"", more=False)
+        except TimeoutError:  # it does not read
+            raise ClientDisconnect from None
 
 
 async def unless_gone[T](receive: Receive, work: Coroutine[Any, Any, T]) -> T:

@@ -46,19 +46,19 @@ async def chat_completions(body: ChatBody, request: Request, service: ServiceDep
 
     async def pieces() -> AsyncGenerator[bytes]:
         begun = False
-        async for _, delta in answers:
+        async for batch in answers.pieces():
+            chunks = [written.chunk(delta, answers.outputs[0]) for _, delta in batch]
             if not begun:  # not before: which contents answer may only be known now
-                yield event(_no_usage(body, written.first(answers.outputs[0])))
+                chunks.insert(0, written.first(answers.outputs[0]))
                 begun = True
-            if chunk := written.chunk(delta, answers.outputs[0]):
-                yield event(_no_usage(body, chunk))
+            yield b"".join(event(_no_usage(body, chunk)) for chunk in chunks if chunk)
         if body.stream_options and body.stream_options.include_usage:
             yield event(written.usage_chunk(answers.outputs))
         yield event("[DONE]")
 
     if not body.stream:
         return await answer_unless_gone(request, whole())
-    await answers.start([ids], params, form_param)
+    await answers.start([ids], params, form_param, streamed=True)
     return EventStream(pieces(), service.config.write_seconds, answers.close)
 
 
@@ -86,16 +86,16 @@ async def completions(body: CompletionBody, request: Request, service: ServiceDe
             return written.whole(await answers.collect())
 
     async def pieces() -> AsyncGenerator[bytes]:
-        async for index, delta in answers:
-            if chunk := written.chunk(index, delta, answers.outputs[index]):
-                yield event(_no_usage(body, chunk))
+        async for batch in answers.pieces():
+            chunks = [written.chunk(index, delta, answers.outputs[index]) for index, delta in batch]
+            yield b"".join(event(_no_usage(body, chunk)) for chunk in chunks if chunk)
         if body.stream_options and body.stream_options.include_usage:
             yield event(written.usage_chunk(answers.outputs, score_only))
         yield event("[DONE]")
 
     if not body.stream:
         return await answer_unless_gone(request, whole())
-    await answers.start(prompts, params, form_param)
+    await answers.start(prompts, params, form_param, streamed=True)
     return EventStream(pieces(), service.config.write_seconds, answers.close)
 
 

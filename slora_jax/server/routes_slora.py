@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from slora_jax.requests import TokenLogprob
+from slora_jax.requests import Delta, TokenLogprob
 from slora_jax.server.answering import Answers, choose_adapter, encode_prompts
 from slora_jax.server.depends import ServiceDep, TenantDep, log_field
 from slora_jax.server.events import EventStream, answer_unless_gone, to_json
@@ -37,14 +37,17 @@ async def generate(body: SloraBody, request: Request, service: ServiceDep, tenan
 @router.post("/generate_stream")
 async def generate_stream(body: SloraBody, request: Request, service: ServiceDep, tenant: TenantDep) -> Response:
     answers, prompts, _ = await _prepare(body, request, service, tenant)
-    await answers.start(prompts, slora_params(body.parameters))
+    await answers.start(prompts, slora_params(body.parameters), streamed=True)
+
+    def written(delta: Delta) -> bytes:
+        token = _token(delta.logprobs[-1], delta.text) if delta.logprobs else None
+        finished = delta.finish_reason is not None
+        data = {"token": token, "generated_text": None, "finished": finished, "details": None}
+        return b"data:" + to_json(data).encode() + b"\n\n"
 
     async def pieces() -> AsyncGenerator[bytes]:
-        async for _, delta in answers:
-            token = _token(delta.logprobs[-1], delta.text) if delta.logprobs else None
-            finished = delta.finish_reason is not None
-            data = {"token": token, "generated_text": None, "finished": finished, "details": None}
-            yield b"data:" + to_json(data).encode() + b"\n\n"
+        async for batch in answers.pieces():
+            yield b"".join(written(delta) for _, delta in batch)
 
     return EventStream(pieces(), service.config.write_seconds, answers.close)
 
