@@ -18,6 +18,7 @@ def run(args: argparse.Namespace) -> int:
         "max_concurrent": args.max_concurrent,
         "requests_per_minute": args.requests_per_minute,
         "tokens_per_minute": args.tokens_per_minute,
+        "weight": args.weight,
     }
     print(add_key(Path(args.file), args.name, **{k: v for k, v in fields.items() if v is not None}))
     print(f"slora-jax key: {args.file} has only its hash; keep the key, it is not shown again", file=sys.stderr)

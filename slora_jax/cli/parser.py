@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import slora_jax
-from slora_jax.cli.options import SAMPLING, byte_size, named_path, token_bias
+from slora_jax.cli.options import SAMPLING, byte_size, named_path, policy_option, token_bias
 from slora_jax.cli.workload_options import TRACE_HELP, bench_options, simulate_options
 
 _MODEL = (
@@ -170,6 +170,19 @@ def _serve(commands) -> None:
         "--max-queue", type=int, default=256, metavar="N", help="answers that may wait before callers get 429"
     )
     access.add_argument("--max-answer-tokens", type=int, default=4096, metavar="N", help="longest answer, in tokens")
+    access.add_argument(
+        "--policy",
+        metavar="NAME",
+        help="who goes first: fcfs, cluster, early-abort, fair or priority (default: fair with --api-keys, else fcfs)",
+    )
+    access.add_argument(
+        "--policy-option",
+        type=policy_option,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of the policy, for instance ttft=6; repeat for more",
+    )
     operation = parser.add_argument_group("operation")
     operation.add_argument("--drain-seconds", type=float, default=30.0, metavar="X", help="longest wait at a shutdown")
     operation.add_argument("--traces", action="store_true", help="send OpenTelemetry traces (extra otel)")
@@ -206,6 +219,7 @@ def _key(commands) -> None:
     parser.add_argument("--max-concurrent", type=int, metavar="N", help="answers at the same time")
     parser.add_argument("--requests-per-minute", type=float, metavar="X")
     parser.add_argument("--tokens-per-minute", type=float, metavar="X", help="of prompts and answers")
+    parser.add_argument("--weight", type=float, metavar="X", help="share among keys under load (default: 1)")
 
 
 def _convert(commands) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -30,8 +31,11 @@ def run(args: argparse.Namespace) -> int:
         drain_seconds=args.drain_seconds,
         traces=args.traces,
     )
+    policy, policy_options = sharing(args)
     settings = EngineConfig(
         **engine_options(args),
+        policy=policy,
+        policy_options=policy_options,
         max_lora_rank=args.max_lora_rank,
         embeddings=args.embeddings,
         # else the adapters, which are read later, say up to which rank steps are compiled
@@ -42,6 +46,17 @@ def run(args: argparse.Namespace) -> int:
     service = Service(config, lambda: Engine.from_pretrained(args.model, settings))
     run_server(service, log_level=args.log_level.upper())
     return 0
+
+
+def sharing(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Policy and its options: where there are keys, each gets its share."""
+    from slora_jax.server.keys import read_keys
+
+    policy = args.policy or ("fair" if args.api_keys else "fcfs")
+    options = dict(args.policy_option)
+    if policy == "fair" and args.api_keys and options.get("by", "tenant") == "tenant":
+        options.setdefault("weights", {key.name: key.weight for key in read_keys(Path(args.api_keys))})
+    return policy, options
 
 
 def default_name(model: str) -> str:

@@ -114,7 +114,8 @@ class Answers:
             raise ApiError(400, f"logit_bias names a token id outside the vocabulary of {vocab}", param="logit_bias")
         self._places.enter_context(self._service.admit(self._tenant, completions))
         requests = [
-            Request(None, self._adapter, params, ids, request_id=f"{self.id}-{i}") for i, ids in enumerate(prompts)
+            Request(None, self._adapter, params, ids, request_id=f"{self.id}-{i}", tenant=self._tenant.key.name)
+            for i, ids in enumerate(prompts)
         ]
         try:
             self._deltas = await self._service.engine.astart(requests, ends_only=not streamed)

@@ -19,7 +19,10 @@ from slora_jax.server.tracing import Tracing
 logger = logging.getLogger(__name__)
 
 PUBLIC = frozenset(("/", "/health", "/ready", "/version"))
-ADMIN = frozenset(("/metrics", "/status", "/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"))
+ADMIN = frozenset(
+    ("/metrics", "/status", "/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter",
+     "/v1/pin_lora_adapter", "/v1/unpin_lora_adapter", "/v1/prefetch_lora_adapter")
+)  # fmt: skip
 
 # paths that a span is named after; a stranger's paths would be names without end
 _TRACED = frozenset(

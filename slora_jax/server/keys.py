@@ -9,6 +9,7 @@ import fnmatch
 import hashlib
 import hmac
 import json
+import math
 from pathlib import Path
 import re
 import secrets
@@ -25,7 +26,7 @@ class ApiKey:
     adapters: names or patterns (``team-*``) of the adapters it may use. base: whether it may use the base model.
     admin: whether it may load and unload adapters and read metrics and status.
     max_concurrent: completions in flight at the same time; requests_per_minute, tokens_per_minute: rates, the latter of
-    prompt and answer tokens. None is no limit.
+    prompt and answer tokens. None is no limit. weight: share of the device under the policy "fair".
     """
 
     name: str
@@ -36,6 +37,7 @@ class ApiKey:
     max_concurrent: int | None = None
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
+    weight: float = 1.0
 
     def may_use(self, adapter: str | None) -> bool:
         """Whether it may use an adapter, or the base model (None)."""
@@ -112,8 +114,10 @@ def _parse(entry: Any, where: str) -> ApiKey:
     for field in ("base", "admin"):
         if not isinstance(entry.get(field, False), bool):
             raise SloraError(f"{where}: {field} must be true or false")
-    for field in ("max_concurrent", "requests_per_minute", "tokens_per_minute"):
+    for field in ("max_concurrent", "requests_per_minute", "tokens_per_minute", "weight"):
         value = entry.get(field)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
+        if value is None and field != "weight" or field not in entry:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise SloraError(f"{where}: {field} must be a number above 0")
     return ApiKey(**(entry | {"adapters": tuple(adapters)}))

@@ -1,6 +1,7 @@
 """Adapters come and go: vLLM's calls, and a list of what is there. For administrators."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -11,7 +12,8 @@ from slora_jax.server.adapter_manager import LoadingNotAllowed, UnknownAdapter
 from slora_jax.server.depends import ServiceDep, log_field
 from slora_jax.server.errors import ApiError
 from slora_jax.server.paths import NameRefused
-from slora_jax.server.schemas import LoadAdapterBody, UnloadAdapterBody
+from slora_jax.server.schemas import AdapterNameBody, LoadAdapterBody, UnloadAdapterBody
+from slora_jax.server.service import Service
 
 router = APIRouter()
 
@@ -47,6 +49,38 @@ async def unload_lora_adapter(body: UnloadAdapterBody, request: Request, service
     except SloraError as error:
         raise ApiError(500, str(error)) from None
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+@router.post("/v1/pin_lora_adapter")
+async def pin_lora_adapter(body: AdapterNameBody, request: Request, service: ServiceDep) -> Response:
+    """Keeps an adapter in host memory, and in pages for as long as anything else that is idle can go instead."""
+    await _keep(body, request, service, service.engine.pin_adapter)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' pinned.")
+
+
+@router.post("/v1/unpin_lora_adapter")
+async def unpin_lora_adapter(body: AdapterNameBody, request: Request, service: ServiceDep) -> Response:
+    """The adapter may leave like any other again."""
+    await _keep(body, request, service, service.engine.unpin_adapter)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' unpinned.")
+
+
+@router.post("/v1/prefetch_lora_adapter")
+async def prefetch_lora_adapter(body: AdapterNameBody, request: Request, service: ServiceDep) -> Response:
+    """Brings an adapter to host memory, and to pages when some are free. Answers when it is in host memory."""
+    await _keep(body, request, service, lambda name: service.engine.prefetch_adapter(name).result())
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' prefetched.")
+
+
+async def _keep(body: AdapterNameBody, request: Request, service: Service, change: Callable[[str], None]) -> None:
+    service.check_accepting()
+    log_field(request, adapter=body.lora_name[:200])
+    if not service.adapters.serves(body.lora_name):
+        raise ApiError(404, f"no adapter {body.lora_name[:200]!r} is served", param="lora_name")
+    try:
+        await asyncio.to_thread(change, body.lora_name)
+    except SloraError as error:
+        raise ApiError(400, service.adapters.without_paths(str(error)) or "", param="lora_name") from None
 
 
 @router.get("/v1/adapters")

@@ -250,6 +250,10 @@ class UnloadAdapterBody(Body):
     lora_int_id: int | None = None
 
 
+class AdapterNameBody(Body):
+    lora_name: str = Field(max_length=256)
+
+
 class SloraParameters(Body):
     """Sampling as S-LoRA's clients name it. Defaults are S-LoRA's."""
 

@@ -134,6 +134,20 @@ def test_loading_and_unloading_as_vllms_clients_do(serving, tmp_path, make_adapt
     asyncio.run(main())
 
 
+def test_pinning_and_prefetching(serving):
+    async def main():
+        async with serving() as (client, service):
+            for call, word in (("pin", "pinned"), ("unpin", "unpinned"), ("prefetch", "prefetched")):
+                done = await client.post(f"/v1/{call}_lora_adapter", json={"lora_name": "one"})
+                assert (done.status_code, done.text) == (200, f"Success: LoRA adapter 'one' {word}.")
+                assert (await listed(client))["one"]["tier"] in ("host", "device")
+                assert ("one" in {a["name"] for a in service.engine.list_adapters() if a["pinned"]}) == (call == "pin")
+                gone = await client.post(f"/v1/{call}_lora_adapter", json={"lora_name": "nobody"})
+                assert gone.status_code == 404 and gone.json()["error"]["param"] == "lora_name"
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize(
     "path",
     ["", ".", "..", "../adapters/one", "b/../../adapters/one", "{tmp}/adapters/one", "/etc", "b\x00", "..\\adapters"]

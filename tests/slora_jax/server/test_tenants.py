@@ -9,6 +9,8 @@ import pytest
 
 from slora_jax import SloraError
 from slora_jax.cli import main as cli
+from slora_jax.cli.parser import parse_arguments
+from slora_jax.cli.serve import sharing
 from slora_jax.server import ServerConfig
 from slora_jax.server.keys import add_key, find_key, hash_key, read_keys
 from slora_jax.server.logs import JsonLines
@@ -58,6 +60,35 @@ def test_keys_open_what_they_are_for(serving, keys):
             denied = await client.get("/v1/models")
             assert denied.headers["www-authenticate"] == "Bearer"
             assert denied.json()["error"]["type"] == "authentication_error"
+
+    asyncio.run(main())
+
+
+def test_keys_share_the_device_by_their_weights(serving, keys, tmp_path):
+    path, headers = keys
+    add_key(path, "heavy", weight=3)
+    serve = ["serve", "MODEL", "--api-keys", str(path)]
+    policy, options = sharing(parse_arguments(serve))
+    assert policy == "fair" and options["weights"]["heavy"] == 3 and options["weights"]["boss"] == 1
+    assert sharing(parse_arguments([*serve, "--policy", "priority"])) == ("priority", {})
+    assert sharing(parse_arguments(serve[:2])) == ("fcfs", {})
+    with pytest.raises(SloraError, match="weight must be a number above 0"):
+        add_key(path, "none", weight=0)
+
+    async def main():
+        async with serving(api_keys=path) as (client, service):
+            asked, start = [], service.engine.astart
+
+            async def watched(requests, **kwargs):
+                asked.extend(requests)
+                return await start(requests, **kwargs)
+
+            service.engine.astart = watched
+            try:
+                await client.post("/v1/completions", json=BODY | {"model": "one"}, headers=headers["alice"])
+            finally:
+                del service.engine.astart
+            assert [r.tenant for r in asked] == ["alice"]
 
     asyncio.run(main())
 
