@@ -76,6 +76,13 @@ def _noise(s: Sampling, vocab: int) -> Float[Array, "R V"]:
     return jax.vmap(one)(s.seed, s.draw)
 
 
+def _draw(scaled: Float[Array, "R V"], s: Sampling) -> Int[Array, "R"]:
+    """A token of each row by its filtered distribution."""
+    filters = (s.top_k > 0) | (s.top_p < 1) | (s.min_p > 0)
+    scaled = lax.cond(jnp.any(filters), lambda x: _filter(x, s), lambda x: x, scaled)
+    return jnp.argmax(scaled + _noise(s, scaled.shape[1]), axis=-1).astype(jnp.int32)
+
+
 def _bits(x: Float[Array, "*n"]) -> Int[Array, "*n"]:
     return lax.bitcast_convert_type(x, jnp.int32)
 
@@ -133,9 +140,9 @@ def sample(logits: Float[Array, "R v"], s: Sampling, vocabulary: Vocabulary | No
     )
     if s.mode != "greedy":
         scaled = logits / jnp.where(s.temperature > 0, s.temperature, 1.0)[:, None]
-        noise = _noise(s, vocabulary.size)
         if s.mode == "random":
-            found["drawn"] = _best(scaled + vocabulary.part(noise, logits.shape[1]), 1, vocabulary)
+            noise = vocabulary.part(_noise(s, vocabulary.size), logits.shape[1])
+            found["drawn"] = _best(scaled + noise, 1, vocabulary)
     if s.logprobs:
         # a device may have no column but -inf
         shifted = raw - jnp.where(jnp.isneginf(largest), 0, largest)
@@ -148,7 +155,8 @@ def sample(logits: Float[Array, "R v"], s: Sampling, vocabulary: Vocabulary | No
     everywhere = dict(zip(found, merged, strict=True))
     tokens = _best_of_all(everywhere["greedy"], 1)[1][:, 0]
     if s.mode == "filtered":
-        drawn = jnp.argmax(_filter(vocabulary.join(scaled), s) + noise, axis=-1).astype(jnp.int32)
+        # samplers for everything serve batches that want little of it, which then pay for no more
+        drawn = lax.cond(jnp.any(s.temperature > 0), lambda x: _draw(x, s), lambda _: tokens, vocabulary.join(scaled))
         tokens = jnp.where(s.temperature > 0, drawn, tokens)
     elif s.mode == "random":
         tokens = jnp.where(s.temperature > 0, _best_of_all(everywhere["drawn"], 1)[1][:, 0], tokens)
