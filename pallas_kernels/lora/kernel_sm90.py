@@ -43,22 +43,26 @@ def unsupported(tokens: jax.Array, pages: jax.Array, *, group: str, geometry: Ge
     return None
 
 
-def launches(
-    num_tokens: int,
-    seg_start: Int[Array, "S1"],
-    seg_adapter: Int[Array, "S"],
-    geometry: Geometry,
-    config: LoraConfig | tuple[LoraConfig, LoraConfig] | None,
-) -> list[tuple[LoraConfig, Int[Array, "S"]]]:
-    """Config and segments' adapters of each pair of launches: one pair takes all segments of a small step; a large one
-    has a pair for short segments and one for long ones. A launch passes over segments without an adapter.
+def _launches(tokens, table, seg_start, seg_adapter, *, layer, group, geometry, config, interpret):
+    """Arguments that both kernels of each pair of launches take, after their own and the pool: (positional, keywords).
+
+    One pair takes all segments of a small step; a large one has a pair for short segments and one for long ones. A
+    launch passes over segments without an adapter.
     """
+    num_tokens = tokens.shape[0]
     if config is None:
         short, long = default_config(geometry, 1), default_config(geometry, num_tokens)
         config = short if num_tokens <= SHORT_STEP else (short, long)
     if isinstance(config, LoraConfig):
-        return [(config, seg_adapter)]
-    return list(zip(config, by_length(seg_start, seg_adapter), strict=True))
+        pairs = [(config, seg_adapter)]
+    else:
+        pairs = list(zip(config, by_length(seg_start, seg_adapter), strict=True))
+    for one, adapters in pairs:
+        options = dict(num_tokens=num_tokens, geometry=geometry, block_tokens=one.block_tokens)
+        plan = _make_plan(table, seg_start, adapters, **options)
+        chunk = chunk_tiles(geometry, one.chunk_tiles)
+        keywords = dict(group=group, geometry=geometry, config=one, chunk=chunk, interpret=interpret)
+        yield (table.pages, plan, jnp.asarray(layer, jnp.int32).reshape(1)), keywords
 
 
 def shrink_sm90(
@@ -78,26 +82,11 @@ def shrink_sm90(
     """Partial sums of ``x A^T`` for `expand_sm90`, which must be called with the same arguments: one array for each
     launch. config: for all segments, or for short and for long ones.
     """
+    options = dict(layer=layer, group=group, geometry=geometry, config=config, interpret=interpret)
     parts = []
-    for one, adapters in launches(x.shape[0], seg_start, seg_adapter, geometry, config):
-        plan = _make_plan(
-            table, seg_start, adapters, num_tokens=x.shape[0], geometry=geometry, block_tokens=one.block_tokens
-        )
-        parts.append(
-            _shrink(
-                x,
-                pages,
-                table.pages,
-                plan,
-                jnp.asarray(layer, jnp.int32).reshape(1),
-                group=group,
-                geometry=geometry,
-                config=one,
-                chunk=chunk_tiles(geometry, one.chunk_tiles),
-                y_rows=plan.records.shape[1] * max_rank_blocks(group, max_rank) * _ROWS,
-                interpret=interpret,
-            )
-        )
+    for where, keywords in _launches(x, table, seg_start, seg_adapter, **options):
+        y_rows = where[1].records.shape[1] * max_rank_blocks(group, max_rank) * _ROWS
+        parts.append(_shrink(x, pages, *where, **keywords, y_rows=y_rows))
     return tuple(parts)
 
 
@@ -119,22 +108,7 @@ def expand_sm90(
     """`out` with every token's ``scaling * y B^T`` added: float32 sums, one rounding. Tokens without an adapter are
     not touched.
     """
-    for (one, adapters), part in zip(launches(out.shape[0], seg_start, seg_adapter, geometry, config), y, strict=True):
-        plan = _make_plan(
-            table, seg_start, adapters, num_tokens=out.shape[0], geometry=geometry, block_tokens=one.block_tokens
-        )
-        out = _expand(
-            out,
-            part,
-            pages,
-            table.pages,
-            plan,
-            jnp.asarray(layer, jnp.int32).reshape(1),
-            group=group,
-            geometry=geometry,
-            config=one,
-            chunk=chunk_tiles(geometry, one.chunk_tiles),
-            max_rank=max_rank,
-            interpret=interpret,
-        )
+    options = dict(layer=layer, group=group, geometry=geometry, config=config, interpret=interpret)
+    for part, (where, keywords) in zip(y, _launches(out, table, seg_start, seg_adapter, **options), strict=True):
+        out = _expand(out, part, pages, *where, **keywords, max_rank=max_rank)
     return out

@@ -119,7 +119,19 @@ def token_bias(text: str) -> tuple[int, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not ID=BIAS, for instance 42=-100") from None
 
 
-def policy_option(text: str) -> tuple[str, Any]:
+def add_policy_option(group: argparse._ArgumentGroup) -> None:
+    """--policy-option, a list of (name, value)."""
+    group.add_argument(
+        "--policy-option",
+        type=_policy_option,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of the policy, for instance ttft=6; repeat for more",
+    )
+
+
+def _policy_option(text: str) -> tuple[str, Any]:
     """NAME=VALUE, the value in JSON or a plain word."""
     name, _, value = text.partition("=")
     if not name or not value:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import slora_jax
-from slora_jax.cli.options import SAMPLING, byte_size, named_path, policy_option, token_bias
+from slora_jax.cli.options import SAMPLING, add_policy_option, byte_size, named_path, token_bias
 from slora_jax.cli.workload_options import TRACE_HELP, bench_options, simulate_options
 
 _MODEL = (
@@ -175,14 +175,7 @@ def _serve(commands) -> None:
         metavar="NAME",
         help="who goes first: fcfs, cluster, early-abort, fair or priority (default: fair with --api-keys, else fcfs)",
     )
-    access.add_argument(
-        "--policy-option",
-        type=policy_option,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="of the policy, for instance ttft=6; repeat for more",
-    )
+    add_policy_option(access)
     operation = parser.add_argument_group("operation")
     operation.add_argument("--drain-seconds", type=float, default=30.0, metavar="X", help="longest wait at a shutdown")
     operation.add_argument("--traces", action="store_true", help="send OpenTelemetry traces (extra otel)")

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from slora_jax.cli.options import byte_size, policy_option
+from slora_jax.cli.options import add_policy_option, byte_size
 
 TRACE_HELP = (
     "A row of a trace is an object with arrival (seconds), prompt_len, output_len (tokens) and adapter (an index,\n"
@@ -167,14 +167,7 @@ def _engine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     engine.add_argument("--max-seqs", type=int, metavar="N", help="running at the same time (default: 256)")
     engine.add_argument("--max-step-tokens", type=int, metavar="N", help="default: 2048")
     engine.add_argument("--policy", default="fcfs", metavar="NAME", help="fcfs, cluster, early-abort, fair or priority")
-    engine.add_argument(
-        "--policy-option",
-        type=policy_option,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="of the policy, for instance ttft=6; repeat for more",
-    )
+    add_policy_option(engine)
     engine.add_argument("--no-prefix-caching", action="store_true", help="keep no keys and values for later requests")
     return engine
 

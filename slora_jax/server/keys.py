@@ -114,9 +114,10 @@ def _parse(entry: Any, where: str) -> ApiKey:
     for field in ("base", "admin"):
         if not isinstance(entry.get(field, False), bool):
             raise SloraError(f"{where}: {field} must be true or false")
-    for field in ("max_concurrent", "requests_per_minute", "tokens_per_minute", "weight"):
-        value = entry.get(field)
-        if value is None and field != "weight" or field not in entry:
+    limits = ("max_concurrent", "requests_per_minute", "tokens_per_minute")
+    for field in (*limits, "weight"):
+        value = entry.get(field, None if field in limits else 1.0)
+        if value is None and field in limits:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise SloraError(f"{where}: {field} must be a number above 0")
