@@ -11,6 +11,7 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
+import numpy as np
 
 from pallas_kernels import (
     GROUPS,
@@ -103,9 +104,10 @@ class Llama(nn.Module):
         if self.loop == "scan":
             pages, x, delta = lax.fori_loop(0, cfg.num_layers, layer, (pages, x, jnp.zeros_like(x)))
         else:
-            delta = None
+            # traced and lowered once; XLA inlines the calls, and the numbers of the layers are constants again
+            call, delta = jax.jit(layer), None
             for i in range(cfg.num_layers):
-                pages, x, delta = layer(i, (pages, x, delta))
+                pages, x, delta = call(np.int32(i), (pages, x, delta))
         return pages, self._add_norm("final_norm", None, x, delta)[1]
 
     def logits(self, hidden: Float[Array, "R H"]) -> Float[Array, "R V"]:
