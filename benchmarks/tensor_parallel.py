@@ -1,149 +1,153 @@
-"""Tensor parallelism: base model only, S-LoRA's layout, the communication-free one, and "auto", on N GPUs.
+"""Tensor parallelism: base model only, S-LoRA's layout, the communication-free one, and "auto", of one model on N GPUs.
 
-    python -m benchmarks.tensor_parallel --tp 2 --models llama-30b-m
-    JAX_NUM_CPU_DEVICES=4 python -m benchmarks.tensor_parallel --tp 4 --models tiny-gqa --dtype float32
+    python -m benchmarks.tensor_parallel --tp 2 --model llama-30b-m
+    JAX_NUM_CPU_DEVICES=4 python -m benchmarks.tensor_parallel --tp 4 --model tiny-gqa --dtype float32
 
 Measures, on random weights made on the devices: the time of a decode step beside its floor (bytes that the busiest
 device reads / copy bandwidth + all-reduces at their measured time), and requests/s served of a burst of S-LoRA's
 synthetic trace. Says which collectives XLA made and where a step's time goes. Results are written after every part;
-started again with the same --json it goes on with what is missing. --budget seconds after its start it begins nothing
-new. --tp 1 measures one GPU: base only, and with adapters ("one-gpu").
+started again with the same --json it goes on with what is missing. --budget seconds after its turn began it begins
+nothing new. --tp 1 measures one GPU: base only, and with adapters ("one-gpu").
+
+benchmarks/tensor_parallel_all.py runs it for all models and numbers of GPUs, several processes at once (--wait).
 """
 
 import os
 
-# a benchmark has the GPUs to itself; NCCL takes its part beside XLA's
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+# A benchmark has the GPUs to itself but for processes that compile meanwhile, and NCCL. Memory is taken when it is this
+# process's turn.
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.88")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "128")  # pinned images of the adapters in three layouts
+os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast stays off
 
 import argparse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+import sys
 import time
 from typing import Any
 
 import jax
 
 from benchmarks.record import RESULTS
-from benchmarks.tensor_parallel_parts import (
-    DecodeCase,
-    collectives,
-    copy_bandwidth,
-    free_bytes,
-    kernel_times,
-    serve,
-    tuning_bytes,
-)
+from benchmarks.tensor_parallel_parts import Decode, Pool, copy_bandwidth, seconds_per_call, serve
+from benchmarks.tensor_parallel_profile import collectives, profile
 from benchmarks.tensor_parallel_report import OutOfTime, Report
 from benchmarks.tensor_parallel_subject import LAYOUTS, MODELS, Subject
-from sharding import measure_latency
-from slora_jax import EngineConfig
+from sharding import all_reduce_timer
+from slora_jax.programs import StepShape
+
+NCCL_ONLY: dict[str, bool | str] = {"xla_gpu_experimental_use_collective_kernels": ""}
+"""Without XLA's own all-reduce kernels for small arrays."""
 
 
 class Bench:
     """All parts for one model."""
 
-    def __init__(self, args: argparse.Namespace, name: str, report: Report):
-        self.args, self.name, self.report = args, name, report
-        self.subject = Subject(args, name)
-        self.config, self.counts, self.parallels = self.subject.config, self.subject.counts, self.subject.parallels
+    def __init__(self, args: argparse.Namespace, report: Report):
+        self.args, self.report = args, report
+        start = time.monotonic()
+        self.subject = Subject(args, args.model)
+        self.begun = time.monotonic() - start
+        self.timers: dict[str, Any] = {}
+        self.pool = Pool(self.subject)
+
+    def cases(self) -> list[tuple[str, int]]:
+        """Layouts with a number of adapters, the most wanted first: base alone, then all with 10, then with 100."""
+        layouts = self.subject.layouts()
+        found = [("base", self.subject.counts[0])] if "base" in layouts else []
+        return found + [(x, n) for n in self.subject.counts for x in layouts if x != "base"]
+
+    def prepare(self) -> None:
+        """Compiles what the missing parts need. Needs no memory on the GPUs but for trying out matrix products."""
+        start = time.monotonic()
+        wanted: dict[tuple[str, int], list[StepShape]] = {}
+        for layout, n in self.cases():
+            seqs = [s for s in self.args.seqs if self.report.missing(self.decode_name(s, layout, n))]
+            served = bool(self.args.requests) and self.report.missing(self.served_name(layout, n))
+            if seqs or served:
+                wanted[layout, n] = self.subject.shapes(layout, seqs, served)
+        if self.args.tp > 1 and self.report.missing("ceilings"):
+            ways: dict[str, Any] = {"default": None}
+            if jax.default_backend() == "gpu":
+                ways["nccl"] = NCCL_ONLY
+            hidden = self.subject.config.hidden_size
+            sizes = [(way, n) for way in ways for n in sorted({*self.args.seqs, self.args.step_tokens})]
+            with ThreadPoolExecutor(len(sizes)) as threads:
+                made = threads.map(
+                    lambda s: all_reduce_timer(self.subject.mesh, (s[1], hidden), self.args.dtype, ways[s[0]]), sizes
+                )
+                self.timers = {f"{way}/{n}": timer for (way, n), timer in zip(sizes, made, strict=True)}
+        self.subject.compile(wanted)
+        seconds = time.monotonic() - start
+        self.prepared = dict(
+            begin_seconds=self.begun, tuning_seconds=self.subject.tuning_seconds, compile_seconds=seconds
+        )
+        programs = sum(len(p.compiled_steps()) for p in self.subject.programs.values())
+        print(f"{programs} programs in {seconds:.1f} s, {self.begun:.1f} s before: {self.prepared}", flush=True)
 
     def run(self) -> None:
         report = self.report
-        report.run(f"{self.name}/ceilings", self.ceilings, 20)
+        report.run("ceilings", self.ceilings, 5)
         for seqs in self.args.seqs:
-            self.decode(seqs)
-        for count in self.counts:
-            for layout in self.subject.layouts():
-                name = f"{self.name}/served/{layout}" + ("" if layout == "base" else f"/n{count}")
-                if layout == "auto" and (same := self.subject.same(count)):
-                    report.run(name, lambda same=same: dict(same_as=same), 0)
-                else:
-                    report.run(name, lambda x=layout, n=count: self.served(x, n), self.args.served_seconds)
+            for layout, n in self.cases():
+                self.part(
+                    self.decode_name(seqs, layout, n), layout, n, lambda s=seqs, x=layout, n=n: self.decode(s, x, n), 2
+                )
+        self.pool.state = None
+        if self.args.requests:
+            for layout, n in self.cases():
+                self.part(
+                    self.served_name(layout, n),
+                    layout,
+                    n,
+                    lambda x=layout, n=n: self.served(x, n),
+                    self.args.served_seconds,
+                )
+
+    def part(self, name: str, layout: str, count: int, run, least: float) -> None:
+        if layout == "auto" and (same := self.subject.same(count)) and same in self.subject.layouts():
+            self.report.run(name, lambda: dict(same_as=same), 0)
+        else:
+            self.report.run(name, run, least)
+
+    def decode_name(self, seqs: int, layout: str, count: int) -> str:
+        return f"decode/{seqs}/{layout}" + ("" if layout == "base" else f"/n{count}")
+
+    def served_name(self, layout: str, count: int) -> str:
+        return f"served/{layout}" + ("" if layout == "base" else f"/n{count}")
 
     def ceilings(self) -> dict[str, Any]:
-        found: dict[str, Any] = dict(
-            copy_bytes_per_second=copy_bandwidth(self.args.spend), latency=self.subject.latency
-        )
-        parallel = next(iter(self.parallels.values()))
-        if parallel:
-            found["all_reduce_seconds"] = {
-                str(n): measure_latency(self.subject.mesh, (n, self.config.hidden_size), self.args.dtype)
-                for n in self.args.seqs
-            }
-            auto = {n: p.layout.lora for (x, n), p in self.parallels.items() if x == "auto" and p}
-            found["auto"] = {
-                str(n): dict(zip(("qkv", "o", "gu", "down"), lora, strict=True)) for n, lora in auto.items()
-            }
+        start = time.monotonic()
+        _ = self.subject.model  # before anything is timed, and while nothing else is on the devices
+        found: dict[str, Any] = dict(self.prepared, weights_seconds=time.monotonic() - start)
+        found |= dict(num_pages=self.subject.num_pages, page_bytes=self.subject.page_bytes)
+        found |= dict(copy_bytes_per_second=copy_bandwidth(self.args.spend / 2), latency=self.subject.latency)
+        found["all_reduce_seconds"] = {name: timer() for name, timer in self.timers.items()}
+        self.timers = {}
+        if "auto" in self.subject.layouts():
+            found["auto"] = {}
+            for n in self.subject.counts:
+                parallel = self.subject.parallels["auto", n]
+                assert parallel is not None
+                found["auto"][str(n)] = dict(zip(("qkv", "o", "gu", "down"), parallel.layout.lora, strict=True))
         return found
 
-    def decode(self, seqs: int) -> None:
-        """All layouts at one number of sequences. Their programs are compiled side by side, then timed one by one."""
-        wanted: dict[str, list[int]] = {}
-        for layout in self.subject.layouts():
-            counts = [n for n in self.counts if self.report.missing(self._decode_name(layout, seqs, n))]
-            counts = counts[:1] if layout == "base" else counts
-            if layout == "auto":
-                for n in [n for n in counts if self.subject.same(n)]:
-                    self.report.run(
-                        self._decode_name(layout, seqs, n), lambda n=n: dict(same_as=self.subject.same(n)), 0
-                    )
-                    counts.remove(n)
-            if counts:
-                wanted[layout] = counts
-        if not wanted:
-            return
-        self.report.check(self.args.compile_seconds)
-        try:
-            cases, programs = self._compile(wanted, seqs)
-        except Exception as error:  # noqa: BLE001 - a size that does not fit must not end the others
-            failed = error
-            for layout, counts in wanted.items():
-                for n in counts:
-                    self.report.run(self._decode_name(layout, seqs, n), lambda: _raise(failed), 0)
-            return
-        for (layout, lora), program in programs.items():
-            case, state = cases[layout, lora], None
-            for n in wanted[layout]:
-                parallel = self.parallels[layout, n]
-                if (parallel.layout.lora if parallel else None) != lora:
-                    continue
-
-                def part(n=n, layout=layout, case=case, program=program):
-                    nonlocal state
-                    state = case.random_state() if state is None else state
-                    result, state = self._timed(case, program, state, layout, n)
-                    return result
-
-                self.report.run(self._decode_name(layout, seqs, n), part, 5)
-            del state
-
-    def _compile(self, wanted: dict[str, list[int]], seqs: int):
-        """Cases and programs by layout, side by side. "auto" may be another program for another number of adapters."""
-        model = self.subject.model  # made before the threads ask for it
-        start = time.monotonic()
-        keys = {}
-        for layout, counts in wanted.items():
-            for n in counts:
-                parallel = self.parallels[layout, n]
-                keys[layout, parallel.layout.lora if parallel else None] = n
-        cases = {key: self.subject.case(key[0], n, seqs) for key, n in keys.items()}
-        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-            programs = dict(zip(cases, pool.map(lambda c: c.compile(model.params), cases.values()), strict=True))
-        print(f"{len(programs)} programs for {seqs} sequences compiled in {time.monotonic() - start:.1f} s", flush=True)
-        return cases, programs
-
-    def _decode_name(self, layout: str, seqs: int, count: int) -> str:
-        return f"{self.name}/decode/{seqs}/{layout}" + ("" if layout == "base" else f"/n{count}")
-
-    def _timed(self, case: DecodeCase, program, state, layout: str, count: int) -> tuple[dict[str, Any], Any]:
-        adapters = [] if layout == "base" else self.subject.used(count, case.seqs)
-        seconds, state = case.seconds(program, self.subject.model.params, state, adapters, self.args.spend)
-        ceilings = self.report.parts[f"{self.name}/ceilings"]
-        size = case.floor_bytes(adapters)
+    def decode(self, seqs: int, layout: str, count: int) -> dict[str, Any]:
+        case = Decode(self.subject, layout, count, seqs)
+        self.raise_failed(layout, count, case.shape)
+        self.pool.fill()
+        call = case.caller(self.pool)
+        seconds = seconds_per_call(call, self.args.spend)
+        ceilings = self.report.parts["ceilings"]
+        size = case.floor_bytes()
         floor = size / ceilings["copy_bytes_per_second"]
-        if case.parallel:
-            floor += (2 * self.config.num_layers + 1) * ceilings["all_reduce_seconds"][str(case.seqs)]
-        result = dict(
+        if self.args.tp > 1:
+            reduces = 2 * self.subject.config.num_layers + 1
+            floor += reduces * ceilings["all_reduce_seconds"][f"default/{seqs}"]
+        program = case.programs.step(case.shape)
+        result: dict[str, Any] = dict(
             seconds=seconds,
             floor_seconds=floor,
             times_floor=seconds / floor,
@@ -151,93 +155,89 @@ class Bench:
             context=case.context,
             temp_bytes=program.memory_analysis().temp_size_in_bytes,
         )
-        if case.parallel and case.seqs == self.args.profile_seqs and count == self.counts[-1 if adapters else 0]:
-            result["collectives"] = collectives(program)
-            batch = case.device_batch(program, adapters)
-            held = state
+        result |= self.of_base(f"decode/{seqs}/base", seconds=seconds, floor_seconds=floor)
+        if seqs == self.args.profile_seqs and (layout == "base" or count == self.subject.counts[-1]):
+            if self.args.tp > 1:
+                result["collectives"] = collectives(program)
+            result["profile"] = profile(call)
+        return result
 
-            def call():
-                nonlocal held
-                held, output = program(self.subject.model.params, held, batch)
-                return output.tokens
-
-            result["kernels"] = kernel_times(call)
-            state = held
-        return result, state
+    def of_base(self, name: str, **seconds: float) -> dict[str, float]:
+        """Base only's times over these: what is kept of its throughput, measured, and by bytes."""
+        base = self.report.parts.get(name, {})
+        return {f"{x}_of_base": base[x] / value for x, value in seconds.items() if x in base}
 
     def served(self, layout: str, count: int) -> dict[str, Any]:
-        parallel = self.parallels[layout, count]
-        adapters = {} if layout == "base" else dict(list(self.subject.adapters.items())[:count])
-        free = free_bytes(self.config, self.args.dtype, parallel)
-        devices = self.args.tp
-        pool = 1 << 28 if free is None else free - tuning_bytes(self.config, self.args.dtype, devices)
-        settings = EngineConfig(
-            dtype=self.args.dtype,
-            max_seqs=self.args.max_seqs,
-            max_step_tokens=self.args.step_tokens,
-            seq_buckets=(self.args.max_seqs,),
-            token_buckets=(self.args.step_tokens,),
-            max_model_len=self.args.lengths[1] * 2,
-            max_lora_rank=self.subject.max_rank,
-            page_pool_bytes=pool,
-            tensor_parallel=devices,
-            implementation=self.args.implementation,
-            loop=self.subject.loop,
-            warm_up="greedy",
-            compile_cache_dir=os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"),
-        )
-        options: dict[str, Any] = dict(requests=self.args.requests, lengths=tuple(self.args.lengths), settings=settings)
-        result = serve(self.subject.model, parallel, adapters, **options)
-        base = self.report.parts.get(f"{self.name}/served/base", {}).get("requests_per_second")
-        return dict(result, of_base=result["requests_per_second"] / base) if base and layout != "base" else result
+        for shape in self.subject.shapes(layout, [], served=True):
+            self.raise_failed(layout, count, shape)
+        self.pool.state = None
+        result = serve(self.subject, layout, count)
+        return result | self.of_base("served/base", seconds=result["seconds"])
 
-
-def _raise(error: Exception) -> dict[str, Any]:
-    raise error
+    def raise_failed(self, layout: str, count: int, shape: StepShape) -> None:
+        if error := self.subject.failed.get((self.subject.key(layout, count), shape)):
+            raise error
 
 
 def _numbers(text: str) -> list[int]:
     return [int(n) for n in text.split(",")]
 
 
-def main(argv: list[str] | None = None) -> None:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tp", type=int, default=2, help="number of GPUs")
-    parser.add_argument(
-        "--models", type=lambda t: t.split(","), default=[m for m in MODELS if not m.startswith("tiny")]
-    )
+    parser.add_argument("--model", default="llama-30b-m", choices=MODELS)
     parser.add_argument("--layouts", type=lambda t: t.split(","), default=list(LAYOUTS))
     parser.add_argument("--adapters", type=_numbers, default=[10, 100])
     parser.add_argument("--seqs", type=_numbers, default=[64, 256, 1], help="sizes of decode steps, in this order")
     parser.add_argument("--context", type=int, default=512, help="tokens of each sequence, fewer where memory is short")
-    parser.add_argument("--requests", type=int, default=200, help="of the served burst; 0 serves none")
+    parser.add_argument("--requests", type=int, default=256, help="of the served burst; 0 serves none")
     parser.add_argument(
         "--lengths", type=_numbers, default=[8, 512], help="of prompts and answers: lowest, highest + 1"
     )
     parser.add_argument("--max-seqs", type=int, default=256)
-    parser.add_argument("--step-tokens", type=int, default=1024, help="tokens of a served step at most")
+    parser.add_argument("--step-tokens", type=int, default=512, help="tokens of a served step with prompts at most")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--implementation", default="auto")
-    parser.add_argument("--spend", type=float, default=2.0, help="seconds of steps a timing takes")
+    parser.add_argument("--spend", type=float, default=0.6, help="seconds of steps a timing takes")
     parser.add_argument("--budget", type=float, default=560.0, help="seconds after which nothing new begins")
-    parser.add_argument("--compile-seconds", type=float, default=60.0, help="left at least when a size is compiled")
-    parser.add_argument("--served-seconds", type=float, default=90.0, help="left at least when a burst begins")
+    parser.add_argument("--served-seconds", type=float, default=20.0, help="left at least when a burst begins")
     parser.add_argument(
         "--profile-seqs", type=int, default=64, help="the size whose collectives and kernels are listed"
     )
     parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--wait", action="store_true", help='compile, print "ready", wait for "go SECONDS" on stdin')
+    parser.add_argument("--lock", default=None, help="file that processes lock while they time anything to compile")
     args = parser.parse_args(argv)
-    for name in args.models:
-        if name not in MODELS:
-            raise SystemExit(f"there is no model {name!r}; choose from {', '.join(MODELS)}")
+    if max(args.seqs) > args.max_seqs:
+        raise SystemExit(f"--seqs {max(args.seqs)} is above --max-seqs {args.max_seqs}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
     deadline = time.monotonic() + args.budget
-    cache = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".cache/jax")
-    jax.config.update("jax_compilation_cache_dir", cache)
-    settings = dict(tp=args.tp, dtype=args.dtype, requests=args.requests, lengths=args.lengths, max_seqs=args.max_seqs)
-    report = Report(args.json or RESULTS / f"tensor_parallel_{args.tp}.json", settings, deadline)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", ".cache/jax")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    settings = {x: getattr(args, x) for x in ("model", "tp", "dtype", "requests", "lengths", "max_seqs", "step_tokens")}
+    settings["context"] = args.context
+    settings["device_kind"] = jax.devices()[0].device_kind
+    path = args.json or RESULTS / f"tensor_parallel_{args.model}_tp{args.tp}.json"
+    report = Report(path, settings, deadline)
     try:
-        for name in args.models:
-            Bench(args, name, report).run()
+        if not args.wait:
+            report.check(0)
+        bench = Bench(args, report)
+        bench.prepare()
+        if args.wait:
+            print("ready", flush=True)
+            words = sys.stdin.readline().split()
+            if not words:
+                return  # whoever started this has gone
+            report.deadline = time.monotonic() + float(words[1])
+        bench.run()
+        print("done", flush=True)
     except OutOfTime:
         print("out of time; the same command goes on where this one ended", flush=True)
 

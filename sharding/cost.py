@@ -4,13 +4,14 @@ S-LoRA's layout costs one small collective a group, layer and step; the communic
 and gu) or B (of o and down) whole on every device, once for each adapter of the step.
 """
 
+from collections.abc import Callable
 import dataclasses
 import time
 
 import jax
 from jax import lax
 from jax import numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 import numpy as np
 
@@ -23,7 +24,8 @@ _CHAIN = 64  # collectives in a row, so that the call itself does not count
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CostModel:
-    """What a device and its links can do. The defaults are an H200's: data sheet rates, times a usual 0.8.
+    """What a device and its links can do. The defaults are an H200's: data sheet rates, times a usual 0.8; see
+    of_device for others.
 
     latency: of a small collective, in seconds; see measure_latency. link_rate: bytes/s that a device sends.
     memory_rate: bytes/s that it reads.
@@ -32,6 +34,11 @@ class CostModel:
     latency: float = 10e-6
     link_rate: float = 0.8 * 450e9
     memory_rate: float = 0.8 * 4.8e12
+
+    @classmethod
+    def of_device(cls, kind: str, *, latency: float) -> "CostModel":
+        """For a kind of device as JAX calls it. Those that are not known count as an H200."""
+        return cls(latency=latency, memory_rate=0.8 * (3.35e12 if "H100" in kind else 4.8e12))
 
     def extra_seconds(
         self, layout: LoraLayout, group: str, geometry: Geometry, *, devices: int, tokens: int, adapters: int, rank: int
@@ -71,6 +78,16 @@ def measure_latency(mesh: Mesh, shape: tuple[int, ...] = (256,), dtype: DTypeLik
 
     shape, dtype: of the array that every device adds up; the default is as small as a collective gets.
     """
+    return all_reduce_timer(mesh, shape, dtype)()
+
+
+def all_reduce_timer(
+    mesh: Mesh,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    compiler_options: dict[str, bool | str] | None = None,
+) -> Callable[[], float]:
+    """A compiled measure_latency. compiler_options: of XLA."""
     devices = mesh.shape[AXIS]
 
     def chain(x, scale):
@@ -80,12 +97,23 @@ def measure_latency(mesh: Mesh, shape: tuple[int, ...] = (256,), dtype: DTypeLik
         return x
 
     specs = (WHOLE, partition("device"))
-    run = jax.jit(jax.shard_map(chain, mesh=mesh, in_specs=specs, out_specs=WHOLE, check_vma=False))
+    run = jax.jit(
+        jax.shard_map(chain, mesh=mesh, in_specs=specs, out_specs=WHOLE, check_vma=False),
+        in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs),
+        compiler_options=compiler_options,
+    )
     args = (np.ones(shape, dtype), np.full(devices, 1 / devices, dtype))
-    jax.block_until_ready(run(*args))
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        jax.block_until_ready(run(*args))
-        times.append(time.perf_counter() - start)
-    return min(times) / _CHAIN
+    compiled = run.lower(*args).compile()
+
+    def measure() -> float:
+        places = [NamedSharding(mesh, spec) for spec in specs]
+        placed = [jax.make_array_from_callback(x.shape, p, x.__getitem__) for x, p in zip(args, places, strict=True)]
+        jax.block_until_ready(compiled(*placed))
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            jax.block_until_ready(compiled(*placed))
+            times.append(time.perf_counter() - start)
+        return min(times) / _CHAIN
+
+    return measure

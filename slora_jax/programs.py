@@ -258,6 +258,10 @@ class Programs:
     def compiled_steps(self) -> list[StepShape]:
         return list(self._steps)
 
+    def step(self, shape: StepShape) -> jax.stages.Compiled:
+        """The program of a step that was compiled. Arguments: parameters, state, last tokens, batch."""
+        return self._steps[shape]
+
     def padding(self, shape: StepShape) -> Batch:
         """A batch of a shape that holds no token."""
         return self.builder.padding(

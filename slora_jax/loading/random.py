@@ -1,5 +1,6 @@
 """Random weights made on the device, one array at a time: no host copy, no second copy of an array in device memory."""
 
+from concurrent.futures import ThreadPoolExecutor
 import functools
 import math
 from typing import Any
@@ -29,18 +30,33 @@ def random_params(
     specs = param_specs(config)
     total, done = sum(math.prod(spec.shape) for spec in specs.values()) * dtype.itemsize, 0
     params = {}
-    for name, spec in specs.items():
-        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
-        mean, deviation = _moments(config, name, spec.shape)
-        where = (shardings or {}).get(name)
-        if isinstance(where, Shards):
-            params[name] = jax.block_until_ready(_shards_maker(spec.shape, dtype, where)(key, mean, deviation))
-        else:
-            params[name] = jax.block_until_ready(_maker(spec.shape, dtype, where)(key, mean, deviation))
+    for name in specs:
+        make, args = _program(config, name, seed, dtype, shardings)
+        params[name] = jax.block_until_ready(make(*args))
         done += params[name].nbytes
         if progress:
             progress(done, total, name)
     return params
+
+
+def compile_random_params(config: ModelConfig, dtype: Any = "bfloat16", shardings: Shardings | None = None) -> None:
+    """Compiles what random_params needs, side by side, for JAX's compile cache. Takes no device memory."""
+
+    def compile_one(name: str) -> None:
+        make, args = _program(config, name, 0, resolve_dtype(dtype), shardings)
+        make.lower(*args).compile()
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(compile_one, param_specs(config)))
+
+
+def _program(config: ModelConfig, name: str, seed: int, dtype: Any, shardings: Shardings | None) -> tuple[Any, Any]:
+    """What makes one parameter, and its arguments."""
+    shape = param_specs(config)[name].shape
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+    where = (shardings or {}).get(name)
+    maker = _shards_maker(shape, dtype, where) if isinstance(where, Shards) else _maker(shape, dtype, where)
+    return maker, (key, *_moments(config, name, shape))
 
 
 def _moments(config: ModelConfig, name: str, shape: tuple[int, ...]) -> tuple[float, float]:

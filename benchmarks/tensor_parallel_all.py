@@ -1,0 +1,219 @@
+"""Everything about tensor parallelism that N GPUs of one host can show, in one command, in little time.
+
+    python -m benchmarks.tensor_parallel_all --gpus 4 --budget 540 --out benchmarks/results
+
+runs benchmarks/tensor_parallel.py for every model on N, N/2, … 1 GPUs, and the tests marked gpu of tests/sharding.
+First all processes compile at once, which needs cores more than GPUs; then they are measured one after another, most
+GPUs first; those that leave GPUs free have others measured beside them. A process that says nothing for --stall
+seconds in its turn is ended and started again once with NCCL_LAUNCH_MODE=GROUP. Nothing begins after --budget seconds;
+the same command goes on where it ended (--work holds results so far, logs and compiled programs).
+
+Writes OUT/tensor_parallel.json, OUT/tensor_parallel_logs.tar.gz, and a table to stdout.
+--rehearse runs it all on CPU devices, small.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+
+from benchmarks.tensor_parallel_table import merged, table
+
+SMALLEST = {"llama-30b-m": 1, "llama-70b-m": 2, "llama-3.1-70b": 2, "tiny-gqa": 1}
+"""The fewest GPUs that a model is tried on."""
+_RETRY = {"NCCL_LAUNCH_MODE": "GROUP"}
+_REHEARSAL = (
+    "--dtype float32 --adapters 2,3 --seqs 4,1 --profile-seqs 4 --context 16 --requests 4 --lengths 4,16 "
+    "--max-seqs 4 --step-tokens 8 --spend 0.01 --served-seconds 0"
+).split()
+
+
+class Job:
+    """A process that is to be measured on some GPUs. state: waiting (not started), compiling, ready, running, over."""
+
+    def __init__(self, name: str, command: list[str], gpus: tuple[int, ...], work: Path, env: dict[str, str]):
+        self.name, self.command, self.gpus, self.env = name, command, gpus, env
+        self.log = work / f"{name}.log"
+        self.state, self.heard, self.retried = "waiting", 0.0, False
+        self.turn_began: float | None = None
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self, **more: str) -> None:
+        env = {**os.environ, **self.env, **more, "CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus))}
+        self.process = subprocess.Popen(
+            self.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=env,
+            start_new_session=True,
+        )
+        self.state, self.heard = "compiling", time.monotonic()
+        threading.Thread(target=self._listen, args=(self.process,), daemon=True).start()
+
+    def _listen(self, process: "subprocess.Popen[str]") -> None:
+        assert process.stdout
+        with self.log.open("a") as log:
+            for line in process.stdout:
+                self.heard = time.monotonic()
+                log.write(line)
+                log.flush()
+                if line.strip() == "ready" and process is self.process:
+                    self.state = "ready"
+        process.wait()
+        if process is self.process:
+            self.state = "over"
+
+    def go(self, seconds: float) -> None:
+        assert self.process and self.process.stdin
+        self.state, self.heard, self.turn_began = "running", time.monotonic(), time.monotonic()
+        try:
+            self.process.stdin.write(f"go {seconds:.0f}\n")
+            self.process.stdin.flush()
+        except OSError:
+            self.state = "over"
+
+    def end(self) -> None:
+        if self.process and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)  # of its own session, so nothing else is in the group
+            self.process.wait()
+        self.state = "over"
+
+    def last_line(self) -> str:
+        lines = self.log.read_text().strip().splitlines() if self.log.exists() else []
+        return lines[-1][:200] if lines else ""
+
+
+def measurements(args: argparse.Namespace) -> list[Job]:
+    """The most GPUs first. Of processes on fewer GPUs, each next one gets the block with the least to do."""
+    jobs = []
+    for tp in args.sizes:
+        load = [0.0] * (args.gpus // tp)
+        for model in args.models:
+            if tp < SMALLEST[model]:
+                continue
+            block = load.index(min(load))
+            load[block] += 1.0 if "70b" in model else 0.5
+            path = args.work / f"{model}_tp{tp}.json"
+            command = [sys.executable, "-u", "-m", "benchmarks.tensor_parallel", "--wait", "--tp", str(tp)]
+            command += ["--model", model, "--json", str(path), "--lock", str(args.work / "lock")]
+            command += _REHEARSAL if args.rehearse else []
+            env = {"JAX_COMPILATION_CACHE_DIR": str(args.work / "jax")}
+            if args.rehearse:
+                env |= {"JAX_NUM_CPU_DEVICES": str(tp), "JAX_PLATFORMS": "cpu"}
+            gpus = tuple(range(block * tp, (block + 1) * tp))
+            jobs.append(Job(f"{model}_tp{tp}", command + args.more, gpus, args.work, env))
+    return jobs
+
+
+def tests(args: argparse.Namespace) -> list[Job]:
+    """The tests on GPUs, those of the layouts side by side."""
+    found = []
+    for name, chosen in (("s-lora", "s-lora"), ("comm-free", "not s-lora")):
+        done = args.work / f"tests_{name}.log"
+        if done.exists() and " passed" in done.read_text():
+            continue
+        command = [sys.executable, "-m", "pytest", "-s", "-v", "-m", "gpu", "-k", chosen, "tests/sharding"]
+        command += ["-p", "no:cacheprovider"]
+        found.append(Job(f"tests_{name}", command, tuple(range(args.gpus)), args.work, {}))
+    return found
+
+
+def run(args: argparse.Namespace) -> dict[str, str]:
+    """Runs all jobs. Returns what became of those that did not end well."""
+    begin = time.monotonic()
+    left = lambda: args.budget - (time.monotonic() - begin)  # noqa: E731
+    jobs, checks, notes = measurements(args), tests(args) if args.tests else [], {}
+    for job in [*checks, *jobs]:
+        job.start()
+    while left() > 0 and any(job.state != "over" for job in jobs + checks):
+        time.sleep(0.2)
+        busy = {gpu for job in jobs if job.state == "running" for gpu in job.gpus}
+        compiling = [j for j in jobs + checks if j.state == "compiling"]
+        if compiling and left() > args.budget - args.compile_seconds:
+            continue  # it would disturb what is measured
+        for job in (j for j in compiling if j in checks):
+            notes[job.name] = "was still running when measuring began"
+            job.end()
+        for job in (j for j in jobs if j.state in ("ready", "compiling")):
+            if busy & set(job.gpus):
+                busy |= set(job.gpus)  # whoever comes first waits for its GPUs, and nobody takes them meanwhile
+                continue
+            busy |= set(job.gpus)
+            if job.state == "ready" and left() > args.least:
+                say(begin, f"{job.name} on GPUs {job.gpus}")
+                job.go(min(left() - 5, args.turn))
+        for job in (j for j in jobs if j.state == "running" and time.monotonic() - j.heard > args.stall):
+            notes[job.name] = f"said nothing for {args.stall:.0f} s after: {job.last_line()}"
+            say(begin, f"{job.name} {notes[job.name]}")
+            job.end()
+            if not job.retried and left() > args.least + 60:
+                job.retried = True
+                job.start(**_RETRY)
+    for job in jobs + checks:
+        if job.state != "over":
+            notes.setdefault(job.name, f"was {job.state} when the time was up: {job.last_line()}")
+        elif job.process and job.process.returncode:
+            notes.setdefault(job.name, f"ended with {job.process.returncode}: {job.last_line()}")
+        job.end()
+    say(begin, "over")
+    return notes
+
+
+def say(begin: float, text: str) -> None:
+    print(f"[{time.monotonic() - begin:5.0f} s] {text}", flush=True)
+
+
+def write(args: argparse.Namespace, notes: dict[str, str]) -> None:
+    args.out.mkdir(parents=True, exist_ok=True)
+    results = merged(sorted(args.work.glob("*_tp*.json")))
+    for log in sorted(args.work.glob("tests_*.log")):
+        lines = [x for x in log.read_text().splitlines() if " GPUs, " in x or " passed" in x or "FAILED" in x]
+        results.setdefault("tests", {})[log.stem] = lines
+        print("\n".join(line[:200] for line in lines))
+    results["notes"] = notes
+    (args.out / "tensor_parallel.json").write_text(json.dumps(results, indent=1) + "\n")
+    with tarfile.open(args.out / "tensor_parallel_logs.tar.gz", "w:gz") as tar:
+        for log in args.work.glob("*.log"):
+            tar.add(log, log.name)
+    print(table(results["runs"]))
+    for name, note in notes.items():
+        print(f"{name}: {note}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument(
+        "--sizes", type=lambda t: [int(n) for n in t.split(",")], help="numbers of GPUs; all by default"
+    )
+    parser.add_argument("--models", type=lambda t: t.split(","), default=[m for m in SMALLEST if m != "tiny-gqa"])
+    parser.add_argument("--budget", type=float, default=540.0, help="seconds for all")
+    parser.add_argument("--turn", type=float, default=200.0, help="seconds that one process is measured at most")
+    parser.add_argument("--least", type=float, default=40.0, help="seconds left at least when a turn begins")
+    parser.add_argument("--stall", type=float, default=75.0, help="seconds of silence that end a process in its turn")
+    parser.add_argument("--compile-seconds", type=float, default=200.0, help="after which measuring begins anyway")
+    parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "slora-jax" / "tensor_parallel")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--no-tests", dest="tests", action="store_false")
+    parser.add_argument("--rehearse", action="store_true", help="on CPU devices, a tiny model")
+    parser.add_argument("more", nargs="*", help="after --: more options of benchmarks.tensor_parallel")
+    args = parser.parse_args(argv)
+    args.sizes = args.sizes or [n for n in (8, 4, 2, 1) if n <= args.gpus]
+    if args.rehearse:
+        args.models = ["tiny-gqa"]
+    if unknown := set(args.models) - set(SMALLEST):
+        raise SystemExit(f"there is no model {unknown.pop()!r}; choose from {', '.join(SMALLEST)}")
+    args.work.mkdir(parents=True, exist_ok=True)
+    write(args, run(args))
+
+
+if __name__ == "__main__":
+    main()
