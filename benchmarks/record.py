@@ -35,6 +35,7 @@ def environment() -> dict[str, Any]:
         python=sys.version.split()[0],
         versions={name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
         devices=[d.device_kind for d in devices],
+        visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
         device_memory_bytes=memory,
         xla_flags=os.environ.get("XLA_FLAGS", ""),
     )

@@ -202,6 +202,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--spend", type=float, default=0.6, help="seconds of steps a timing takes")
     parser.add_argument("--budget", type=float, default=560.0, help="seconds after which nothing new begins")
     parser.add_argument("--served-seconds", type=float, default=20.0, help="left at least when a burst begins")
+    parser.add_argument("--burst-seconds", type=float, default=60.0, help="that a burst takes at most")
     parser.add_argument(
         "--profile-seqs", type=int, default=64, help="the size whose collectives and kernels are listed"
     )
@@ -229,6 +230,7 @@ def main(argv: list[str] | None = None) -> None:
         if not args.wait:
             report.check(0)
         bench = Bench(args, report)
+        print("tuned", flush=True)
         bench.prepare()
         if args.wait:
             print("ready", flush=True)

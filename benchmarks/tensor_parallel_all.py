@@ -40,9 +40,9 @@ class Job:
     def __init__(self, name: str, command: list[str], gpus: tuple[int, ...], work: Path, env: dict[str, str]):
         self.name, self.command, self.gpus, self.env = name, command, gpus, env
         self.log = work / f"{name}.log"
-        self.state, self.heard, self.retried = "waiting", 0.0, False
-        self.turn_began: float | None = None
+        self.state, self.heard, self.retried, self.tuned = "waiting", 0.0, False, False
         self.process: subprocess.Popen[str] | None = None
+        self.listener = threading.Thread()
 
     def start(self, **more: str) -> None:
         env = {**os.environ, **self.env, **more, "CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus))}
@@ -56,24 +56,26 @@ class Job:
             start_new_session=True,
         )
         self.state, self.heard = "compiling", time.monotonic()
-        threading.Thread(target=self._listen, args=(self.process,), daemon=True).start()
+        self.listener = threading.Thread(target=self._listen, args=(self.process,), daemon=True)
+        self.listener.start()
 
     def _listen(self, process: "subprocess.Popen[str]") -> None:
         assert process.stdout
-        with self.log.open("a") as log:
-            for line in process.stdout:
+        with self.log.open("a") as log, process.stdout as lines:
+            for line in lines:
                 self.heard = time.monotonic()
                 log.write(line)
                 log.flush()
-                if line.strip() == "ready" and process is self.process:
-                    self.state = "ready"
+                if process is self.process:
+                    self.tuned = self.tuned or line.strip() == "tuned"
+                    self.state = "ready" if line.strip() == "ready" else self.state
         process.wait()
         if process is self.process:
             self.state = "over"
 
     def go(self, seconds: float) -> None:
         assert self.process and self.process.stdin
-        self.state, self.heard, self.turn_began = "running", time.monotonic(), time.monotonic()
+        self.state, self.heard = "running", time.monotonic()
         try:
             self.process.stdin.write(f"go {seconds:.0f}\n")
             self.process.stdin.flush()
@@ -84,6 +86,10 @@ class Job:
         if self.process and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)  # of its own session, so nothing else is in the group
             self.process.wait()
+        if self.process:
+            self.listener.join(timeout=10)
+            assert self.process.stdin
+            self.process.stdin.close()
         self.state = "over"
 
     def last_line(self) -> str:
@@ -131,12 +137,15 @@ def run(args: argparse.Namespace) -> dict[str, str]:
     begin = time.monotonic()
     left = lambda: args.budget - (time.monotonic() - begin)  # noqa: E731
     jobs, checks, notes = measurements(args), tests(args) if args.tests else [], {}
-    for job in [*checks, *jobs]:
+    for job in jobs:
         job.start()
     while left() > 0 and any(job.state != "over" for job in jobs + checks):
         time.sleep(0.2)
+        if all(job.tuned or job.state == "over" for job in jobs) or left() < args.budget - 60:
+            for job in (j for j in checks if j.state == "waiting"):
+                job.start()  # not sooner: it would disturb the tuning
         busy = {gpu for job in jobs if job.state == "running" for gpu in job.gpus}
-        compiling = [j for j in jobs + checks if j.state == "compiling"]
+        compiling = [j for j in jobs + checks if j.state in ("waiting", "compiling")]
         if compiling and left() > args.budget - args.compile_seconds:
             continue  # it would disturb what is measured
         for job in (j for j in compiling if j in checks):

@@ -15,7 +15,9 @@ class OutOfTime(Exception):
 
 @dataclasses.dataclass
 class Report:
-    """Results by the name of their part, in a file that is always up to date. Parts found there are not run again."""
+    """Results by the name of their part, in a file that is always up to date. Parts found there are not run again, but
+    for those that failed.
+    """
 
     path: Path
     settings: dict[str, Any]
@@ -27,7 +29,7 @@ class Report:
             found = json.loads(self.path.read_text())
             if {k: found.get(k) for k in self.settings} != self.settings:
                 raise SystemExit(f"{self.path} holds results of other settings; give another --json")
-            self.parts = found["parts"]
+            self.parts = {name: part for name, part in found["parts"].items() if "error" not in part}
 
     def missing(self, name: str) -> bool:
         return name not in self.parts
@@ -46,7 +48,8 @@ class Report:
             result = dict(error=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}")
         self.parts[name] = dict(result, part_seconds=round(time.monotonic() - start, 2))
         write_result(self.path, dict(self.settings, parts=self.parts))
-        print(f"{name}: {json.dumps({k: v for k, v in self.parts[name].items() if k != 'kernels'})[:400]}", flush=True)
+        shown = {k: v for k, v in self.parts[name].items() if k not in ("collectives", "profile", "step_seconds")}
+        print(f"{name}: {json.dumps(shown)[:500]}", flush=True)
 
     def check(self, least: float) -> None:
         if time.monotonic() + least > self.deadline:

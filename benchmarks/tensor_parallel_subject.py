@@ -204,9 +204,8 @@ class Subject:
             shards = param_shards(self.config, first) if first else None
             pool.submit(compile_random_params, self.config, self.args.dtype, shards)
             made = {job: pool.submit(self.programs[job[0]].compile, job[1]) for job in jobs}
-            for (layout, n), _ in wanted.items():
-                if layout != "base":
-                    pool.submit(self._image, self.key(layout, n), self.parallels[layout, n])
+            for key, parallel in {self.key(*x): self.parallels[x] for x in wanted if x[0] != "base"}.items():
+                pool.submit(self._image, key, parallel)
         for job, future in made.items():
             if error := future.exception():
                 assert isinstance(error, Exception)
@@ -269,7 +268,8 @@ class Subject:
         def products(params, xs):
             *inputs, hidden = xs
             found = [jnp.dot(x, params[name][1]) for x, name in zip(inputs, names, strict=False)]
-            hidden = jnp.pad(hidden, ((0, max(0, 8 - rows)), (0, 0)))
+            least = 0 if self.args.dtype == "float32" else 8  # as Llama.logits
+            hidden = jnp.pad(hidden, ((0, max(0, least - rows)), (0, 0)))
             return *found, jnp.einsum("rh,vh->rv", hidden, params["lm_head"], preferred_element_type=jnp.float32)
 
         if parallel:

@@ -27,11 +27,13 @@ class CostModel:
     """What a device and its links can do. The defaults are an H200's: data sheet rates, times a usual 0.8; see
     of_device for others.
 
-    latency: of a small collective, in seconds; see measure_latency. link_rate: bytes/s that a device sends.
-    memory_rate: bytes/s that it reads.
+    latency: of a small collective, in seconds; see measure_latency. rows: seconds of the small kernels before and
+    after it, which turn what the LoRA kernels exchange into a row a token and back. link_rate: bytes/s that a device
+    sends. memory_rate: bytes/s that it reads.
     """
 
     latency: float = 10e-6
+    rows: float = 8e-6  # three or four launches; an estimate
     link_rate: float = 0.8 * 450e9
     memory_rate: float = 0.8 * 4.8e12
 
@@ -52,7 +54,7 @@ class CostModel:
         others = (devices - 1) / devices
         if layout == "s-lora":
             sent = others * tokens * rank * len(modules) * 4 * (2 if row else 1)
-            return (self.latency if devices > 1 else 0.0) + sent / self.link_rate
+            return (self.latency + self.rows if devices > 1 else 0.0) + sent / self.link_rate
         width = geometry.out_sizes[modules[0]] if row else geometry.in_sizes[modules[0]]
         return others * adapters * rank * len(modules) * width * 2 / self.memory_rate
 
