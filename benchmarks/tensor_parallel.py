@@ -23,6 +23,7 @@ os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast stays off
 
 import argparse
 from concurrent.futures import ThreadPoolExecutor
+import dataclasses
 from pathlib import Path
 import sys
 import time
@@ -35,7 +36,7 @@ from benchmarks.tensor_parallel_parts import Decode, Pool, copy_bandwidth, secon
 from benchmarks.tensor_parallel_profile import collectives, profile
 from benchmarks.tensor_parallel_report import OutOfTime, Report
 from benchmarks.tensor_parallel_subject import LAYOUTS, MODELS, Subject
-from sharding import all_reduce_timer
+from sharding import collective_timer
 from slora_jax.programs import StepShape
 
 NCCL_ONLY: dict[str, bool | str] = {"xla_gpu_experimental_use_collective_kernels": ""}
@@ -76,7 +77,10 @@ class Bench:
             sizes = [(way, n) for way in ways for n in sorted({*self.args.seqs, self.args.step_tokens})]
             with ThreadPoolExecutor(len(sizes)) as threads:
                 made = threads.map(
-                    lambda s: all_reduce_timer(self.subject.mesh, (s[1], hidden), self.args.dtype, ways[s[0]]), sizes
+                    lambda s: collective_timer(
+                        self.subject.mesh, (s[1], hidden), self.args.dtype, compiler_options=ways[s[0]]
+                    ),
+                    sizes,
                 )
                 self.timers = {f"{way}/{n}": timer for (way, n), timer in zip(sizes, made, strict=True)}
         self.subject.compile(wanted)
@@ -123,7 +127,9 @@ class Bench:
         _ = self.subject.model  # before anything is timed, and while nothing else is on the devices
         found: dict[str, Any] = dict(self.prepared, weights_seconds=time.monotonic() - start)
         found |= dict(num_pages=self.subject.num_pages, page_bytes=self.subject.page_bytes)
-        found |= dict(copy_bytes_per_second=copy_bandwidth(self.args.spend / 2), latency=self.subject.latency)
+        found |= dict(
+            copy_bytes_per_second=copy_bandwidth(self.args.spend / 2), cost_model=dataclasses.asdict(self.subject.cost)
+        )
         found["all_reduce_seconds"] = {name: timer() for name, timer in self.timers.items()}
         self.timers = {}
         if "auto" in self.subject.layouts():

@@ -19,7 +19,7 @@ from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels import GROUPS, MODULES
 from pallas_kernels.geometry import PAGE_TOKENS, ceil_div
-from sharding import WHOLE, CostModel, Shards, choose_layout, make_mesh, measure_latency, partition
+from sharding import WHOLE, CostModel, Shards, choose_layout, make_mesh, partition
 from slora_jax import EngineConfig, ModelConfig
 from slora_jax.adapters import Adapter, random_adapter
 from slora_jax.batch_builder import BatchBuilder
@@ -94,7 +94,7 @@ class Subject:
         self.max_model_len = 2 * args.lengths[1]
         with quiet(args.lock):
             self.tuning_seconds = self._tune()
-            self.latency = measure_latency(self.mesh) if args.tp > 1 else 0.0
+            self.cost = CostModel.measure(self.mesh) if args.tp > 1 else CostModel()
         self.parallels = {(layout, n): self._parallel(layout, n) for layout in self.layouts() for n in self.counts}
         self.num_pages = self._num_pages()
         self.programs: dict[Key, Programs] = {}
@@ -118,7 +118,7 @@ class Subject:
             tokens=self.args.max_seqs,
             adapters=min(count, self.args.max_seqs),
             rank=max(self.setting.ranks),
-            model=CostModel.of_device(jax.devices()[0].device_kind, latency=self.latency),
+            model=self.cost,
         )
         return make_parallel(self.config, self.mesh, lora)
 

@@ -4,7 +4,7 @@ other way.
 """
 
 from sharding.collectives import embed, sum_rows
-from sharding.cost import CostModel, all_reduce_timer, choose_layout, measure_latency
+from sharding.cost import CostModel, choose_layout, collective_timer, measure_latency
 from sharding.layout import ROW_GROUPS, Layout, LoraLayout
 from sharding.lora import project, run_length
 from sharding.mesh import ADAPTER_IMAGE, AXIS, LOGITS, POOL, RULES, WHOLE, make_mesh, partition
@@ -29,8 +29,8 @@ __all__ = [
     "Shards",
     "SplitVocabulary",
     "Vocabulary",
-    "all_reduce_timer",
     "choose_layout",
+    "collective_timer",
     "embed",
     "join",
     "make_mesh",

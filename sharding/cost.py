@@ -7,6 +7,7 @@ and gu) or B (of o and down) whole on every device, once for each adapter of the
 from collections.abc import Callable
 import dataclasses
 import time
+from typing import Literal
 
 import jax
 from jax import lax
@@ -24,23 +25,25 @@ _CHAIN = 64  # collectives in a row, so that the call itself does not count
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CostModel:
-    """What a device and its links can do. The defaults are an H200's: data sheet rates, times a usual 0.8; see
-    of_device for others.
+    """What a device and its links can do. The defaults are an H200's: data sheet rates, times a usual 0.8.
 
-    latency: of a small collective, in seconds; see measure_latency. rows: seconds of the small kernels before and
-    after it, which turn what the LoRA kernels exchange into a row a token and back. link_rate: bytes/s that a device
-    sends. memory_rate: bytes/s that it reads.
+    latency, gather_latency: of a small all-reduce and all-gather, in seconds; see measure. rows: seconds of the small
+    kernels around a collective, which turn what the LoRA kernels exchange into a row a token and back. link_rate:
+    bytes/s that a device sends. memory_rate: bytes/s that it reads.
     """
 
     latency: float = 10e-6
+    gather_latency: float = 10e-6
     rows: float = 8e-6  # three or four launches; an estimate
     link_rate: float = 0.8 * 450e9
     memory_rate: float = 0.8 * 4.8e12
 
     @classmethod
-    def of_device(cls, kind: str, *, latency: float) -> "CostModel":
-        """For a kind of device as JAX calls it. Those that are not known count as an H200."""
-        return cls(latency=latency, memory_rate=0.8 * (3.35e12 if "H100" in kind else 4.8e12))
+    def measure(cls, mesh: Mesh) -> "CostModel":
+        """For the devices of a mesh: latencies are measured, a kind that is not known otherwise counts as an H200."""
+        rate = 3.35e12 if "H100" in mesh.devices.flat[0].device_kind else 4.8e12
+        latency, gather = measure_latency(mesh), collective_timer(mesh, operation="all-gather")()
+        return cls(latency=latency, gather_latency=gather, memory_rate=0.8 * rate)
 
     def extra_seconds(
         self, layout: LoraLayout, group: str, geometry: Geometry, *, devices: int, tokens: int, adapters: int, rank: int
@@ -54,7 +57,8 @@ class CostModel:
         others = (devices - 1) / devices
         if layout == "s-lora":
             sent = others * tokens * rank * len(modules) * 4 * (2 if row else 1)
-            return (self.latency + self.rows if devices > 1 else 0.0) + sent / self.link_rate
+            latency = self.latency if row else self.gather_latency
+            return (latency + self.rows if devices > 1 else 0.0) + sent / self.link_rate
         width = geometry.out_sizes[modules[0]] if row else geometry.in_sizes[modules[0]]
         return others * adapters * rank * len(modules) * width * 2 / self.memory_rate
 
@@ -80,22 +84,27 @@ def measure_latency(mesh: Mesh, shape: tuple[int, ...] = (256,), dtype: DTypeLik
 
     shape, dtype: of the array that every device adds up; the default is as small as a collective gets.
     """
-    return all_reduce_timer(mesh, shape, dtype)()
+    return collective_timer(mesh, shape, dtype)()
 
 
-def all_reduce_timer(
+def collective_timer(
     mesh: Mesh,
-    shape: tuple[int, ...],
-    dtype: DTypeLike,
+    shape: tuple[int, ...] = (256,),
+    dtype: DTypeLike = jnp.float32,
+    *,
+    operation: Literal["all-reduce", "all-gather"] = "all-reduce",
     compiler_options: dict[str, bool | str] | None = None,
 ) -> Callable[[], float]:
-    """A compiled measure_latency. compiler_options: of XLA."""
+    """A compiled measure_latency. shape: of what every device gives. compiler_options: of XLA."""
     devices = mesh.shape[AXIS]
 
     def chain(x, scale):
         for _ in range(_CHAIN):
             # by a factor that only the device knows, or XLA would see that the next sum has equal terms
-            x = lax.psum(x, AXIS) * scale[0]
+            if operation == "all-reduce":
+                x = lax.psum(x, AXIS) * scale[0]
+            else:
+                x = lax.all_gather(x, AXIS).sum(axis=0) * scale[0]
         return x
 
     specs = (WHOLE, partition("device"))

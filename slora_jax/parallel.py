@@ -25,7 +25,6 @@ from sharding import (
     choose_layout,
     join,
     make_mesh,
-    measure_latency,
     partition,
 )
 from slora_jax.adapters import AdapterShape
@@ -104,7 +103,7 @@ def choose_parallel(
             tokens=settings.max_seqs,
             adapters=min(num_adapters or settings.max_seqs, settings.max_seqs),
             rank=settings.max_lora_rank or max((a.max_rank for a in shapes), default=16),
-            model=CostModel.of_device(mesh.devices.flat[0].device_kind, latency=measure_latency(mesh)),
+            model=CostModel.measure(mesh),
         )
         if jax.process_count() > 1:  # each has measured for itself
             first = multihost_utils.broadcast_one_to_all(np.array([layout == "s-lora" for layout in lora]))
