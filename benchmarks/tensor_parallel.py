@@ -178,7 +178,10 @@ class Bench:
             self.raise_failed(layout, count, shape)
         self.pool.state = None
         result = serve(self.subject, layout, count)
-        return result | self.of_base("served/base", seconds=result["seconds"])
+        base = self.report.parts.get("served/base", {})
+        if result["finished"] and base.get("finished"):
+            result |= self.of_base("served/base", seconds=result["seconds"])
+        return result
 
     def raise_failed(self, layout: str, count: int, shape: StepShape) -> None:
         if error := self.subject.failed.get((self.subject.key(layout, count), shape)):

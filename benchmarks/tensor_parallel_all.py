@@ -25,7 +25,7 @@ import time
 
 from benchmarks.tensor_parallel_table import merged, table
 
-SMALLEST = {"llama-30b-m": 1, "llama-70b-m": 2, "llama-3.1-70b": 2, "tiny-gqa": 1}
+SMALLEST = {"llama-70b-m": 2, "llama-30b-m": 1, "llama-3.1-70b": 2, "tiny-gqa": 1}
 """The fewest GPUs that a model is tried on."""
 _RETRY = {"NCCL_LAUNCH_MODE": "GROUP"}
 _REHEARSAL = (
@@ -98,37 +98,43 @@ class Job:
 
 
 def measurements(args: argparse.Namespace) -> list[Job]:
-    """The most GPUs first. Of processes on fewer GPUs, each next one gets the block with the least to do."""
-    jobs = []
+    """The most GPUs first. Of processes on fewer GPUs, each next one gets the GPUs with the least to do."""
+    jobs, load = [], [0.0] * args.gpus
     for tp in args.sizes:
-        load = [0.0] * (args.gpus // tp)
         for model in args.models:
             if tp < SMALLEST[model]:
                 continue
-            block = load.index(min(load))
-            load[block] += 1.0 if "70b" in model else 0.5
+            gpus = min((tuple(range(i, i + tp)) for i in range(args.gpus - tp, -1, -tp)), key=lambda b: load[b[0]])
+            for gpu in gpus:
+                load[gpu] += (1.0 if "70b" in model else 0.5) / tp
             path = args.work / f"{model}_tp{tp}.json"
             command = [sys.executable, "-u", "-m", "benchmarks.tensor_parallel", "--wait", "--tp", str(tp)]
-            command += ["--model", model, "--json", str(path), "--lock", str(args.work / "lock")]
+            command += ["--model", model, "--json", str(path), "--lock", str(args.work / f"lock_{gpus[0]}")]
             command += _REHEARSAL if args.rehearse else []
             env = {"JAX_COMPILATION_CACHE_DIR": str(args.work / "jax")}
             if args.rehearse:
                 env |= {"JAX_NUM_CPU_DEVICES": str(tp), "JAX_PLATFORMS": "cpu"}
-            gpus = tuple(range(block * tp, (block + 1) * tp))
             jobs.append(Job(f"{model}_tp{tp}", command + args.more, gpus, args.work, env))
     return jobs
 
 
 def tests(args: argparse.Namespace) -> list[Job]:
-    """The tests on GPUs, those of the layouts side by side."""
+    """The tests on GPUs, side by side: logits of a random model, golden tokens of either layout. Those that passed
+    before are not run again.
+    """
+    golden = "tests/sharding/test_golden_gpu_sharded.py"
+    chosen = {
+        "logits": ["tests/sharding/test_hopper_kernels.py"],
+        "s-lora": [golden, "-k", "s-lora"],
+        "comm-free": [golden, "-k", "comm-free"],
+        "auto": [golden, "-k", "auto"],
+    }
     found = []
-    for name, chosen in (("s-lora", "s-lora"), ("comm-free", "not s-lora")):
+    for name, which in chosen.items():
         done = args.work / f"tests_{name}.log"
-        if done.exists() and " passed" in done.read_text():
-            continue
-        command = [sys.executable, "-m", "pytest", "-s", "-v", "-m", "gpu", "-k", chosen, "tests/sharding"]
-        command += ["-p", "no:cacheprovider"]
-        found.append(Job(f"tests_{name}", command, tuple(range(args.gpus)), args.work, {}))
+        if not (done.exists() and " passed" in done.read_text()):
+            command = [sys.executable, "-m", "pytest", "-s", "-v", "-m", "gpu", "-p", "no:cacheprovider", *which]
+            found.append(Job(f"tests_{name}", command, tuple(range(args.gpus)), args.work, {}))
     return found
 
 
@@ -203,11 +209,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--sizes", type=lambda t: [int(n) for n in t.split(",")], help="numbers of GPUs; all by default"
     )
-    parser.add_argument("--models", type=lambda t: t.split(","), default=[m for m in SMALLEST if m != "tiny-gqa"])
+    every = [m for m in SMALLEST if m != "tiny-gqa"]
+    parser.add_argument("--models", type=lambda t: [m for m in t.split(",") if m], default=every, help='"": only tests')
     parser.add_argument("--budget", type=float, default=540.0, help="seconds for all")
     parser.add_argument("--turn", type=float, default=200.0, help="seconds that one process is measured at most")
     parser.add_argument("--least", type=float, default=40.0, help="seconds left at least when a turn begins")
-    parser.add_argument("--stall", type=float, default=75.0, help="seconds of silence that end a process in its turn")
+    parser.add_argument("--stall", type=float, default=100.0, help="seconds of silence that end a process in its turn")
     parser.add_argument("--compile-seconds", type=float, default=200.0, help="after which measuring begins anyway")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "slora-jax" / "tensor_parallel")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))

@@ -200,7 +200,7 @@ def serve(subject: Subject, layout: str, count: int) -> dict[str, Any]:
     return dict(
         finished=done,  # if not, the requests that ended by then count, which are the shorter ones
         requests_per_second=len(outputs) / seconds,
-        answer_tokens_per_second=sum(len(o.token_ids) for o in outputs) / seconds,
+        **{f"{x}_per_second": (after[x] - before[x]) / seconds for x in ("prompt_tokens", "generated_tokens")},
         seconds=seconds,
         seconds_to_start=ready,
         **{x: after[x] - before[x] for x in ("steps", "preemptions", "adapter_loads", "compiles")},

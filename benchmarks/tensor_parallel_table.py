@@ -58,5 +58,6 @@ def _cells(run: dict[str, Any], layout: str) -> list[str]:
             cells.append(f"{seqs}: -")
     if found := part(run, f"served/{layout}"):
         kept = f" {found['seconds_of_base']:.3f}" if "seconds_of_base" in found else ""
+        kept += "" if found["finished"] else " (unfinished)"
         cells.append(f"{found['requests_per_second']:.2f} req/s{kept}")
     return cells

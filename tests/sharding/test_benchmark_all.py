@@ -69,11 +69,11 @@ def test_models_that_do_not_fit_are_not_tried(tmp_path, monkeypatch):
     monkeypatch.setattr(tensor_parallel_all, "run", lambda args: found.extend(measurements(args)) or {})
     main(["--gpus", "4", "--work", str(tmp_path), "--out", str(tmp_path / "out")])
     assert [(job.name, job.gpus) for job in found] == [
-        ("llama-30b-m_tp4", (0, 1, 2, 3)),
         ("llama-70b-m_tp4", (0, 1, 2, 3)),
+        ("llama-30b-m_tp4", (0, 1, 2, 3)),
         ("llama-3.1-70b_tp4", (0, 1, 2, 3)),
-        ("llama-30b-m_tp2", (0, 1)),
         ("llama-70b-m_tp2", (2, 3)),
+        ("llama-30b-m_tp2", (0, 1)),
         ("llama-3.1-70b_tp2", (0, 1)),
-        ("llama-30b-m_tp1", (0,)),
+        ("llama-30b-m_tp1", (3,)),
     ]
