@@ -45,7 +45,8 @@ class Job:
         self.listener = threading.Thread()
 
     def start(self, **more: str) -> None:
-        env = {**os.environ, **self.env, **more, "CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus))}
+        env = {"NCCL_NVLS_ENABLE": "0", **os.environ, **self.env, **more}  # NVLink multicast stays off
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpus))
         self.process = subprocess.Popen(
             self.command,
             stdin=subprocess.PIPE,
