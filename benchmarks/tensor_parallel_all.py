@@ -158,12 +158,10 @@ def run(args: argparse.Namespace) -> dict[str, str]:
         for job in (j for j in compiling if j in checks):
             notes[job.name] = "was still running when measuring began"
             job.end()
-        for job in (j for j in jobs if j.state in ("ready", "compiling")):
-            if busy & set(job.gpus):
-                busy |= set(job.gpus)  # whoever comes first waits for its GPUs, and nobody takes them meanwhile
-                continue
-            busy |= set(job.gpus)
-            if job.state == "ready" and left() > args.least:
+        for job in (j for j in jobs if j.state == "ready"):
+            free = not busy & set(job.gpus)
+            busy |= set(job.gpus)  # whoever comes first waits for its GPUs, and nobody takes them meanwhile
+            if free and left() > args.least:
                 say(begin, f"{job.name} on GPUs {job.gpus}")
                 job.go(min(left() - 5, args.turn))
         for job in (j for j in jobs if j.state == "running" and time.monotonic() - j.heard > args.stall):
