@@ -217,6 +217,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--compile-seconds", type=float, default=200.0, help="after which measuring begins anyway")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "slora-jax" / "tensor_parallel")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument(
+        "--resume", type=Path, help="a tensor_parallel.json of another machine of the same kind to go on from"
+    )
     parser.add_argument("--no-tests", dest="tests", action="store_false")
     parser.add_argument("--rehearse", action="store_true", help="on CPU devices, a tiny model")
     parser.add_argument("more", nargs="*", help="after --: more options of benchmarks.tensor_parallel")
@@ -227,6 +230,10 @@ def main(argv: list[str] | None = None) -> None:
     if unknown := set(args.models) - set(SMALLEST):
         raise SystemExit(f"there is no model {unknown.pop()!r}; choose from {', '.join(SMALLEST)}")
     args.work.mkdir(parents=True, exist_ok=True)
+    for result in json.loads(args.resume.read_text())["runs"] if args.resume else ():
+        path = args.work / f"{result['model']}_tp{result['tp']}.json"
+        if not path.exists():
+            path.write_text(json.dumps(result))
     write(args, run(args))
 
 

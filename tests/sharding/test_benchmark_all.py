@@ -67,7 +67,11 @@ def test_nothing_outlives_the_budget(drive):
 def test_models_that_do_not_fit_are_not_tried(tmp_path, monkeypatch):
     found = []
     monkeypatch.setattr(tensor_parallel_all, "run", lambda args: found.extend(measurements(args)) or {})
-    main(["--gpus", "4", "--work", str(tmp_path), "--out", str(tmp_path / "out")])
+    before = dict(runs=[dict(model="llama-30b-m", tp=2, device_kind="NVIDIA H200", parts={})])
+    (tmp_path / "before.json").write_text(json.dumps(before))
+    places = ["--work", str(tmp_path), "--out", str(tmp_path / "out"), "--resume", str(tmp_path / "before.json")]
+    main(["--gpus", "4", *places])
+    assert json.loads((tmp_path / "out" / "tensor_parallel.json").read_text())["runs"] == before["runs"]
     assert [(job.name, job.gpus) for job in found] == [
         ("llama-70b-m_tp4", (0, 1, 2, 3)),
         ("llama-30b-m_tp4", (0, 1, 2, 3)),
