@@ -23,7 +23,8 @@ class LoraConfig:
     num_splits: *fixed*. Parts that the input width is cut into; each is summed on its own and the parts are added in
     order.
     chunk_tiles: most tiles (1 KB each) that one bulk copy moves.
-    range_tiles: output tiles (64 columns each) that one work item of expand covers.
+    range_tiles: output tiles (64 columns each) that one work item of expand covers; twice as many where there are
+    enough items all the same.
     shrink_stages, expand_stages: depth of the shared-memory ring, in stages of eight granule chunks.
     shrink_packed: most chunks of columns that share a stage of shrink, where a rank block has few granules.
     expand_packed: most chunks of outputs that share a stage of expand, where a module has few granules.
@@ -46,8 +47,8 @@ class LoraConfig:
     def __post_init__(self):
         if self.block_tokens not in (8, 16, 32, 64):
             raise ValueError(f"block_tokens must be 8, 16, 32 or 64, not {self.block_tokens}")
-        if self.shrink_packed not in (1, 2):
-            raise ValueError(f"shrink_packed must be 1 or 2, not {self.shrink_packed}")
+        if self.shrink_packed not in (1, 2, 4):
+            raise ValueError(f"shrink_packed must be 1, 2 or 4, not {self.shrink_packed}")
         if self.expand_packed not in (2, 4):
             raise ValueError(f"expand_packed must be 2 or 4, not {self.expand_packed}")
 
