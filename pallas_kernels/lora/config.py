@@ -1,4 +1,4 @@
-"""Tuning of the Hopper LoRA kernels: a frozen config with a heuristic default.
+"""Tuning of the Hopper LoRA kernels: a frozen config, heuristic defaults, and a table per device and shape.
 
 Fields marked *fixed* decide the order of float32 additions. They may depend on the geometry, never on the batch: a
 token's result must not change with its neighbours. All others only move work around.
@@ -7,6 +7,7 @@ token's result must not change with its neighbours. All others only move work ar
 import dataclasses
 
 from pallas_kernels.geometry import TILE_COLS, Geometry
+from pallas_kernels.tuning import measured
 
 _NUM_SMS = 132
 SHORT_STEP = 256
@@ -65,9 +66,16 @@ def chunk_tiles(geometry: Geometry, limit: int) -> int:
     return chunk
 
 
+def shape_key(geometry: Geometry) -> str:
+    """Name of a shape in the table of measured configs: widths of the hidden state, of keys and of the MLP."""
+    return f"h{geometry.in_sizes[0]}-k{geometry.out_sizes[1]}-f{geometry.in_sizes[6]}"
+
+
 def default_config(geometry: Geometry, segment_tokens: int) -> LoraConfig:
-    """The heuristic default for segments of up to `segment_tokens` tokens."""
-    del geometry
-    if segment_tokens <= SHORT_SEGMENT:
+    """The measured config of this device for segments of up to `segment_tokens` tokens, or a heuristic default."""
+    short = segment_tokens <= SHORT_SEGMENT
+    if found := measured("lora_short" if short else "lora_long", shape_key(geometry)):
+        return LoraConfig(**found)
+    if short:
         return LoraConfig()
     return LoraConfig(block_tokens=64, shrink_packed=1, shrink_stages=3, expand_stages=2, shrink_ctas=_NUM_SMS)
