@@ -113,13 +113,23 @@ def close_gaps(
 
 
 def _own_slice(base: Float[Array, "T H"], width: int, devices: int) -> Float[Array, "T h"]:
-    """This device's `width` columns; zeros where they end past the last one."""
+    """This device's `width` columns; zeros where they end past the last one.
+
+    Of a single row they would lie in one piece, and XLA would fuse such a slice with lora_expand, which changes it in
+    place: in that fusion (jax 0.11.2, GPUs) what it writes is lost. So there they are picked by a sum instead.
+    """
     padded = jnp.pad(base, ((0, 0), (0, devices * width - base.shape[1])))
-    return lax.dynamic_slice_in_dim(padded, lax.axis_index(AXIS) * width, width, axis=1)
+    if len(base) > 1:
+        return lax.dynamic_slice_in_dim(padded, lax.axis_index(AXIS) * width, width, axis=1)
+    mine = jnp.arange(devices)[:, None] == lax.axis_index(AXIS)
+    return jnp.where(mine, padded.reshape(devices, width), 0).sum(axis=0, dtype=base.dtype)[None]
 
 
 def _put_own_slice(base: Float[Array, "T H"], part: Float[Array, "T h"], devices: int) -> Float[Array, "T H"]:
     """`base` with this device's columns replaced."""
     hidden, width = base.shape[1], part.shape[1]
+    if len(base) == 1:  # see _own_slice
+        mine = jnp.arange(devices * width) // width == lax.axis_index(AXIS)
+        return jnp.where(mine[:hidden], jnp.tile(part, (1, devices))[:, :hidden], base)
     padded = jnp.pad(base, ((0, 0), (0, devices * width - hidden)))
     return lax.dynamic_update_slice_in_dim(padded, part, lax.axis_index(AXIS) * width, axis=1)[:, :hidden]

@@ -45,7 +45,8 @@ def _source_digest() -> str:
     digest = hashlib.sha256()
     root = Path(__file__).parent.parent
     for package in _PACKAGES:
-        for path in sorted((root / package).rglob("*.py")):
+        found = (path for pattern in ("*.py", "*.json") for path in (root / package).rglob(pattern))
+        for path in sorted(found):
             digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

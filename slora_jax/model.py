@@ -4,6 +4,7 @@ Parameters are few stacked arrays with the layer axis first (see param_specs); t
 tables as arguments and returns the new pool. Covers Llama 1/2/3.x, Mistral, Qwen2/2.5 and Qwen3.
 """
 
+import dataclasses
 from typing import Any, Literal
 
 from flax import linen as nn
@@ -50,6 +51,28 @@ _LEAST_ROWS = 8
 """For one row XLA converts the whole head to float32 first, which takes three times as long as the product."""
 
 
+_ROWS = 8
+"""XLA pads matrix products of bfloat16 on GPUs to multiples of so many rows and slices the result. Padding tokens spare
+every kernel after them a copy of the slice. A single row is a product of its own kind, which needs none.
+"""
+
+
+def _whole_rows(batch: Batch, num_pages: int) -> Batch:
+    """The batch with padding tokens up to a multiple of _ROWS, unless it has just one token."""
+    tokens = batch.tokens.shape[0]
+    more = -tokens % _ROWS if tokens > 1 else 0
+    if not more:
+        return batch
+    pad = lambda array, value=0: jnp.pad(array, (0, more), constant_values=value)  # noqa: E731
+    return dataclasses.replace(
+        batch,
+        tokens=pad(batch.tokens),
+        positions=pad(batch.positions),
+        page_ids=pad(batch.page_ids, num_pages),
+        slots=pad(batch.slots),
+    )
+
+
 def _matmul(x: Float[Array, "T a"], w: Float[Array, "a b"]) -> Float[Array, "T b"]:
     # on GPUs the default for float32 is tf32, which would not be float32
     return jnp.dot(x, w, precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None)
@@ -83,7 +106,8 @@ class Llama(nn.Module):
 
     def __call__(self, pages: Float[Array, "L P E"], batch: Batch):
         """Runs all layers. Returns the pool with the tokens' keys and values, and the final hidden state [T, H]."""
-        cfg = self.config
+        cfg, num_tokens = self.config, batch.tokens.shape[0]
+        batch = _whole_rows(batch, pages.shape[1])
         angles = batch.positions.astype(jnp.float32)[:, None] * rope_frequencies(
             cfg.head_dim, cfg.rope_theta, cfg.rope_scaling
         )
@@ -108,7 +132,7 @@ class Llama(nn.Module):
             call, delta = jax.jit(layer), None
             for i in range(cfg.num_layers):
                 pages, x, delta = call(np.int32(i), (pages, x, delta))
-        return pages, self._add_norm("final_norm", None, x, delta)[1]
+        return pages, self._add_norm("final_norm", None, x, delta)[1][:num_tokens]
 
     def logits(self, hidden: Float[Array, "R H"]) -> Float[Array, "R V"]:
         """Float32 logits of hidden states; over several devices those of this device's part of the vocabulary."""

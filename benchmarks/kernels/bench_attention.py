@@ -10,7 +10,6 @@ in one compiled step; the median of a few repeats is divided by the layers.
 import argparse
 import dataclasses
 import functools
-import json
 import math
 from pathlib import Path
 import statistics
@@ -24,10 +23,11 @@ from benchmarks.record import write_result
 from pallas_kernels.geometry import PAGE_TOKENS, ceil_div
 from pallas_kernels.paged_attention import reference
 from pallas_kernels.paged_attention.arg_specs import DECODE, HEADS, PREFILL, AttentionShape, geometry
-from pallas_kernels.paged_attention.config import TABLE, DecodeConfig, PrefillConfig, device_kind, shape_key
+from pallas_kernels.paged_attention.config import DecodeConfig, PrefillConfig, shape_key
 from pallas_kernels.paged_attention.decode_sm90 import decode_sm90
 from pallas_kernels.paged_attention.prefill_sm90 import prefill_sm90
 from pallas_kernels.paged_attention.prefill_sm90 import unsupported as prefill_unsupported
+from pallas_kernels.tuning import keep
 
 POOL_BYTES = 6 << 30
 
@@ -243,8 +243,6 @@ PREFILL_CANDIDATES = [PrefillConfig(block_kv=block, stages=stages) for block, st
 def tune() -> None:
     """Writes the config with the least product of times over a head layout's named shapes into the kernels' table."""
     require_gpu()
-    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-    mine = table.setdefault(device_kind(), {})
     for kind, (heads, kv_heads, dim) in HEADS.items():
         g = geometry(heads, kv_heads, dim)
         cases = (
@@ -265,8 +263,7 @@ def tune() -> None:
                     score[config] += math.log(measured)
                     print(f"{name} {config}: {measured * 1e6:.1f} us")
                 del x
-            mine.setdefault(op, {})[shape_key(g)] = dataclasses.asdict(min(score, key=score.get))
-    TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+            keep(f"attention_{op}", shape_key(g), min(score, key=score.get))
 
 
 def main():

@@ -10,6 +10,8 @@ bandwidth.
 """
 
 import argparse
+import dataclasses
+import math
 from pathlib import Path
 
 import jax
@@ -21,9 +23,11 @@ from benchmarks.kernels.bench_attention import ceilings, seconds
 from benchmarks.record import write_result
 from pallas_kernels.geometry import GROUPS
 from pallas_kernels.lora import reference
-from pallas_kernels.lora.arg_specs import SPECS, LoraSpec
+from pallas_kernels.lora.arg_specs import GEOMETRIES, SPECS, LoraSpec
+from pallas_kernels.lora.config import LoraConfig, default_config, shape_key
 from pallas_kernels.lora.kernel_sm90 import expand_sm90, shrink_sm90
 from pallas_kernels.lora.table import AdapterTable
+from pallas_kernels.tuning import keep
 
 
 def random_pool(num_layers: int, num_pages: int, elements: int) -> jax.Array:
@@ -76,11 +80,15 @@ def bytes_moved(spec: LoraSpec, group: str) -> dict[str, int]:
     return {"shrink": shrink, "expand": expand, "pair": shrink + expand}
 
 
-def steps(inputs: Inputs, group: str, num_layers: int):
-    """Name -> (compiled function over `num_layers` layers, its arguments) of the kernels and the XLA implementation."""
+def steps(inputs: Inputs, group: str, num_layers: int, config: LoraConfig | None = None):
+    """Name -> (compiled function over `num_layers` layers, its arguments) of the kernels and the XLA implementation.
+
+    config: of the kernels, if not the default.
+    """
     spec = inputs.spec
     x, out = inputs.activations(group)
-    options = dict(group=group, geometry=spec.geometry, max_rank=spec.max_rank)
+    reference_options = dict(group=group, geometry=spec.geometry)
+    options = dict(reference_options, max_rank=spec.max_rank, config=config)
     layers = range(num_layers)
 
     @jax.jit
@@ -102,11 +110,11 @@ def steps(inputs: Inputs, group: str, num_layers: int):
     @jax.jit
     def xla_pair(x, out, *where):
         for i in layers:
-            y = reference.shrink(x, *where, layer=i, **options)
-            out = reference.expand(out, y, *where, layer=i, group=group, geometry=spec.geometry)
+            y = reference.shrink(x, *where, layer=i, max_rank=spec.max_rank, **reference_options)
+            out = reference.expand(out, y, *where, layer=i, **reference_options)
         return out
 
-    y = jnp.nan_to_num(shrink(x, *inputs.where())[0])
+    y = jax.tree.map(jnp.nan_to_num, shrink(x, *inputs.where())[0])
     return {
         "shrink": (shrink, (x, *inputs.where())),
         "expand": (expand, (out, y, *inputs.where())),
@@ -139,6 +147,45 @@ def ragged_dot_pair(spec: LoraSpec, group: str, num_layers: int):
     return run, (x, outs, a, b)
 
 
+_TUNED = {  # op of the table -> shapes whose times are multiplied
+    "lora_short": ("decode_64_distinct_r16_qkvo", "decode_256_distinct_r16_qkvo", "decode_64_mixed_qkvo"),
+    "lora_long": ("prefill_2048_1_segments_r16", "prefill_2048_8_segments_r64"),
+}
+
+
+def _candidates(op: str) -> list[LoraConfig]:
+    """Configs that move work around, and no sum."""
+    if op == "lora_short":
+        rings = ((2, 2, 2), (1, 4, 4), (2, 2, 1))  # shrink: programs a multiprocessor, stages, chunks in a stage
+        return [
+            LoraConfig(shrink_ctas=132 * ctas, shrink_stages=stages, shrink_packed=packed, range_tiles=tiles)
+            for ctas, stages, packed in rings
+            for tiles in (16, 32, 64)
+        ]
+    long = default_config(SPECS["7b_prefill_2048_1_segments_r16"].geometry, 2048)
+    return [
+        dataclasses.replace(long, range_tiles=tiles, shrink_stages=stages) for tiles in (16, 32) for stages in (2, 3)
+    ]
+
+
+def tune(layers: int) -> None:
+    """Writes the config with the least product of times over a geometry's named shapes into the kernels' table."""
+    for name, geometry in GEOMETRIES.items():
+        for op, shapes in _TUNED.items():
+            score = dict.fromkeys(_candidates(op), 0.0)
+            for shape in shapes:
+                spec = SPECS[f"{name}_{shape}"]
+                inputs = Inputs(spec)
+                for config in score:
+                    for group in spec.groups[:2]:
+                        pair, args = steps(inputs, group, layers, config)["pair"]
+                        micros = seconds(pair, *args) / layers * 1e6
+                        score[config] += math.log(micros)
+                        print(f"{name}_{shape} {group} {config}: {micros:.1f} us", flush=True)
+                del inputs
+            keep(op, shape_key(geometry), min(score, key=lambda config: score[config]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -147,7 +194,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--compare", action="store_true", help="time the XLA implementation and lax.ragged_dot too")
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--tune", action="store_true", help="fill the kernels' table of configs for this device, no more"
+    )
     args = parser.parse_args()
+    if args.tune:
+        return tune(args.layers)
     found = ceilings()
     print(f"copy {found['copy'] / 1e12:.2f} TB/s on {jax.devices()[0].device_kind}")
     rows = []

@@ -1,4 +1,4 @@
-"""Tuning of the Hopper LoRA kernels: a frozen config with a heuristic default.
+"""Tuning of the Hopper LoRA kernels: a frozen config, heuristic defaults, and a table per device and shape.
 
 Fields marked *fixed* decide the order of float32 additions. They may depend on the geometry, never on the batch: a
 token's result must not change with its neighbours. All others only move work around.
@@ -7,6 +7,7 @@ token's result must not change with its neighbours. All others only move work ar
 import dataclasses
 
 from pallas_kernels.geometry import TILE_COLS, Geometry
+from pallas_kernels.tuning import measured
 
 _NUM_SMS = 132
 SHORT_STEP = 256
@@ -23,7 +24,8 @@ class LoraConfig:
     num_splits: *fixed*. Parts that the input width is cut into; each is summed on its own and the parts are added in
     order.
     chunk_tiles: most tiles (1 KB each) that one bulk copy moves.
-    range_tiles: output tiles (64 columns each) that one work item of expand covers.
+    range_tiles: output tiles (64 columns each) that one work item of expand covers; twice as many where there are
+    enough items all the same.
     shrink_stages, expand_stages: depth of the shared-memory ring, in stages of eight granule chunks.
     shrink_packed: most chunks of columns that share a stage of shrink, where a rank block has few granules.
     expand_packed: most chunks of outputs that share a stage of expand, where a module has few granules.
@@ -46,8 +48,8 @@ class LoraConfig:
     def __post_init__(self):
         if self.block_tokens not in (8, 16, 32, 64):
             raise ValueError(f"block_tokens must be 8, 16, 32 or 64, not {self.block_tokens}")
-        if self.shrink_packed not in (1, 2):
-            raise ValueError(f"shrink_packed must be 1 or 2, not {self.shrink_packed}")
+        if self.shrink_packed not in (1, 2, 4):
+            raise ValueError(f"shrink_packed must be 1, 2 or 4, not {self.shrink_packed}")
         if self.expand_packed not in (2, 4):
             raise ValueError(f"expand_packed must be 2 or 4, not {self.expand_packed}")
 
@@ -64,9 +66,16 @@ def chunk_tiles(geometry: Geometry, limit: int) -> int:
     return chunk
 
 
+def shape_key(geometry: Geometry) -> str:
+    """Name of a shape in the table of measured configs: widths of the hidden state, of keys and of the MLP."""
+    return f"h{geometry.in_sizes[0]}-k{geometry.out_sizes[1]}-f{geometry.in_sizes[6]}"
+
+
 def default_config(geometry: Geometry, segment_tokens: int) -> LoraConfig:
-    """The heuristic default for segments of up to `segment_tokens` tokens."""
-    del geometry
-    if segment_tokens <= SHORT_SEGMENT:
+    """The measured config of this device for segments of up to `segment_tokens` tokens, or a heuristic default."""
+    short = segment_tokens <= SHORT_SEGMENT
+    if found := measured("lora_short" if short else "lora_long", shape_key(geometry)):
+        return LoraConfig(**found)
+    if short:
         return LoraConfig()
     return LoraConfig(block_tokens=64, shrink_packed=1, shrink_stages=3, expand_stages=2, shrink_ctas=_NUM_SMS)

@@ -45,18 +45,21 @@ class ExpandItem:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpandItems:
-    """The items of a launch, numbered token block by token block; program `cta` takes every expand_ctas-th."""
+    """The items of a launch, numbered token block by token block; program `cta` takes every expand_ctas-th.
+
+    num_blocks: token blocks in use. rank_blocks: of the plan, for each token block.
+    """
 
     geometry: Geometry
     group: str
     config: LoraConfig
     chunk: int
-    counts: object
+    num_blocks: object
     records: object
     rank_blocks: int
     layer: object
 
-    def _ranges(self):
+    def _ranges(self, range_tiles: int):
         """(module, first range, output tiles, first tile of `out`) of each module, and the number of
         ranges.
         """
@@ -64,20 +67,31 @@ class ExpandItems:
         for m in GROUPS[self.group]:
             width = self.geometry.out_tiles(m)
             ranges.append((m, first, width, tile))
-            first += static_ceil_div(width, self.config.range_tiles)
+            first += static_ceil_div(width, range_tiles)
             tile += width
         return ranges, first
 
+    def _choose(self, long, short):
+        """Between values for long ranges and for short ones: long where each program has several items even so."""
+        _, num_ranges = self._ranges(2 * self.config.range_tiles)
+        enough = self.num_blocks * num_ranges >= 4 * self.config.expand_ctas
+        return jax.tree.map(lambda a, b: jnp.where(enough, a, b), long, short)
+
+    def _cut(self):
+        """Ranges of the modules, their number, and tiles of a range, as int32 scalars."""
+        tiles = self.config.range_tiles
+        return self._choose(*((*self._ranges(n), n) for n in (2 * tiles, tiles)))
+
     def local(self, cta):
         """Items of program `cta`."""
-        _, num_ranges = self._ranges()
-        return jnp.maximum(ceil_div(self.counts[self.layer, 0] * num_ranges - cta, self.config.expand_ctas), 0)
+        _, num_ranges, _ = self._cut()
+        return jnp.maximum(ceil_div(self.num_blocks * num_ranges - cta, self.config.expand_ctas), 0)
 
     def describe(self, cta, n) -> ExpandItem:
         """Item n of program `cta`."""
-        modules, num_ranges = self._ranges()
+        modules, num_ranges, range_tiles = self._cut()
         index = cta + n * self.config.expand_ctas
-        block, part = lax.div(index, jnp.int32(num_ranges)), lax.rem(index, jnp.int32(num_ranges))
+        block, part = lax.div(index, num_ranges), lax.rem(index, num_ranges)
         block = jnp.minimum(block, self.records.shape[1] - 1)  # a program without items describes one all the same
         chosen = [jnp.int32(v) for v in modules[0]]
         for values in modules[1:]:
@@ -86,7 +100,7 @@ class ExpandItems:
         read = lambda field: self.records[self.layer, block, field]  # noqa: E731
         field = module_field(module)
         granules = read(field + 1)
-        range_chunks = self.config.range_tiles // self.chunk
+        range_chunks = lax.div(range_tiles, jnp.int32(self.chunk))
         chunk0 = (part - first_range) * range_chunks
         length = jnp.minimum(range_chunks, lax.div(width, jnp.int32(self.chunk)) - chunk0)
         length = jnp.where(granules > 0, length, 0)
@@ -112,6 +126,10 @@ class ExpandItems:
             num_stages=ceil_div(length, packed) * rank_tiles,
             out_tile=out_tile + chunk0 * self.chunk,
         )
+
+    def max_span(self, rank_blocks: int) -> int:
+        """Most tiles that an item's may lie apart."""
+        return rank_blocks * BLOCK_GRANULES * max(self.geometry.out_tiles(m) for m in GROUPS[self.group])
 
     def chunk_tile(self, item: ExpandItem, s: int, rank_tile, first):
         """Tile of the image where the chunk in place s of a stage begins. first: the stage's first chunk of outputs.

@@ -13,6 +13,7 @@ add it to the base output token by token. Larger blocks take the base output thr
 of other segments are never written.
 """
 
+import functools
 import math
 
 import jax
@@ -99,7 +100,7 @@ def expand(
             group=group,
             config=config,
             chunk=chunk,
-            counts=counts,
+            num_blocks=counts[layer_ref[0], 0],
             records=records,
             rank_blocks=max_rank_blocks(group, max_rank),
             layer=layer_ref[0],
@@ -116,15 +117,16 @@ def expand(
             if not by_rows:
                 plgpu.set_max_registers(56, action="decrease")
 
-            def item_body(item: ExpandItem, carry):
+            def item_body(item: ExpandItem, _, carry):
                 issued, out_issued = carry
+                item_pages = source.pages(item.first_tile, items.max_span(rank_tiles), item.page_start, page_ids)
 
                 def stage_body(st, out_count):
                     slot = lax.rem(issued + st, jnp.int32(stages))
                     group_index, rank_tile = lax.div(st, item.rank_tiles), lax.rem(st, item.rank_tiles)
                     first = group_index * item.packed
                     indices = [
-                        source.locate(items.chunk_tile(item, s, rank_tile, first), item.page_start, page_ids)
+                        source.locate(items.chunk_tile(item, s, rank_tile, first), item_pages)
                         for s in range(STAGE_CHUNKS)
                     ]
 
@@ -176,33 +178,38 @@ def expand(
             shifted[:STAGE_ROWS] = plgpu.layout_cast(jnp.zeros((STAGE_ROWS, tokens), shifted.dtype), _WGMMA)
             plgpu.commit_smem()
 
-            def item_body(item: ExpandItem, prepared):
+            def load_parts(item: ExpandItem, rank_tile):
+                window = pl.ds(item.y_row + rank_tile * STAGE_ROWS, STAGE_ROWS)
+                return [plgpu.load(y_ref.at[s, window], layout=_WGMMA, optimized=False) for s in range(splits)]
+
+            def lay_out(item: ExpandItem, buffer, rank_tile, parts):
+                """Writes the tiles of y of 64 ranks: one, or one for each packed chunk."""
                 scale = scaling[items.layer, item.block, item.module]
-                buffer = lax.rem(prepared, 2)
+                total = functools.reduce(jnp.add, parts)
+                live = row_index < item.granules * TILE_RANKS - rank_tile * STAGE_ROWS
+                total = jnp.where(live, total * scale, 0.0)
+                shifted[pl.ds(shift_rows, STAGE_ROWS)] = total.astype(shifted.dtype)
+                plgpu.commit_smem()
 
                 def tile_body(i, _):
-                    rank_tile = jnp.where(item.packed > 1, 0, i)
-
-                    @pl.when((item.packed == 1) | (i == 0))
-                    def _():
-                        window = pl.ds(item.y_row + rank_tile * STAGE_ROWS, STAGE_ROWS)
-                        total = plgpu.load(y_ref.at[0, window], layout=_WGMMA, optimized=False)
-                        for s in range(1, splits):
-                            total = total + plgpu.load(y_ref.at[s, window], layout=_WGMMA, optimized=False)
-                        live = row_index < item.granules * TILE_RANKS - rank_tile * STAGE_ROWS
-                        total = jnp.where(live, total * scale, 0.0)
-                        shifted[pl.ds(shift_rows, STAGE_ROWS)] = total.astype(shifted.dtype)
-                        plgpu.commit_smem()
-
-                    shift = jnp.where(item.packed > 1, i * item.height * TILE_RANKS, 0)
+                    shift = i * item.height * TILE_RANKS
                     tile = plgpu.load(shifted.at[pl.ds(shift_rows - shift, STAGE_ROWS)], layout=_WGMMA)
                     tile = plgpu.layout_cast(tile, _TRANSPOSED)
                     if by_rows:
-                        row = pl.multiple_of(jnp.where(item.packed > 1, i * TILE_RANKS, 0), TILE_RANKS)
+                        row = pl.multiple_of(i * TILE_RANKS, TILE_RANKS)
                         y_smem.at[buffer, rank_tile, pl.ds(row, TILE_RANKS)].T[...] = tile
                     else:
-                        y_smem.at[buffer, i].T[...] = tile
+                        y_smem.at[buffer, rank_tile + i].T[...] = tile
                     return ()
+
+                lax.fori_loop(0, item.packed, tile_body, ())
+                plgpu.commit_smem()  # before `shifted` is written again
+
+            def item_body(item: ExpandItem, following: ExpandItem, carry):
+                prepared, parts = carry
+                buffer = lax.rem(prepared, 2)
+                # on their way while this item is laid out
+                next_parts = load_parts(following, 0)
 
                 @pl.when(item.length > 0)
                 def _():
@@ -210,13 +217,20 @@ def expand(
                     def _():
                         plgpu.barrier_wait(y_empty.at[buffer])
 
-                    lax.fori_loop(0, jnp.where(item.packed > 1, item.packed, item.rank_tiles), tile_body, ())
-                    plgpu.commit_smem()
+                    lay_out(item, buffer, 0, parts)
+
+                    def rank_body(rank_tile, _):
+                        lay_out(item, buffer, rank_tile, load_parts(item, rank_tile))
+                        return ()
+
+                    if rank_tiles > 1:
+                        lax.fori_loop(1, item.rank_tiles, rank_body, ())
                     plgpu.barrier_arrive(y_full.at[buffer])
 
-                return prepared + jnp.where(item.length > 0, 1, 0)
+                return prepared + jnp.where(item.length > 0, 1, 0), next_parts
 
-            drain(y_empty, for_items(num_items, describe, item_body, zero), 2)
+            prepared, _ = for_items(num_items, describe, item_body, (zero, load_parts(describe(zero), 0)))
+            drain(y_empty, prepared, 2)
 
         @pl.when(wg < consumers)
         def consumer():
@@ -247,19 +261,24 @@ def expand(
                 lax.fori_loop(0, item.rank_tiles, rank_body, ())
                 return acc[...]
 
-            def group_by_rows(item: ExpandItem, seen, buffer, group_index):
-                """All output chunks of a stage at once, then token by token."""
+            row_layout = plgpu.Layout.WG_STRIDED((half,), vec_size=1) if half == 128 else _WGMMA.reduce(1)
+
+            def outputs(item: ExpandItem, first, i: int, t):
+                """Where the outputs of a group's chunk i lie: of token t, this warpgroup's half."""
+                tile = item.out_tile + jnp.maximum(jnp.minimum(first + i, item.length - 1), 0) * chunk
+                return item.token + t, pl.ds(pl.multiple_of(tile * TILE_COLS + wg * half, half), half)
+
+            def load_bases(item: ExpandItem, first, t):
+                chunks = (out_ref.at[outputs(item, first, i, t)] for i in range(max_packed))
+                return [plgpu.load(ref, layout=row_layout, optimized=False) for ref in chunks]
+
+            def group_by_rows(item: ExpandItem, following: ExpandItem, seen, buffer, group_index, bases):
+                """All output chunks of a stage at once, then token by token. Returns the next group's first bases."""
                 first = group_index * item.packed
-                layout = plgpu.Layout.WG_STRIDED((half,), vec_size=1) if half == 128 else _WGMMA.reduce(1)
-
-                def outputs(i, t):
-                    tile = item.out_tile + jnp.minimum(first + i, item.length - 1) * chunk
-                    return item.token + t, pl.ds(pl.multiple_of(tile * TILE_COLS + wg * half, half), half)
-
-                def load_bases(t):
-                    return [
-                        plgpu.load(out_ref.at[outputs(i, t)], layout=layout, optimized=False) for i in range(max_packed)
-                    ]
+                # on their way while this group is computed, as nobody else writes those outputs
+                more = first + item.packed < item.length
+                ahead = jax.tree.map(lambda a, b: jnp.where(more, a, b), item, following)
+                next_bases = load_bases(ahead, jnp.where(more, first + item.packed, 0), 0)
 
                 def add_token(t, delta, bases):
                     mine = rows.at[wg, lax.rem(t, 2)]
@@ -270,27 +289,35 @@ def expand(
                         @pl.when((i < item.packed) & (first + i < item.length))
                         def _(i=i):
                             total = bases[i].astype(jnp.float32) + plgpu.load(
-                                mine.at[i], layout=layout, optimized=False
+                                mine.at[i], layout=row_layout, optimized=False
                             )
-                            out_ref[outputs(i, t)] = total.astype(out.dtype)
+                            out_ref[outputs(item, first, i, t)] = total.astype(out.dtype)
 
-                bases = load_bases(0)
-                delta = pl.run_scoped(
-                    lambda acc: multiply(acc, seen, item, buffer, group_index, zero, zero, true),
-                    plgpu.ACC((half, max_packed * tokens), jnp.float32),
-                )
-                add_token(zero, delta, bases)
-
-                def more(t, _):
-                    add_token(t, delta, load_bases(t))
-                    return ()
-
-                lax.fori_loop(1, item.num_tokens, more, ())
-
-                # The next stage's first token may use the buffer that this one's last token used.
-                @pl.when(lax.rem(item.num_tokens, 2) == 1)
+                @pl.when(item.length > 0)
                 def _():
-                    plgpu.commit_smem()
+                    delta = pl.run_scoped(
+                        lambda acc: multiply(acc, seen, item, buffer, group_index, zero, zero, true),
+                        plgpu.ACC((half, max_packed * tokens), jnp.float32),
+                    )
+
+                    def token_body(t, bases):
+                        # on their way while this token is added
+                        later = load_bases(item, first, jnp.minimum(t + 1, item.num_tokens - 1))
+                        add_token(t, delta, bases)
+                        return later
+
+                    add_token(zero, delta, bases)
+
+                    @pl.when(item.num_tokens > 1)
+                    def _():
+                        lax.fori_loop(1, item.num_tokens, token_body, load_bases(item, first, 1))
+
+                    # The next stage's first token may use the buffer that this one's last token used.
+                    @pl.when(lax.rem(item.num_tokens, 2) == 1)
+                    def _():
+                        plgpu.commit_smem()
+
+                return next_bases
 
             def chunk_by_tiles(item: ExpandItem, seen, out_seen, buffer, c):
                 """One output chunk: the base output is in shared memory, and goes back from there."""
@@ -322,27 +349,31 @@ def expand(
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(o_empty.at[out_slot])
 
-            def item_body(item: ExpandItem, carry):
-                seen, out_seen, used = carry
+            def item_body(item: ExpandItem, following: ExpandItem, carry):
+                seen, out_seen, used, bases = carry
+                buffer = lax.rem(used, 2)
+                targeted = item.length > 0
+                pl.when(targeted)(lambda: plgpu.barrier_wait(y_full.at[buffer]))
+                if by_rows:
 
-                @pl.when(item.length > 0)
-                def _():
-                    buffer = lax.rem(used, 2)
-                    plgpu.barrier_wait(y_full.at[buffer])
+                    def group_body(i, bases):
+                        return group_by_rows(item, following, seen, buffer, i, bases)
 
-                    def step(i, _):
-                        if by_rows:
-                            group_by_rows(item, seen, buffer, i)
-                        else:
-                            chunk_by_tiles(item, seen, out_seen, buffer, i)
+                    # an item without outputs still loads the next one's bases
+                    groups = jnp.maximum(lax.div(item.num_stages, item.rank_tiles), 1)
+                    bases = lax.fori_loop(0, groups, group_body, bases)
+                else:
+
+                    def chunk_body(c, _):
+                        chunk_by_tiles(item, seen, out_seen, buffer, c)
                         return ()
 
-                    lax.fori_loop(0, lax.div(item.num_stages, item.rank_tiles) if by_rows else item.length, step, ())
-                    plgpu.barrier_arrive(y_empty.at[buffer])
+                    lax.fori_loop(0, item.length, chunk_body, ())
+                pl.when(targeted)(lambda: plgpu.barrier_arrive(y_empty.at[buffer]))
+                return seen + item.num_stages, out_seen + item.length, used + jnp.where(targeted, 1, 0), bases
 
-                return seen + item.num_stages, out_seen + item.length, used + jnp.where(item.length > 0, 1, 0)
-
-            for_items(num_items, describe, item_body, (zero, zero, zero))
+            bases = load_bases(describe(zero), zero, zero) if by_rows else []
+            for_items(num_items, describe, item_body, (zero, zero, zero, bases))
 
     kernel = plgpu.kernel(
         lora_expand,

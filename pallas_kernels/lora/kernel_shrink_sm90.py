@@ -42,7 +42,7 @@ def shrink(
     total, per_split, splits = split_chunks(geometry, group, config, chunk)
     in_tiles = geometry.in_tiles(GROUPS[group][0])
     source = ChunkSource(geometry=geometry, num_pages=pages.shape[1], chunk=chunk, whole=not interpret)
-    packed_limit = min(config.shrink_packed, per_split)
+    packed_limit = next(n for n in (4, 2, 1) if n <= min(config.shrink_packed, total))
 
     rank_blocks = y_rows // (STAGE_ROWS * plan.records.shape[1])
 
@@ -53,37 +53,43 @@ def shrink(
         wg = lax.axis_index("wg")
         layer = layer_ref[0]
         num_blocks = counts[layer, 0]
-        items = num_blocks * counts[layer, 1 + list(GROUPS).index(group)] * splits
-        local_items = jnp.maximum(ceil_div(items - cta, ctas), 0)
+        ranked_blocks = num_blocks * counts[layer, 1 + list(GROUPS).index(group)]
+        # An item is a run of splits: long where there is work for all programs even so, because a new item costs time.
+        run = jnp.int32(1)
+        for longer in (2, 4):
+            run = jnp.where(ranked_blocks * static_ceil_div(splits, longer) * 8 >= ctas * 7, longer, run)
+        runs = ceil_div(jnp.int32(splits), run)
+        local_items = jnp.maximum(ceil_div(ranked_blocks * runs - cta, ctas), 0)
 
         def describe(n):
-            """Work item n of this program: split, token block, rank block and fields of the block's record.
+            """Work item n of this program: first split, token block, rank block and fields of the block's record.
 
             Rank blocks are the slowest to change: where an adapter has fewer than the largest, its items are empty.
             """
             item = cta + n * ctas
-            rest = lax.div(item, jnp.int32(splits))
+            rest = lax.div(item, runs)
             rank_block = lax.div(rest, jnp.maximum(num_blocks, 1))
             # A program without items describes one all the same.
             block = jnp.minimum(rest - rank_block * num_blocks, records.shape[1] - 1)
             read = [records[layer, block, i] for i in (TOKEN, PAGE_START, *group_fields(group))]
-            return lax.rem(item, jnp.int32(splits)), block, rank_block, *read
+            return lax.rem(item, runs) * run, block, rank_block, *read
 
         def sizes(split, rank_block, total_granules):
             """Granules, chunks of columns that share a stage, and chunks of columns in all (0 if there is no
             granule).
             """
             granules = jnp.clip(total_granules - rank_block * STAGE_CHUNKS, 0, STAGE_CHUNKS)
-            packed = jnp.where(granules > 4, 1, packed_limit)
-            length = jnp.minimum(per_split, total - split * per_split)
+            packed = jnp.where(granules > 4, 1, jnp.where(granules > 2, min(2, packed_limit), packed_limit))
+            length = jnp.minimum(run * per_split, total - split * per_split)
             return jnp.maximum(granules, 1), packed, jnp.where(granules > 0, length, 0)
 
         @pl.when(wg == 1)
         def producer():
-            def item_body(item, issued):
+            def item_body(item, _, issued):
                 split, _, rank_block, token, page_start, first_tile, total_granules = item
                 granules, packed, length = sizes(split, rank_block, total_granules)
                 first_tile = first_tile + rank_block * (STAGE_CHUNKS * in_tiles) + split * (per_split * chunk)
+                item_pages = source.pages(first_tile, STAGE_CHUNKS * in_tiles, page_start, page_ids)
                 num_stages = ceil_div(length, packed)
 
                 def stage_body(st, _):
@@ -95,7 +101,7 @@ def shrink(
                         valid = (sub < packed) & (column_chunk < length)
                         tile = first_tile + (s - sub * granules) * in_tiles + column_chunk * chunk
                         tile = jnp.where(valid, tile, first_tile)
-                        indices.append(source.locate(tile, page_start, page_ids))
+                        indices.append(source.locate(tile, item_pages))
                         wanted.append(valid)
 
                     @pl.when(issued + st >= stages)
@@ -119,12 +125,12 @@ def shrink(
 
         @pl.when(wg == 0)
         def consumer():
-            def item_body(item, seen):
+            def item_body(item, _, seen):
                 split, block, rank_block, *_, total_granules = item
                 granules, packed, length = sizes(split, rank_block, total_granules)
 
-                def accumulate(acc):
-                    def chunk_body(c, _):
+                def split_body(part, _):
+                    def chunk_body(c, acc):
                         sub = lax.rem(c, packed)
                         slot = lax.rem(seen + lax.div(c, packed), jnp.int32(stages))
 
@@ -140,16 +146,17 @@ def shrink(
                         def _():
                             plgpu.barrier_arrive(empty.at[slot])
 
-                        return ()
+                    def accumulate(acc):
+                        first = part * per_split
+                        pl.loop(first, jnp.minimum(first + per_split, length))(lambda c: chunk_body(c, acc))
+                        return acc[...]
 
-                    lax.fori_loop(0, length, chunk_body, ())
-                    return acc[...]
+                    total = pl.run_scoped(accumulate, plgpu.ACC((STAGE_ROWS, tokens), jnp.float32))
+                    row = (block * rank_blocks + rank_block) * STAGE_ROWS
+                    y_ref[split + part, pl.ds(row, STAGE_ROWS)] = total
+                    return ()
 
-                @pl.when(length > 0)
-                def _():
-                    part = pl.run_scoped(accumulate, plgpu.ACC((STAGE_ROWS, tokens), jnp.float32))
-                    y_ref[split, pl.ds((block * rank_blocks + rank_block) * STAGE_ROWS, STAGE_ROWS)] = part
-
+                lax.fori_loop(0, ceil_div(length, per_split), split_body, ())
                 return seen + ceil_div(length, packed)
 
             for_items(local_items, describe, item_body, jnp.int32(0))
@@ -164,7 +171,7 @@ def shrink(
         scratch_types=dict(
             # A window of 64 rows that begins inside the last stage runs past it: those rows of the product are never
             # used.
-            ring=source.ring(stages * STAGE_ROWS + (STAGE_ROWS // 2 if packed_limit > 1 else 0), x.dtype),
+            ring=source.ring(stages * STAGE_ROWS + STAGE_ROWS - STAGE_ROWS // packed_limit, x.dtype),
             x_ring=source.tokens((stages, packed_limit), tokens, x.dtype),
             full=plgpu.Barrier(
                 num_arrivals=source.arrivals(STAGE_CHUNKS, packed_limit * tokens // TILE_RANKS), num_barriers=stages

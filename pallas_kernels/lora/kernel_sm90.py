@@ -17,6 +17,10 @@ from pallas_kernels.lora.plan import BLOCK_GRANULES, by_length, make_plan, max_r
 from pallas_kernels.lora.table import AdapterTable
 
 _ROWS = BLOCK_GRANULES * 8
+_WHOLE_ROWS = 8
+"""XLA pads matrix products to multiples of so many rows and slices the result. A kernel that changes such a slice in
+place is fused with the slicing, and what it wrote is lost (jax 0.11.2 on an H100: two to seven tokens came out wrong).
+"""
 
 # One trace and one lowering for all layers of a step.
 _STATIC = ("group", "geometry", "config", "chunk", "interpret")
@@ -109,6 +113,10 @@ def expand_sm90(
     not touched.
     """
     options = dict(layer=layer, group=group, geometry=geometry, config=config, interpret=interpret)
-    for part, (where, keywords) in zip(y, _launches(out, table, seg_start, seg_adapter, **options), strict=True):
+    num_tokens = out.shape[0]
+    launches = list(_launches(out, table, seg_start, seg_adapter, **options))
+    if num_tokens > 1 and num_tokens % _WHOLE_ROWS:
+        out = jnp.pad(out, ((0, -num_tokens % _WHOLE_ROWS), (0, 0)))
+    for part, (where, keywords) in zip(y, launches, strict=True):
         out = _expand(out, part, pages, *where, **keywords, max_rank=max_rank)
-    return out
+    return out[:num_tokens]

@@ -70,11 +70,22 @@ class ChunkSource:
         shape = (self.chunk, TILE_RANKS, TILE_COLS) if self.whole else (TILE_RANKS, TILE_COLS)
         return pages.reshape(-1, *shape)
 
-    def locate(self, tile, page_start, page_ids):
+    def pages(self, first_tile, span: int, page_start, page_ids):
+        """Page ids of an item whose tiles lie less than `span` after `first_tile` of an adapter's image, for `locate`.
+
+        Most items lie in one page id or two. Read once an item, they keep the copies of a stage from waiting for them.
+        """
+        if span > self.geometry.tiles_per_page_id:
+            return lambda number: page_ids[page_start + number]
+        first = lax.div(first_tile, jnp.int32(self.geometry.tiles_per_page_id))
+        ids = [page_ids[jnp.minimum(page_start + first + i, page_ids.shape[0] - 1)] for i in range(2)]
+        return lambda number: jnp.where(number == first, *ids)
+
+    def locate(self, tile, pages):
         """Index in the view of the pool of the chunk that begins at `tile` of an adapter's image."""
         g = self.geometry
         unit = lax.div(tile, jnp.int32(g.page_tiles))
-        page = page_ids[page_start + lax.div(unit, jnp.int32(g.num_layers))]
+        page = pages(lax.div(unit, jnp.int32(g.num_layers)))
         row = lax.rem(unit, jnp.int32(g.num_layers)) * self.num_pages + page
         step = self.chunk if self.whole else 1
         return row * (g.page_tiles // step) + lax.div(lax.rem(tile, jnp.int32(g.page_tiles)), jnp.int32(step))
@@ -172,13 +183,11 @@ def drain(barriers, uses, slots: int):
 
 
 def for_items(count, describe, body, init):
-    """Folds ``body(describe(n), carry) -> carry`` over n < count, with the next item's description on its way
-    meanwhile.
-    """
+    """Folds ``body(describe(n), describe(n + 1), carry) -> carry`` over n < count; after the last item comes itself."""
 
     def step(n, state):
         item, carry = state
         following = describe(jnp.minimum(n + 1, count - 1))
-        return following, body(item, carry)
+        return following, body(item, following, carry)
 
     return lax.fori_loop(0, count, step, (describe(jnp.int32(0)), init))[1]

@@ -1,18 +1,12 @@
 """Tuning of the Hopper attention kernels: frozen configs, heuristic defaults, and a table per device and shape."""
 
 import dataclasses
-import functools
-import json
-import pathlib
-
-import jax
 
 from pallas_kernels.geometry import Geometry, ceil_div
+from pallas_kernels.tuning import measured
 
 SMEM_BYTES = 227 * 1024
 """Shared memory that one block may use on Hopper."""
-
-TABLE = pathlib.Path(__file__).with_name("tuning.json")
 
 
 def query_rows(geometry: Geometry) -> int:
@@ -76,18 +70,6 @@ class PrefillConfig:
         return (self.compute_wgs * 64 + 2 * self.stages * self.block_kv) * head_dim * 2 + 2560
 
 
-@functools.cache
-def _measured(op: str, device: str) -> dict:
-    """Shape -> settings for an op on a kind of device, as benchmarks/kernels/bench_attention.py --tune wrote them."""
-    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-    return table.get(device, {}).get(op, {})
-
-
-def device_kind() -> str:
-    """Name under which the table holds the default device."""
-    return jax.devices()[0].device_kind
-
-
 def shape_key(geometry: Geometry) -> str:
     """Name of a shape in the table: head_dim, query heads and kv heads of one device."""
     return f"d{geometry.head_dim}-n{geometry.num_heads}-k{geometry.num_kv_heads}"
@@ -95,7 +77,7 @@ def shape_key(geometry: Geometry) -> str:
 
 def decode_config(geometry: Geometry) -> DecodeConfig:
     """The measured config of this device and shape, or a default that fits in shared memory."""
-    if found := _measured("decode", device_kind()).get(shape_key(geometry)):
+    if found := measured("attention_decode", shape_key(geometry)):
         return DecodeConfig(**found)
     rings = ((2, 6), (2, 4), (2, 3), (1, 6), (1, 4), (1, 3), (1, 2))
     candidates = [DecodeConfig(blocks_per_sm=n, stages=m) for n, m in rings]
@@ -104,6 +86,6 @@ def decode_config(geometry: Geometry) -> DecodeConfig:
 
 def prefill_config(geometry: Geometry) -> PrefillConfig:
     """The measured config of this device and shape, or a default that fits in shared memory."""
-    if found := _measured("prefill", device_kind()).get(shape_key(geometry)):
+    if found := measured("attention_prefill", shape_key(geometry)):
         return PrefillConfig(**found)
     return PrefillConfig(block_kv=64) if geometry.head_dim > 128 else PrefillConfig()

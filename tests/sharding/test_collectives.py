@@ -16,7 +16,7 @@ from slora_jax.placement import new_state
 from slora_jax.shapes import named_shape
 from slora_jax.step import make_forward
 
-TOKENS, RANK = 4, 32
+TOKENS, RANK = 8, 32  # a multiple of eight: the model pads others
 _COLLECTIVE = re.compile(
     r"= \(?f32\[([\d,]*)\]\S* (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\("
 )

@@ -8,6 +8,7 @@ import re
 import jax
 from jax import numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import PartitionSpec as P
 import numpy as np
 from oracles import relative_error
 import pytest
@@ -17,8 +18,8 @@ from pallas_kernels import GROUPS, AdapterTable
 from pallas_kernels.lora import from_token_rows, pair_implementation, to_token_rows
 from pallas_kernels.lora.config import LoraConfig
 from pallas_kernels.lora.kernel_sm90 import expand_sm90, shrink_sm90, unsupported
-from sharding import ROW_GROUPS, Layout
-from sharding.lora import close_gaps
+from sharding import ROW_GROUPS, Layout, make_mesh
+from sharding.lora import _own_slice, _put_own_slice, close_gaps
 from slora_jax.adapters import random_adapter
 from slora_jax.adapters.shards import shard_adapter, shard_image
 from slora_jax.batch_builder import BatchBuilder
@@ -155,6 +156,28 @@ def test_the_whole_step_lowers_to_cuda(lora, decode_only):
     assert collectives.count("all_gather") == extra
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_devices_columns_of_a_sum(tokens):
+    """S-LoRA's slice of o and down, and its way back; of one token without a slice that XLA could fuse."""
+    if len(jax.devices()) < 4:
+        pytest.skip("needs 4 devices")
+    base = np.arange(tokens * 10, dtype=np.float32).reshape(tokens, 10)
+
+    def both(x):
+        part = _own_slice(x, 3, 4)
+        return part, _put_own_slice(x, part + 100, 4)
+
+    specs = (P(None, "tp"), P("tp"))
+    run = jax.jit(jax.shard_map(both, mesh=make_mesh(4), in_specs=P(), out_specs=specs, check_vma=False))
+    parts, whole = map(np.asarray, run(base))
+    assert (parts == np.pad(base, ((0, 0), (0, 2)))).all()
+    for device in range(4):
+        wanted = base.copy()
+        wanted[:, 3 * device : 3 * device + 3] += 100
+        assert (whole[device * tokens : (device + 1) * tokens] == wanted).all()
+    assert ("dynamic_slice" in run.lower(base).as_text()) == (tokens > 1)
+
+
 def test_both_kernels_or_neither():
     """What only one of them cannot take is left to XLA as a whole, because y has each implementation's own layout."""
     devices = Devices("comm-free", "qkv")
@@ -187,8 +210,10 @@ def test_logits_are_those_of_one_gpu(lora, devices):
         (rng.integers(0, config.vocab_size, n).tolist(), a) for n, a in zip((1, 9, 70, 33), adapters, strict=True)
     ]
     options = dict(dtype=jnp.bfloat16, last_only=True)
-    wanted = prompt_logits(config, params, prompts, **options)
     parallel = make_parallel(config, devices, lora)
-    found = prompt_logits(config, shard_params(config, params, parallel), prompts, parallel=parallel, **options)
-    for one, many in zip(wanted, found, strict=True):
-        assert relative_error(many, one) < 2e-2
+    sharded = shard_params(config, params, parallel)
+    for some in (prompts, [([7], adapters[1])]):  # and a step of one token, whose rows XLA treats otherwise
+        wanted = prompt_logits(config, params, some, **options)
+        found = prompt_logits(config, sharded, some, parallel=parallel, **options)
+        for one, many in zip(wanted, found, strict=True):
+            assert relative_error(many, one) < 2e-2
