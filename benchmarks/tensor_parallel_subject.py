@@ -263,7 +263,9 @@ class Subject:
         )
         widths = (self.config.hidden_size, heads, self.config.hidden_size, mlp, self.config.hidden_size)
         split = (False, True, False, True, False)
-        xs = [jax.ShapeDtypeStruct((rows, width), jnp.dtype(self.args.dtype)) for width in widths]
+        tokens = rows if rows == 1 else 8 * ceil_div(rows, 8)  # as Llama pads them
+        lengths = (tokens,) * 4 + (rows,)
+        xs = [jax.ShapeDtypeStruct(shape, jnp.dtype(self.args.dtype)) for shape in zip(lengths, widths, strict=True)]
 
         def products(params, xs):
             *inputs, hidden = xs
