@@ -261,7 +261,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     with tempfile.TemporaryDirectory() as root, Engine(model, settings) as engine:
         engine.warm_up(adapters=True, greedy_only=True)
-        engine.warm_up(adapters=False, greedy_only=True)
         soak = Soak(engine, contents, Path(root), args.seed, args.rate)
         began = time.monotonic()
         asyncio.run(soak.run(args.minutes * 60))
