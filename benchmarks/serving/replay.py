@@ -1,7 +1,7 @@
 """Plays a trace to an engine in real time, from outside, as its callers would."""
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 import contextlib
 import dataclasses
 import itertools
@@ -90,7 +90,9 @@ def replay(
             waiting.append(pool.submit(engine.generate, [requests[i] for i in group], on_delta=count))
         if until is not None:
             time.sleep(max(0.0, start + until - time.monotonic()))
-            abort_everything(engine)
+            while not all(future.done() for future in waiting):  # the last ones may not be queued yet
+                abort_everything(engine)
+                wait(waiting, timeout=0.1)
         outputs = [output for future in waiting for output in future.result()]
     after = engine.stats()
     engine.check_integrity()
