@@ -50,7 +50,7 @@ def report(path: Path) -> None:
     result = json.loads(path.read_text())
     points, lengths = result["parts"], result["lengths"] and tuple(result["lengths"])
     for name, point in points.items():
-        if "error" not in point and "floor" not in point and not PARTS[name].slots:
+        if "error" not in point and "floor" not in point and not PARTS[name].slots and PARTS[name].kind != "profile":
             point["floor"] = floor(point, PARTS[name].smaller(result["requests"], lengths, result["speed"]))
     path.write_text(json.dumps(result, indent=1) + "\n")
     for family, started in {PARTS[n].family: p["started"] for n, p in points.items() if "started" in p}.items():
