@@ -4,6 +4,7 @@
 
 First some requests run alone; then they run again among all others, and every bit of their answers is compared. Without
 the mode differences are counted: they are the near-ties that fall the other way, and all that follows from them.
+Requests of the same lengths come before, so that everything is compiled. Adapters of one rank share their weights.
 """
 
 import argparse
@@ -16,21 +17,22 @@ import numpy as np
 
 from benchmarks.record import write_result
 from slora_jax import Engine, EngineConfig, Request, RequestOutput, SamplingParams
-from slora_jax.adapters import random_adapter
+from slora_jax.adapters import clone, random_adapter
 from slora_jax.loading import LoadedModel, load_model
 
 _RANKS = (8, 16, 32, 64)
 
 
-def _requests(args: argparse.Namespace, vocab_size: int) -> list[Request]:
-    rng = np.random.default_rng(0)
+def _requests(args: argparse.Namespace, vocab_size: int, seed: int) -> list[Request]:
+    """The lengths are the same for every seed, the prompts are not."""
+    rng, tokens = np.random.default_rng(0), np.random.default_rng(seed)
     names = [None, *(f"adapter-{i}" for i in range(args.adapters))]
     return [
         Request(
             None,
             names[i % len(names)],
             SamplingParams(max_tokens=int(rng.integers(8, args.longest)), ignore_eos=True, logprobs=1),
-            rng.integers(3, vocab_size, int(rng.integers(8, args.longest))).tolist(),
+            tokens.integers(3, vocab_size, int(rng.integers(8, args.longest))).tolist(),
         )
         for i in range(args.requests)
     ]
@@ -45,12 +47,16 @@ def _measure(model: LoadedModel, adapters: dict, args: argparse.Namespace, deter
         max_model_len=2 * args.longest,
         max_lora_rank=max(_RANKS),
         page_pool_bytes=int(args.page_pool_gib * 2**30),
+        max_seqs=args.max_seqs,
+        max_step_tokens=args.max_step_tokens,
+        **({} if deterministic else dict(seq_buckets=args.seqs, token_buckets=args.tokens)),
         deterministic=deterministic,
-        warm_up=True,
-        progress=True,
     )
-    requests = _requests(args, model.config.vocab_size)
+    others, requests = (_requests(args, model.config.vocab_size, seed) for seed in (1, 0))
     with Engine(model, settings, adapters) as engine:
+        engine.generate(others)
+        engine.generate(others[:1])
+        compiles = engine.stats()["compiles"]
         alone = [_bits(engine.generate([request])[0]) for request in requests[: args.check]]
         start = time.perf_counter()
         outputs = engine.generate(requests)
@@ -66,8 +72,12 @@ def _measure(model: LoadedModel, adapters: dict, args: argparse.Namespace, deter
         answers_with_other_bits=sum(a != b for a, b in zip(alone, among, strict=True)),
         answers_with_other_tokens=sum(a != b for a, b in tokens),
         preemptions=stats["preemptions"],
-        compiles=stats["compiles"],
+        compiles=stats["compiles"] - compiles,
     )
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
 
 
 def main() -> None:
@@ -78,15 +88,16 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=512, help="tokens of a prompt, and of an answer, at most")
     parser.add_argument("--check", type=int, default=16, help="requests that also run alone")
     parser.add_argument("--page-pool-gib", type=float, default=48, help="small enough that some requests are preempted")
+    parser.add_argument("--max-seqs", type=int, default=256)
+    parser.add_argument("--max-step-tokens", type=int, default=2048)
+    parser.add_argument("--seqs", type=_sizes, default=(64, 128, 256), help="sizes of default steps; see EngineConfig")
+    parser.add_argument("--tokens", type=_sizes, default=(512, 768, 1024, 2048), help="the same of steps with prompts")
     parser.add_argument("--json", type=Path, help="file for the result")
     args = parser.parse_args()
     model = load_model(args.model)
-    adapters = {
-        f"adapter-{i}": random_adapter(
-            model.config, _RANKS[i % len(_RANKS)], ("q", "k", "v", "o"), seed=i, dtype=model.params["embed"].dtype
-        )
-        for i in range(args.adapters)
-    }
+    dtype = model.params["embed"].dtype
+    first = [random_adapter(model.config, rank, ("q", "k", "v", "o"), seed=rank, dtype=dtype) for rank in _RANKS]
+    adapters = {f"adapter-{i}": clone(first[i % len(first)], i) for i in range(args.adapters)}
     result = {}
     for mode in (False, True):
         result["deterministic" if mode else "default"] = _measure(model, adapters, args, mode)

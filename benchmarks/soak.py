@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.record import RESULTS, write_result
+from pallas_kernels.geometry import MODULES
 from slora_jax import Engine, EngineConfig, Request, SamplingParams
 from slora_jax.adapters import random_adapter, save_adapter
 from slora_jax.async_deltas import AsyncDeltas
@@ -129,6 +130,7 @@ class Soak:
         weights = path / "adapter_model.safetensors"
         data = bytearray(weights.read_bytes())
         data[-4:] = b"\xff" * 4  # NaN in every dtype
+        weights.unlink()  # the others keep theirs
         weights.write_bytes(data)
         name = f"n{self.random.randrange(8)}"
         self.engine.add_adapter(name, path, lazy=True)
@@ -214,8 +216,16 @@ class Soak:
         )
 
     def _write(self, which: int) -> Path:
+        """A directory of its own that holds some contents, whose bytes are on the disk once."""
+        first = self.root / f"contents-{which}"
+        if not first.exists():
+            save_adapter(self.contents[which], first)
         self._versions += 1
-        return save_adapter(self.contents[which], self.root / f"version-{self._versions}")
+        path = self.root / f"version-{self._versions}"
+        path.mkdir()
+        for file in first.iterdir():
+            os.link(file, path / file.name)
+        return path
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -224,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--shape", default="tiny-gqa", help="named shape of the base model")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--adapters", type=int, default=6, help="different contents")
+    parser.add_argument("--targets", default=",".join(MODULES), help="projections that they adapt")
     parser.add_argument("--rate", type=float, default=30, help="actions a second")
     parser.add_argument("--max-seqs", type=int, default=16)
     parser.add_argument("--max-step-tokens", type=int, default=256)
@@ -231,9 +242,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--json", type=Path, default=RESULTS / "soak.json")
     args = parser.parse_args(argv)
     model = load_model(f"random:{args.shape}", dtype=args.dtype)
-    ranks = (8, 16, 32, 64)
+    ranks, dtype = (8, 16, 32, 64), model.params["embed"].dtype
     contents = [
-        random_adapter(model.config, ranks[i % len(ranks)], seed=i, scale=0.5, dtype=model.params["embed"].dtype)
+        random_adapter(model.config, ranks[i % len(ranks)], args.targets.split(","), seed=i, scale=0.5, dtype=dtype)
         for i in range(args.adapters)
     ]
     page = page_bytes(model.config, args.dtype)
@@ -244,10 +255,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         host_adapter_bytes=(pages[-1] + pages[-2]) * page,
         adapter_chunk_bytes=4 * page,
         adapter_step_bytes=8 * page,
+        deterministic=True,
     )
-    deterministic = any(field.name == "deterministic" for field in dataclasses.fields(EngineConfig))
-    if deterministic:
-        options["deterministic"] = True
     settings = EngineConfig(
         dtype=args.dtype,
         max_seqs=args.max_seqs,
@@ -261,7 +270,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     with tempfile.TemporaryDirectory() as root, Engine(model, settings) as engine:
         engine.warm_up(adapters=True, greedy_only=True)
-        engine.warm_up(adapters=False, greedy_only=True)
         soak = Soak(engine, contents, Path(root), args.seed, args.rate)
         began = time.monotonic()
         asyncio.run(soak.run(args.minutes * 60))
@@ -269,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         result = dict(
             shape=args.shape,
             dtype=args.dtype,
-            deterministic=deterministic,
+            deterministic=True,
             minutes=args.minutes,
             seconds=seconds,
             num_pages=num_pages,

@@ -79,6 +79,10 @@ class BatchBuilder:
         self._filled = np.zeros(buckets.max_seqs, np.int32)  # pages in the table
         self._tickets = np.full(buckets.max_seqs, -1, np.int64)  # of the sequence that it is for
 
+    def forget(self) -> None:
+        """Forgets the sequences of earlier steps; those that come may have the same names."""
+        self._tickets[:] = -1
+
     def build(
         self,
         chunks: Sequence[Chunk],
@@ -162,7 +166,7 @@ class BatchBuilder:
         tickets = np.fromiter((c.seq.ticket for c in chunks), np.int64, count)
         if count and rows[0] < 0:  # sequences without a scheduler: nothing is known of them
             rows = np.arange(count, dtype=np.int32)
-            self._tickets[:] = -1
+            self.forget()
         new = self._tickets[rows] != tickets
         self._filled[rows[new]] = 0
         self._tickets[rows] = tickets

@@ -33,8 +33,9 @@ from slora_jax.policies import Quotas, make_policy
 from slora_jax.prefix_cache import prefix_stats
 from slora_jax.progress import progress_bar
 from slora_jax.registry import AdapterRegistry, Contents, shapes_of
+from slora_jax.runner import Runner
 from slora_jax.scheduler import Scheduler
-from slora_jax.startup import make_runner
+from slora_jax.startup import make_runner, take_over
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +57,11 @@ class Engine(EngineRequests, EngineAdapters, EngineEmbeddings):
         config: EngineConfig,
         adapters: Mapping[str, Contents] | None = None,
         parallel: Parallel | None = None,
+        runner: Runner | None = None,
     ):
         """adapters: weights, or files that were checked (AdapterReader.check), by name. parallel: what the model was
-        loaded for; None follows config.tensor_parallel.
+        loaded for; None follows config.tensor_parallel. runner: of an engine of this model that was closed, to use its
+        compiled steps and its pool again; `config` must not ask for more sequences, tokens or pages than it has.
         """
         adapters = adapters or {}
         shapes = shapes_of(adapters)
@@ -76,14 +79,20 @@ class Engine(EngineRequests, EngineAdapters, EngineEmbeddings):
         self._registry = AdapterRegistry()
         for name, adapter in adapters.items():
             self._registry.add(name, adapter)
-        runner = make_runner(
-            model,
-            settings,
-            self.max_model_len,
-            step_options(model.config, settings, shapes, self.parallel),
-            adapters=bool(adapters) or settings.max_lora_rank is not None,
-        )
-        num_pages, buckets = runner.num_pages, runner.builder.buckets
+        if runner is None:
+            runner = make_runner(
+                model,
+                settings,
+                self.max_model_len,
+                step_options(model.config, settings, shapes, self.parallel),
+                adapters=bool(adapters) or settings.max_lora_rank is not None,
+            )
+            num_pages = runner.num_pages
+        else:
+            num_pages = take_over(runner, model, settings, self.max_model_len)
+            for shape in shapes:
+                runner.require_adapters(shape.max_rank, shape.groups)
+        buckets = runner.builder.buckets
         pool = PagePool(num_pages)
         scheduler = Scheduler(
             pool,
@@ -166,17 +175,18 @@ class Engine(EngineRequests, EngineAdapters, EngineEmbeddings):
             )
         return cls(loaded, settings, read, parallel)
 
-    def warm_up(self, *, adapters: bool, greedy_only: bool = False) -> None:
+    def warm_up(self, *, adapters: bool, base: bool = True, greedy_only: bool = False) -> None:
         """Compiles every step shape now, up to the largest rank registered. What is asked meanwhile waits. With
         EngineConfig.warm_up it was done at start, when it leaves the pool more memory.
 
-        adapters: also the shapes of steps in which some request uses an adapter. greedy_only: only those samplers that
-        choose the likeliest token and tell nothing else.
+        adapters: the shapes of steps in which some request uses an adapter. base: those of steps in which none does.
+        greedy_only: only those samplers that choose the likeliest token and tell nothing else.
         Raises CapacityError if a step does not fit in the device's memory.
         """
         with progress_bar("compiling", self.settings.progress) as progress:
-            wanted = dict(adapters=adapters, embeddings=self.settings.embeddings, greedy_only=greedy_only)
-            self._loop.call(lambda: self._core.runner.warm_up(**wanted, progress=progress))
+            kinds: dict[str, Any] = dict(adapters=adapters, base=base, embeddings=self.settings.embeddings)
+            kinds |= dict(greedy_only=greedy_only, progress=progress)
+            self._loop.call(lambda: self._core.runner.warm_up(**kinds))
 
     def longest(self, adapter: str | None = None) -> int:
         """Tokens that a prompt and its answer may have together, as far as the model and the pool go. AdapterError if

@@ -188,9 +188,9 @@ class Programs:
             program = self._samplers[shape] = self._compile_sampler(shape, sampling)
         return program(logits, sampling, last, rows)
 
-    def step_shapes(self, *, adapters: bool, embeddings: bool = False) -> list[StepShape]:
-        """Every shape that a step can have, the largest first; with `adapters`, of steps in which one is used, too;
-        with `embeddings`, of steps whose hidden states are wanted.
+    def step_shapes(self, *, adapters: bool, base: bool = True, embeddings: bool = False) -> list[StepShape]:
+        """Every shape that a step can have, the largest first. adapters: of steps in which one is used. base: of steps
+        in which none is. embeddings: of steps whose hidden states are wanted, too.
         """
         buckets = self.builder.buckets
         sizes = [(buckets.max_seqs, buckets.tokens[-1], buckets.wide_rows, False)]
@@ -198,7 +198,7 @@ class Programs:
         sizes += [(n, n, n, True) for n in reversed(buckets.seqs)]
         if self.builder.deterministic:
             return [StepShape(*sizes[0], True, True), StepShape(*sizes[-1], True)]
-        kinds = [(*size, used) for size in sizes for used in ((True, False) if adapters else (False,))]
+        kinds = [(*size, used) for size in sizes for used in [True] * adapters + [False] * base]
         shapes = [StepShape(*kind) for kind in kinds]
         if embeddings:
             shapes += [dataclasses.replace(shape, hidden=True) for shape in shapes if not shape.decode_only]
@@ -208,14 +208,16 @@ class Programs:
         self,
         *,
         adapters: bool,
+        base: bool = True,
         embeddings: bool = False,
         greedy_only: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        """Compiles all that serving can need, on several threads. adapters, embeddings: see step_shapes. greedy_only:
-        no samplers for anything but the likeliest token, and no steps for log-probabilities of prompts.
+        """Compiles all that serving can need, on several threads. adapters, base, embeddings: see step_shapes.
+        greedy_only: no samplers for anything but the likeliest token, and no steps for log-probabilities of prompts.
         """
-        steps = [s for s in self.step_shapes(adapters=adapters, embeddings=embeddings) if s not in self._steps]
+        shapes = self.step_shapes(adapters=adapters, base=base, embeddings=embeddings)
+        steps = [s for s in shapes if s not in self._steps]
         buckets = self.builder.buckets
         if greedy_only and not self.builder.deterministic:
             steps = [s for s in steps if s.rows < buckets.wide_rows]

@@ -155,6 +155,7 @@ class Runner:
         self,
         *,
         adapters: bool,
+        base: bool = True,
         embeddings: bool = False,
         greedy_only: bool = False,
         progress: Progress | None = None,
@@ -163,7 +164,7 @@ class Runner:
 
         Arguments as in Programs.compile_ahead. Raises CapacityError if a step does not fit in the device's memory.
         """
-        wanted = dict(adapters=adapters, embeddings=embeddings, greedy_only=greedy_only)
+        wanted = dict(adapters=adapters, base=base, embeddings=embeddings, greedy_only=greedy_only)
         self.programs.compile_ahead(**wanted, progress=progress)
         for shape in self.programs.compiled_steps():
             remedy = "set max_step_tokens, max_seqs or page_pool_bytes lower"

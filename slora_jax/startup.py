@@ -7,7 +7,7 @@ import jax
 
 from slora_jax.buckets import Buckets
 from slora_jax.engine_config import ResolvedConfig
-from slora_jax.errors import CapacityError
+from slora_jax.errors import CapacityError, SloraError
 from slora_jax.followers import make_runner as make_leader
 from slora_jax.loading import LoadedModel
 from slora_jax.memory import choose_num_pages, device_memory, fitting_pages, steps_dir
@@ -73,3 +73,25 @@ def make_runner(
     if settings.warm_up:
         runner.warm_up(**ahead)
     return runner
+
+
+def take_over(runner: Runner, model: LoadedModel, settings: ResolvedConfig, max_model_len: int) -> int:
+    """Makes a Runner forget the engine that it belonged to, and says how many of its pages another one may use.
+
+    Raises SloraError naming what the Runner was not made for.
+    """
+    builder = runner.builder
+    if runner.params is not model.params:
+        raise SloraError("the runner was made for another model")
+    for name, wanted, most in (
+        ("max_seqs", settings.max_seqs, builder.buckets.max_seqs),
+        ("max_step_tokens", settings.max_step_tokens, builder.buckets.tokens[-1]),
+        ("max_model_len", max_model_len, builder.max_model_len),
+        ("page_pool_bytes", settings.page_pool_bytes or 0, runner.num_pages * runner.page_bytes),
+    ):
+        if wanted > most:
+            raise SloraError(f"{name} {wanted} is more than the {most} that the runner was made for")
+    if settings.deterministic != builder.deterministic:
+        raise SloraError("the runner was made with another setting of deterministic")
+    builder.forget()
+    return settings.page_pool_bytes // runner.page_bytes if settings.page_pool_bytes else runner.num_pages

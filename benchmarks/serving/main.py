@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 def _twin(args: argparse.Namespace) -> int:
     if args.workload != "trace":
         raise SloraError(f"--twin goes with the workload trace only, not {args.workload}")
-    limits = dict(
+    limits: dict[str, Any] = dict(
         max_seqs=args.max_seqs or 256,
         max_step_tokens=args.max_step_tokens or 2048,
         page_pool_bytes=args.page_pool or _TWIN_POOL,

@@ -13,6 +13,7 @@ import numpy as np
 
 from pallas_kernels.geometry import TILE
 from slora_jax import Adapter, Engine
+from slora_jax.runner import Runner
 from slora_jax.scheduler import Scheduler
 from slora_jax.sequence import Sequence
 from slora_jax.step_plan import StepPlan
@@ -44,6 +45,20 @@ def forget_everything(engine: Engine, adapters: Iterable[Adapter]) -> None:
             prefixes.forget(None)
 
     engine._loop.call(forget)
+
+
+def abort_everything(engine: Engine) -> None:
+    """Ends all requests at once."""
+
+    def abort() -> None:
+        for job in engine._core.jobs():
+            engine._core.end(job, "abort")
+
+    engine._loop.call(abort)
+
+
+def engine_runner(engine: Engine) -> Runner:
+    return engine._core.runner
 
 
 class Compiles:

@@ -1,14 +1,14 @@
 """Plays a trace to an engine in real time, from outside, as its callers would."""
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 import contextlib
 import dataclasses
 import itertools
 import time
 from typing import Any
 
-from benchmarks.serving.probe import Compiles, Probe
+from benchmarks.serving.probe import Compiles, Probe, abort_everything
 from benchmarks.serving.ticker import every
 from slora_jax import Delta, Engine, Request, RequestOutput, SamplingParams, SloraError
 from slora_jax.progress import progress_bar
@@ -48,12 +48,14 @@ def replay(
     title: str = "measuring",
     progress: bool = False,
     sample_seconds: float = 1.0,
+    until: float | None = None,
     during: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> Run:
     """Sends every request at its moment, whatever became of those before it, and waits for all answers.
 
-    prompts: token ids. name: of an adapter by its index. adapter_bytes: of weights, by digest. during: something that
-    goes on meanwhile. Latencies count from the moment the trace names, so that a late sender is not forgiven.
+    prompts: token ids. name: of an adapter by its index. adapter_bytes: of weights, by digest. until: when whatever has
+    not ended is aborted, in seconds of the trace, of which no request may come later. during: something that goes on
+    meanwhile. Latencies count from the moment the trace names, so that a late sender is not forgiven.
     Raises SloraError if a request ends in an error, or if anything was compiled meanwhile.
     """
     requests = [_request(r, prompt, name) for r, prompt in zip(trace, prompts, strict=True)]
@@ -86,6 +88,11 @@ def replay(
         for group in groups:
             time.sleep(max(0.0, start + trace[group[0]].arrival - time.monotonic()))
             waiting.append(pool.submit(engine.generate, [requests[i] for i in group], on_delta=count))
+        if until is not None:
+            time.sleep(max(0.0, start + until - time.monotonic()))
+            while not all(future.done() for future in waiting):  # the last ones may not be queued yet
+                abort_everything(engine)
+                wait(waiting, timeout=0.1)
         outputs = [output for future in waiting for output in future.result()]
     after = engine.stats()
     engine.check_integrity()

@@ -4,22 +4,26 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 from jax import numpy as jnp
 import numpy as np
 
+from benchmarks.ceilings import measure_ceilings
 from benchmarks.serving.probe import adapter_bytes, engine_scheduler, forget_everything
 from benchmarks.serving.replay import Run, replay
 from slora_jax import Adapter, Engine, EngineConfig, Request, SamplingParams
 from slora_jax.adapters import clone, random_adapter
 from slora_jax.cli.workload import check_limits
 from slora_jax.loading import LoadedModel, load_model
+from slora_jax.model_config import ModelConfig
 from slora_jax.progress import progress_bar
 from slora_jax.shapes import named_shape
 from slora_jax.traces import Setting, TraceRequest, prompt_tokens
-from slora_jax.twin import Simulation, ideal_cost, simulate, summarise
+from slora_jax.twin import Ceilings, Simulation, ideal_cost, simulate, summarise
+from slora_jax.twin.cost import ITEM_BYTES
 
 SHARED = (
     "Adapters of one rank share one buffer of weights in host memory. To the engine each is an adapter of its own, "
@@ -31,17 +35,26 @@ def adapter_name(index: int) -> str:
     return f"adapter-{index}"
 
 
+@functools.lru_cache(maxsize=8)
+def _weights(config: ModelConfig, rank: int, targets: tuple[str, ...], dtype: np.dtype) -> Adapter:
+    return random_adapter(config, rank, targets, seed=rank, dtype=dtype)
+
+
 def make_adapters(model: LoadedModel, setting: Setting, count: int) -> dict[str, Adapter]:
     """Adapter i of `count` has rank ``ranks[i % len(ranks)]``; those of one rank share their weights' memory."""
     dtype = model.params["embed"].dtype
-    first = {
-        rank: random_adapter(model.config, rank, setting.targets, seed=rank, dtype=dtype)
-        for rank in sorted(set(setting.ranks[:count]))
-    }
+    first = {rank: _weights(model.config, rank, setting.targets, dtype) for rank in set(setting.ranks[:count])}
     return {adapter_name(i): clone(first[setting.ranks[i % len(setting.ranks)]], i) for i in range(count)}
 
 
 EngineMaker = Callable[[LoadedModel, EngineConfig, Mapping[str, Adapter], contextlib.ExitStack], Engine]
+
+
+def random_model(args: argparse.Namespace, setting: Setting) -> LoadedModel:
+    named_shape(setting.shape)  # an unknown name is told before anything is made
+    dtype = EngineConfig(dtype=args.dtype).resolved().dtype
+    with progress_bar("making the model", not args.quiet) as report:
+        return load_model(f"random:{setting.shape}", dtype=dtype, progress=report)
 
 
 class Session:
@@ -49,7 +62,7 @@ class Session:
 
     adapters: how many. longest: tokens of the longest prompt with its answer. base: whether requests without an adapter
     come too. make: builds the engine, for systems that differ from it; what it changes for the session's time it undoes
-    by the ExitStack. prepare: changes model and adapters before that.
+    by the ExitStack. prepare: changes model and adapters before that. model: None makes one.
     """
 
     def __init__(
@@ -62,6 +75,7 @@ class Session:
         base: bool = False,
         make: EngineMaker = lambda model, config, adapters, stack: Engine(model, config, adapters),
         prepare: Callable[[LoadedModel, dict[str, Adapter]], tuple[LoadedModel, dict[str, Adapter]]] | None = None,
+        model: LoadedModel | None = None,
     ):
         self.args = args
         self.setting = setting
@@ -72,7 +86,6 @@ class Session:
             max_seqs=args.max_seqs,
             max_step_tokens=args.max_step_tokens,
             page_pool_bytes=args.page_pool,
-            max_lora_rank=max(setting.ranks),
             policy=args.policy,
             policy_options=dict(args.policy_option),
             prefix_caching=not args.no_prefix_caching,
@@ -80,9 +93,9 @@ class Session:
             progress=show,
         ).resolved()
         check_limits(config.max_seqs, config.max_step_tokens)
-        named_shape(setting.shape)  # an unknown name is told before anything is made
-        with progress_bar("making the model", show) as report:
-            model = load_model(f"random:{setting.shape}", dtype=config.dtype, progress=report)
+        if model is None:
+            model = random_model(args, setting)
+        self.ceilings = measure_ceilings(config.dtype)  # before the pool takes the memory
         self.adapters = make_adapters(model, setting, adapters)
         if prepare is not None:
             model, self.adapters = prepare(model, self.adapters)
@@ -110,11 +123,8 @@ class Session:
     def _warm_up(self, base: bool) -> None:
         """Compiles everything that a measurement may run: all steps, and what a few real requests need besides."""
         users: list[str | None] = [None] if base else []
-        if self.adapters:
-            self.engine.warm_up(adapters=True, greedy_only=True)
-            users += list(self.adapters)[:3]
-        if base:
-            self.engine.warm_up(adapters=False, greedy_only=True)
+        users += list(self.adapters)[: len(self.setting.ranks)]  # so that weights of each rank are in host memory
+        self.engine.warm_up(adapters=bool(self.adapters), base=base, greedy_only=True)
         sampling = SamplingParams(max_tokens=2, ignore_eos=True)
         for user in users:  # one after another, so that steps with and without adapters both come
             self.engine.generate([Request(prompt_token_ids=[3, 4, 5], adapter=user, sampling=sampling)])
@@ -125,11 +135,12 @@ class Session:
         what: Mapping[str, Any],
         *,
         during: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        until: float | None = None,
         floor: bool = True,
     ) -> tuple[dict[str, Any], Run]:
         """Measures a trace from a cold pool. Returns the point for the result's JSON, and everything else of the run.
 
-        what: names the point. floor: also simulate the trace on the ideal device.
+        what: names the point. until, during: see replay. floor: also simulate the trace on the ideal device.
         """
         forget_everything(self.engine, self.adapters.values())
         prompts = prompt_tokens(trace, self.model.config.vocab_size, self.args.seed)
@@ -142,6 +153,7 @@ class Session:
             adapter_bytes=self.bytes,
             title=title,
             progress=not self.args.quiet,
+            until=until,
             during=during,
         )
         figures = summarise(run.records, self.args.slo)
@@ -163,7 +175,7 @@ class Session:
 
     def floor(self, trace: Sequence[TraceRequest]) -> dict[str, Any]:
         """Figures of the trace on the ideal device, under the same limits and policy."""
-        return floor_figures(self.args, self.setting, trace, **self.limits())
+        return floor_figures(self.args, self.setting, trace, self.ceilings, **self.limits())
 
     def limits(self) -> dict[str, Any]:
         """The engine's, as the twin names them."""
@@ -196,14 +208,18 @@ class Session:
 
 
 def floor_figures(
-    args: argparse.Namespace, setting: Setting, trace: Sequence[TraceRequest], **limits
+    args: argparse.Namespace,
+    setting: Setting,
+    trace: Sequence[TraceRequest],
+    ceilings: Ceilings | None = None,
+    **limits: Any,
 ) -> dict[str, Any]:
-    """The trace on the ideal device: throughput and latencies."""
+    """The trace on the ideal device: throughput and latencies. ceilings: None takes an H200's, in bfloat16."""
     config = named_shape(setting.shape)
     simulation = Simulation(
         config=config,
         setting=setting,
-        cost=ideal_cost(config),
+        cost=ideal_cost(config, ceilings, limits.get("item_bytes", ITEM_BYTES)),
         policy=args.policy,
         policy_options=dict(args.policy_option),
         prefix_caching=not args.no_prefix_caching,
@@ -212,7 +228,11 @@ def floor_figures(
     result = simulate(simulation, trace)
     figures = summarise(result.records, args.slo)
     kept = ("requests_per_second", "steady_requests_per_second", "output_tokens_per_second", "ttft", "tpot", "latency")
-    return dict(device="bytes and operations at one H200's ceilings") | {name: figures[name] for name in kept}
+    device = "this device" if ceilings else "one H200"
+    top = dataclasses.asdict(ceilings or Ceilings())
+    return dict(device=f"bytes and operations at the ceilings of {device}", ceilings=top) | {
+        name: figures[name] for name in kept
+    }
 
 
 def _request_rows(run: Run) -> dict[str, Any]:

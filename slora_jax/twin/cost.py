@@ -134,9 +134,11 @@ class Ceilings:
     host_bytes_per_second: float = 43e9
 
 
-def ideal_cost(config: ModelConfig, ceilings: Ceilings | None = None) -> CostModel:
-    """The floor: bytes and operations in bfloat16 at the device's ceilings, one after another, loads beside them, and
-    nothing else. Real steps take longer. The operations of adapters and of the logits are not counted.
+def ideal_cost(config: ModelConfig, ceilings: Ceilings | None = None, item_bytes: int = ITEM_BYTES) -> CostModel:
+    """The floor: bytes and operations at the device's ceilings, one after another, loads beside them, and nothing else.
+    Real steps take longer. The operations of adapters and of the logits are not counted.
+
+    ceilings: None takes those of an H200 in bfloat16. item_bytes: of a weight, and of an element of keys and values.
     """
     top = ceilings or Ceilings()
     sizes = {name: math.prod(spec.shape) for name, spec in param_specs(config).items()}
@@ -145,9 +147,9 @@ def ideal_cost(config: ModelConfig, ceilings: Ceilings | None = None) -> CostMod
     layers = config.num_layers
     return CostModel(
         name="ideal",
-        weights=read * ITEM_BYTES / top.bytes_per_second,
+        weights=read * item_bytes / top.bytes_per_second,
         token=2 * multiplied / top.operations_per_second,
-        decode_context=2 * layers * config.kv_size * ITEM_BYTES / top.bytes_per_second,
+        decode_context=2 * layers * config.kv_size * item_bytes / top.bytes_per_second,
         prompt_context=4 * layers * config.q_size / top.operations_per_second,
         adapter_byte=1 / top.bytes_per_second,
         load_byte=1 / top.host_bytes_per_second,

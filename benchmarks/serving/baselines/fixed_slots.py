@@ -16,13 +16,20 @@ from slora_jax import Adapter, Engine, EngineConfig, SloraError
 from slora_jax import engine as engine_module
 from slora_jax.loading import LoadedModel
 from slora_jax.page_pool import PagePool
+from slora_jax.runner import Runner
 from slora_jax.traces import Setting
 
 
 def split_engine(
-    model: LoadedModel, config: EngineConfig, adapters: Mapping[str, Adapter], *, slots: int, slot_pages: int
+    model: LoadedModel,
+    config: EngineConfig,
+    adapters: Mapping[str, Adapter],
+    *,
+    slots: int,
+    slot_pages: int,
+    runner: Runner | None = None,
 ) -> Engine:
-    """An engine over a SplitPool."""
+    """An engine over a SplitPool. runner: see Engine."""
 
     def pool(num_pages: int) -> PagePool:
         if slots * slot_pages >= num_pages:
@@ -33,7 +40,7 @@ def split_engine(
         return SplitPool(num_pages, slots, slot_pages)
 
     with mock.patch.object(engine_module, "PagePool", pool):
-        engine = Engine(model, config, adapters)
+        engine = Engine(model, config, adapters, runner=runner)
     scheduler = engine._core.scheduler
     assert isinstance(scheduler.pool, SplitPool)
     scheduler.quotas = SlotQuotas(scheduler.pool)

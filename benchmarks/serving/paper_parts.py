@@ -1,0 +1,151 @@
+"""The points of ``python -m benchmarks.serving.paper``: what is asked, of which system, under which limits."""
+
+import dataclasses
+from typing import Any, Literal
+
+from slora_jax.traces import SETTINGS, Setting, TraceRequest, burst, synthetic_trace
+
+_SEED = 42
+
+Kind = Literal["burst", "load", "rate", "profile"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """Points that share a model and its compiled steps.
+
+    seqs, tokens: sizes of steps, see EngineConfig. By the twin these few give the burst of S2 as much as the engine's
+    own. pool_bytes: of the page pool; None: what the device has. targets, ranks: of the adapters that come.
+    """
+
+    shape: str
+    ranks: tuple[int, ...]
+    seqs: tuple[int, ...] = (32, 128, 192, 256, 512)
+    tokens: tuple[int, ...] = (384, 512, 640, 768, 1024, 1536, 2048)
+    pool_bytes: int | None = None
+
+
+MIXED = Setting("llama-7b", (8, 16, 32, 64, 128))
+
+FAMILIES = {
+    "7b": Family(shape="llama-7b", ranks=SETTINGS["S2"].ranks),
+    "mixed": Family(
+        shape="llama-7b",
+        ranks=MIXED.ranks,
+        seqs=(32, 64, 128, 256),
+        tokens=(256, 512, 1024, 2048),
+        pool_bytes=24 << 30,
+    ),
+    "13b": Family(
+        shape=SETTINGS["S4"].shape,
+        ranks=SETTINGS["S4"].ranks,
+        seqs=(32, 128, 256),
+        tokens=(512, 768, 1024, 2048),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """A point.
+
+    adapters: how many requests choose from; 0: the base model. kind: burst: 1,000 requests at once; load: more than any
+    engine serves, cut off after a while; rate: what the engine keeps up with, to the end; profile: what the GPU does
+    meanwhile. seconds: what it takes, roughly, its engine included. slots: of a system of fixed slots; 0: our own.
+    """
+
+    family: str
+    setting: Setting
+    adapters: int
+    kind: Kind
+    max_seqs: int = 256
+    rate: float = 60.0
+    requests: int = 1000
+    lengths: tuple[int, int] = (8, 512)
+    until: float | None = None
+    window: tuple[float, float] | None = None
+    slots: int = 0
+    seconds: float = 45.0
+
+    def smaller(self, requests: int | None, lengths: tuple[int, int] | None, speed: float) -> "Part":
+        """The same in little: of at most so many requests, of other lengths, so many times as fast."""
+        return dataclasses.replace(
+            self,
+            requests=min(requests or self.requests, self.requests),
+            lengths=lengths or self.lengths,
+            rate=self.rate * speed,
+            until=self.until and self.until / speed,
+            window=self.window and (self.window[0] / speed, self.window[1] / speed),
+            seconds=self.seconds / speed,
+        )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with its answer."""
+        return 2 * (self.lengths[1] - 1)
+
+    def trace(self) -> list[TraceRequest]:
+        options: dict[str, Any] = dict(adapters=self.adapters, rate=self.rate, requests=self.requests)
+        trace = synthetic_trace(**options, lengths=self.lengths, seed=_SEED)
+        if self.kind in ("burst", "profile"):
+            return burst(trace)
+        return [r for r in trace if self.until is None or r.arrival < self.until]
+
+
+def _burst(setting: str, adapters: int, max_seqs: int) -> Part:
+    return Part(family="7b", setting=SETTINGS[setting], adapters=adapters, kind="burst", max_seqs=max_seqs)
+
+
+def _load(setting: str, adapters: int, family: str = "7b") -> Part:
+    """The first 12 s, in which the first requests start together, are left out, and nobody waits for the last ones."""
+    return Part(
+        family=family,
+        setting=SETTINGS[setting],
+        adapters=adapters,
+        kind="load",
+        requests=1680,
+        until=28.0,
+        window=(12.0, 28.0),
+        seconds=34.0,
+    )
+
+
+def _mixed(slots: int) -> Part:
+    return Part(
+        family="mixed", setting=MIXED, adapters=400, kind="rate", rate=16.0, requests=400, slots=slots, seconds=60.0
+    )
+
+
+PARTS = {
+    "burst S2 n=200, 256 running": _burst("S2", 200, 256),
+    "profile S2 n=200, 256 running": Part(
+        family="7b",
+        setting=SETTINGS["S2"],
+        adapters=200,
+        kind="profile",
+        requests=700,
+        until=9.5,
+        seconds=18.0,
+    ),
+    "load S2 n=2000": _load("S2", 2000),
+    "load S2 n=5": _load("S2", 5),
+    "burst S2 n=200, 512 running": _burst("S2", 200, 512),
+    "burst S1 n=200, 256 running": _burst("S1", 200, 256),
+    "burst base, 256 running": _burst("S2", 0, 256),
+    "rate 10 S2 n=2000": Part(
+        family="7b", setting=SETTINGS["S2"], adapters=2000, kind="rate", rate=10.0, requests=250, seconds=38.0
+    ),
+    "load base": _load("S2", 0),
+    "load S1 n=2000": _load("S1", 2000),
+    "load S1 n=5": _load("S1", 5),
+    "load S2 n=100": _load("S2", 100),
+    "load S2 n=1000": _load("S2", 1000),
+    "burst S1 n=200, 512 running": _burst("S1", 200, 512),
+    "burst base, 512 running": _burst("S2", 0, 512),
+    "mixed ranks, 24 GiB, unified": _mixed(0),
+    "mixed ranks, 24 GiB, 32 fixed slots": _mixed(32),
+    "mixed ranks, 24 GiB, 64 fixed slots": _mixed(64),
+    "load S4 n=100": _load("S4", 100, "13b"),
+    "load S4 n=1000": _load("S4", 1000, "13b"),
+}
+"""In order of importance; those of a family stand together, because each family compiles."""

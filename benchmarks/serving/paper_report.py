@@ -1,0 +1,93 @@
+"""Floors and a table for the results of ``python -m benchmarks.serving.paper``. Needs no GPU."""
+
+from collections.abc import Mapping
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.serving.paper_parts import PARTS, Part
+from benchmarks.serving.window import window_figures
+from slora_jax.shapes import named_shape
+from slora_jax.traces import Setting
+from slora_jax.twin import Ceilings, Simulation, ideal_cost, simulate, summarise
+
+_OF = {
+    "load S2 n=2000": ("load S2 n=5", "load base"),
+    "load S1 n=2000": ("load S1 n=5", "load base"),
+    "mixed ranks, 24 GiB, unified": ("mixed ranks, 24 GiB, 32 fixed slots", "mixed ranks, 24 GiB, 64 fixed slots"),
+}
+"""Parts and those whose throughput theirs is compared with."""
+
+
+def rate(point: Mapping[str, Any]) -> float:
+    """Requests/s: of the window where there is one, else of the whole."""
+    return (point.get("window") or dict(by_tokens=point["figures"]["requests_per_second"]))["by_tokens"]
+
+
+def floor(point: Mapping[str, Any], part: Part) -> dict[str, Any]:
+    """The same trace on a device that does nothing but move the bytes and compute the operations, at the ceilings that
+    were measured on the real one.
+    """
+    setting = Setting(**{k: tuple(v) if isinstance(v, list) else v for k, v in point["setting"].items()})
+    config, limits = named_shape(setting.shape), point["limits"]
+    simulation = Simulation(
+        config=config,
+        setting=setting,
+        cost=ideal_cost(config, Ceilings(**point["started"]["ceilings"]), limits["item_bytes"]),
+        log_steps=True,
+        **limits,
+    )
+    result = simulate(simulation, part.trace())
+    found = summarise(result.records)
+    kept = dict(requests_per_second=found["requests_per_second"], ttft=found["ttft"])
+    if part.window:
+        kept["window"] = window_figures(result.records, result.steps, *part.window)
+    return kept
+
+
+def report(path: Path) -> None:
+    """Adds what is missing to a file of results, and shows it."""
+    result = json.loads(path.read_text())
+    points, lengths = result["parts"], result["lengths"] and tuple(result["lengths"])
+    for name, point in points.items():
+        if "error" not in point and "floor" not in point and not PARTS[name].slots and PARTS[name].kind != "profile":
+            point["floor"] = floor(point, PARTS[name].smaller(result["requests"], lengths, result["speed"]))
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    for family, started in {PARTS[n].family: p["started"] for n, p in points.items() if "started" in p}.items():
+        print(f"{family}: {_start(started)}")
+    print(f"\n{'':38} {'req/s':>6} {'floor':>6} {'of it':>5}  {'TTFT p50':>8} {'p99':>7}  {'SLO':>5}  {'running':>7}")
+    for name, point in points.items():
+        if "error" in point:
+            print(f"{name:38} {point['error']}")
+            continue
+        figures, best = (
+            point["figures"],
+            rate(point["floor"] | dict(figures=point["floor"])) if "floor" in point else None,
+        )
+        share = f"{best:6.1f} {rate(point) / best:5.2f}" if best else " " * 12
+        ttft = figures["ttft"] or dict(p50=float("nan"), p99=float("nan"))
+        print(
+            f"{name:38} {rate(point):6.2f} {share}  {ttft['p50']:8.3f} {ttft['p99']:7.3f}  "
+            f"{figures['slo_attainment']:5.3f}  {point['most_running']:7d}"
+        )
+        if profile := point.get("profile"):
+            print(
+                f"{'':38} GPU idle {profile['idle']:.2%} of {profile['seconds']:.2f} s; longest gaps in µs: "
+                f"{profile['longest_gaps_us']}"
+            )
+    print()
+    for name, others in _OF.items():
+        for other in others:
+            mine, theirs = ((rate(p) if "figures" in p else 0.0) for p in (points.get(name, {}), points.get(other, {})))
+            if mine and theirs:
+                print(f"{name} / {other}: {mine / theirs:.3f}")
+
+
+def _start(started: Mapping[str, Any]) -> str:
+    top = started["ceilings"]
+    return (
+        f"{started['device']}, copy {top['bytes_per_second'] / 1e12:.2f} TB/s, matrix products "
+        f"{top['operations_per_second'] / 1e12:.0f} TFLOP/s, from host {top['host_bytes_per_second'] / 1e9:.0f} GB/s; "
+        f"model {started['model_seconds']:.0f} s, {started['programs']} programs {started['compile_seconds']:.0f} s, "
+        f"first token {started['process_seconds_at_first_token']:.0f} s after the process began"
+    )

@@ -1,0 +1,29 @@
+"""What a run did between two moments: the steady state of a load that no engine keeps up with."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from slora_jax.twin import Record, StepLog
+
+
+def window_figures(records: Sequence[Record], steps: StepLog, start: float, end: float) -> dict[str, Any]:
+    """Rates between the seconds `start` and `end` of a run, in which there must always have been requests waiting.
+
+    requests_per_second: answers that ended, which a few hundred answers of random lengths leave uncertain by a few per
+    cent. by_tokens: the tokens that were computed, over those of the mean request; less uncertain.
+    """
+    seconds = end - start
+    done = sum(r.finished is not None and start <= r.finished < end for r in records)
+    work = [w for at, w in zip(steps.ends, steps.work, strict=True) if start <= at < end]
+    prompt, decode = sum(w.prompt_tokens for w in work), sum(w.decode_tokens for w in work)
+    mean = sum(r.request.prompt_len + r.request.output_len - 1 for r in records) / max(len(records), 1)
+    return dict(
+        start=start,
+        end=end,
+        requests_per_second=done / seconds,
+        by_tokens=(prompt + decode) / mean / seconds if mean else 0.0,
+        prompt_tokens_per_second=prompt / seconds,
+        decode_tokens_per_second=decode / seconds,
+        steps=len(work),
+        sequences=sum(w.sequences for w in work) / max(len(work), 1),
+    )

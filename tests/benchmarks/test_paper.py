@@ -1,0 +1,95 @@
+"""``python -m benchmarks.serving.paper`` on a tiny model: points share compiled steps; figures are what they say."""
+
+import json
+
+import pytest
+
+from benchmarks.ceilings import measure_ceilings
+from benchmarks.serving import paper
+from benchmarks.serving.idle import idle_figures
+from benchmarks.serving.paper_parts import FAMILIES, PARTS
+from benchmarks.serving.window import window_figures
+from slora_jax.traces import TraceRequest
+from slora_jax.twin import Record, StepLog, StepWork
+
+SMALL = "--shape tiny-llama --lengths 4,32 --page-pool 60000000 --seqs 8 --tokens 64 --speed 20".split()
+
+
+def run(path, *options: str) -> dict:
+    paper.main(["--json", str(path), *SMALL, *options])
+    return json.loads(path.read_text())
+
+
+def test_points_share_what_was_compiled(tmp_path, capsys):
+    path = tmp_path / "out.json"
+    result = run(path, "--requests", "16", "--only", "load S2 n=5", "--budget", "100000")
+    (point,) = result["parts"].values()
+    assert point["started"]["programs"] == 2 and point["compiles"] == 0
+    assert point["started"]["process_seconds_at_first_token"] > point["started"]["compile_seconds"]
+    result = run(path, "--requests", "16", "--only", "load S2 n=5,24 GiB", "--budget", "100000")
+    parts = result["parts"]
+    assert parts["load S2 n=5"] == point  # not measured again
+    mixed = {name: part for name, part in parts.items() if "mixed" in name}
+    assert len(mixed) == 3 and all(p["figures"]["finished"] == 16 for p in mixed.values())
+    assert [p["slots"] for p in mixed.values()] == [0, 32, 64]
+    paper.main(["--json", str(path), "--report"])
+    text = capsys.readouterr().out
+    assert "mixed ranks, 24 GiB, unified / mixed ranks, 24 GiB, 32 fixed slots" in text
+    floors = {name: part.get("floor") for name, part in json.loads(path.read_text())["parts"].items()}
+    assert floors["mixed ranks, 24 GiB, 32 fixed slots"] is None
+    assert floors["mixed ranks, 24 GiB, unified"]["requests_per_second"] > 16
+
+
+def test_nothing_begins_when_the_time_is_up(tmp_path, capsys):
+    path = tmp_path / "out.json"
+    paper.main(["--json", str(path), *SMALL, "--budget", "1"])
+    assert capsys.readouterr().out.count("no time for") == len(PARTS) and not path.exists()
+
+
+def test_results_of_other_settings_are_kept(tmp_path):
+    path = tmp_path / "out.json"
+    path.write_text(json.dumps(dict(shape="tiny-gqa", parts={})))
+    with pytest.raises(SystemExit, match="holds results of other settings"):
+        run(path)
+
+
+def test_parts_of_a_family_stand_together():
+    families = [part.family for part in PARTS.values()]
+    assert sorted(set(families), key=families.index) == [f for i, f in enumerate(families) if families[i - 1] != f]
+    for part in PARTS.values():
+        assert (
+            max(part.setting.ranks) <= max(FAMILIES[part.family].ranks)
+            and part.max_seqs <= FAMILIES[part.family].seqs[-1]
+        )
+
+
+def test_a_load_is_cut_off():
+    trace = PARTS["load S2 n=5"].trace()
+    assert 1600 < len(trace) <= 1680 and max(r.arrival for r in trace) < 28
+
+
+def test_idle_is_the_time_between_kernels():
+    kernels = [(1000, 2000), (5000, 9000), (1500, 3000), (108_000, 109_000), (6000, 7000)]
+    epoch = 1_700_000_000_000_000_000
+    figures = idle_figures([(epoch + begin, epoch + end) for begin, end in kernels])
+    assert figures["seconds"] == pytest.approx(108e-6, rel=1e-9) and figures["kernels"] == 5
+    assert figures["idle"] == pytest.approx(101 / 108, rel=1e-9) and figures["gaps"] == 1
+    assert figures["longest_gaps_us"] == pytest.approx([99], abs=0.06)
+    assert idle_figures([]) is None
+
+
+def test_a_window_counts_what_ended_in_it():
+    records = [Record(TraceRequest(0.0, None, 10, 11), 0.0, 0.5, float(end)) for end in (1, 2, 3, 9)]
+    records.append(Record(TraceRequest(0.0, None, 10, 11), aborted=True))
+    steps = StepLog()
+    for end in range(10):
+        steps.add(end, 1.0, StepWork(decode_tokens=4, prompt_tokens=6, sequences=5))
+    figures = window_figures(records, steps, 2.0, 6.0)
+    assert figures["requests_per_second"] == 0.5 and figures["steps"] == 4 and figures["sequences"] == 5
+    assert figures["by_tokens"] == 4 * 10 / 20 / 4
+
+
+def test_ceilings_are_measured():
+    ceilings = measure_ceilings("float32")
+    assert 1e8 < ceilings.bytes_per_second < 1e14 and 1e8 < ceilings.operations_per_second < 1e16
+    assert 1e7 < ceilings.host_bytes_per_second < 1e14 and measure_ceilings("float32") is ceilings
