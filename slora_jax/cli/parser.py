@@ -310,6 +310,9 @@ def _engine_options(parser: argparse.ArgumentParser) -> None:
         help="of adapters that are copied at most before a step in which other requests run (default: 128M)",
     )
     group.add_argument(
+        "--deterministic", action="store_true", help="the same answers bit for bit whatever else runs; slower"
+    )
+    group.add_argument(
         "--tp", type=int, metavar="N", default=1, help="devices that the model is spread over (default: 1)"
     )
     group.add_argument(
