@@ -157,6 +157,13 @@ def _serve(commands) -> None:
         metavar="DIR",
         help="directory under which POST /v1/load_lora_adapter may name adapters (default: the call is refused)",
     )
+    adapters.add_argument(
+        "--max-loads-per-minute",
+        type=float,
+        default=600.0,
+        metavar="X",
+        help="calls that load adapters before they get 429 (default: 600)",
+    )
     adapters.add_argument("--registry", metavar="FILE", help="remembers what was loaded and unloaded over HTTP")
     adapters.add_argument("--max-lora-rank", type=int, metavar="N", help="largest rank (default: as adapters come)")
     access = parser.add_argument_group("callers")
