@@ -17,7 +17,7 @@ def main() -> None:
     enough = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.read(), enough.set()), daemon=True).start()
     took: list[float] = []
-    while not enough.wait(0.02):
+    while not enough.wait(0.05):
         start = time.monotonic()
         connection.request("GET", "/health")
         response = connection.getresponse()
