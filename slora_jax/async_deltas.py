@@ -13,6 +13,8 @@ import weakref
 from slora_jax.jobs import Job, Sink
 from slora_jax.requests import Delta, RequestOutput
 
+_AT_ONCE = 64  # pieces handed out before the loop looks after its connections again
+
 
 class _Mailbox:
     """What one thread has for an event loop. The loop is woken once for all that has gathered until it gets there."""
@@ -34,9 +36,12 @@ class _Mailbox:
 
     def _hand_out(self) -> None:
         self._called = False
-        while self._items:
+        for _ in range(min(len(self._items), _AT_ONCE)):
             reader, index, delta = self._items.popleft()
             reader.put(index, delta)
+        if self._items and (loop := self._loop()) is not None:
+            self._called = True
+            loop.call_soon(self._hand_out)
 
 
 _mailboxes: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Mailbox]" = weakref.WeakKeyDictionary()
@@ -90,6 +95,11 @@ class AsyncDeltas:
     def outputs(self) -> list[RequestOutput]:
         """One for each request; they are complete when the iteration has ended."""
         return [job.output for job in self._jobs]
+
+    @property
+    def ended(self) -> bool:
+        """Whether all answers have been taken to their ends."""
+        return not self._open
 
     async def take(self) -> list[tuple[int, Delta]]:
         """All pieces that have come since the last call, at least one; none after the last answer's end."""

@@ -15,6 +15,8 @@ from slora_jax.jobs import Job, Sink
 from slora_jax.progress import progress_bar
 from slora_jax.requests import Delta, Request, RequestOutput
 
+_QUICK_TOKENS = 8192  # of prompts, which are checked in less than a millisecond
+
 
 class EngineRequests:
     """Runs, streams, aborts and lists requests. A base class of Engine."""
@@ -78,17 +80,21 @@ class EngineRequests:
         def make_jobs(sink: Callable[[int], Sink]) -> list[Job]:
             return [self._admission.job(r, sink(i)) for i, r in enumerate(requests)]
 
-        return await self._astart(make_jobs, ends_only)
+        return await self._astart(make_jobs, ends_only, _is_quick(requests))
 
-    async def _astart(self, make_jobs: Callable[[Callable[[int], Sink]], list[Job]], ends_only: bool) -> AsyncDeltas:
-        """make_jobs: checks requests and makes jobs, given the sink of each by its number; on a worker thread."""
+    async def _astart(
+        self, make_jobs: Callable[[Callable[[int], Sink]], list[Job]], ends_only: bool, quick: bool = False
+    ) -> AsyncDeltas:
+        """make_jobs: checks requests and makes jobs, given the sink of each by its number; on a worker thread, which
+        costs more than it does itself if it is quick.
+        """
 
         def abort(request_id: str) -> None:
             with contextlib.suppress(SloraError):  # a closed engine has aborted it already
                 self._loop.submit(lambda: self._abort(request_id))
 
         deltas = AsyncDeltas(abort, ends_only)
-        jobs = await asyncio.to_thread(make_jobs, deltas.sink)
+        jobs = make_jobs(deltas.sink) if quick else await asyncio.to_thread(make_jobs, deltas.sink)
         deltas.follow(jobs)
         try:
             await asyncio.wrap_future(self._loop.submit(lambda: self._start(jobs)))
@@ -141,3 +147,13 @@ class EngineRequests:
         for job in jobs:
             self._core.end(job, "abort")
         return bool(jobs)
+
+
+def _is_quick(requests: Sequence[Request | str]) -> bool:
+    """Whether there is nothing to tokenise, to compile or to go through that would take long."""
+    tokens = 0
+    for request in requests:
+        if isinstance(request, str) or request.prompt_token_ids is None or request.sampling.structured is not None:
+            return False
+        tokens += len(request.prompt_token_ids)
+    return tokens <= _QUICK_TOKENS

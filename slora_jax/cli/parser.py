@@ -157,6 +157,13 @@ def _serve(commands) -> None:
         metavar="DIR",
         help="directory under which POST /v1/load_lora_adapter may name adapters (default: the call is refused)",
     )
+    adapters.add_argument(
+        "--max-loads-per-minute",
+        type=float,
+        default=600.0,
+        metavar="X",
+        help="calls that load adapters before they get 429 (default: 600)",
+    )
     adapters.add_argument("--registry", metavar="FILE", help="remembers what was loaded and unloaded over HTTP")
     adapters.add_argument("--max-lora-rank", type=int, metavar="N", help="largest rank (default: as adapters come)")
     access = parser.add_argument_group("callers")
@@ -308,6 +315,9 @@ def _engine_options(parser: argparse.ArgumentParser) -> None:
         type=byte_size,
         metavar="SIZE",
         help="of adapters that are copied at most before a step in which other requests run (default: 128M)",
+    )
+    group.add_argument(
+        "--deterministic", action="store_true", help="the same answers bit for bit whatever else runs; slower"
     )
     group.add_argument(
         "--tp", type=int, metavar="N", default=1, help="devices that the model is spread over (default: 1)"

@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
         registry=_path(args.registry),
         api_keys=_path(args.api_keys),
         allow_anonymous=args.allow_anonymous,
+        max_loads_per_minute=args.max_loads_per_minute,
         max_queue=args.max_queue,
         max_answer_tokens=args.max_answer_tokens,
         warm_up=not args.no_warm_up,

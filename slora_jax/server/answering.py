@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 import contextlib
-import itertools
 from typing import Any, Self
 
 from starlette.requests import Request as HttpRequest
@@ -81,6 +80,7 @@ class Answers:
         self.id = f"{kind}-{request.state.request_id}"
         self._log: dict[str, Any] = request.state.log
         self._deltas: AsyncDeltas | None = None
+        self.outputs: Sequence[RequestOutput] = ()  # one for each prompt; complete when the iteration has ended
         self._places = contextlib.ExitStack()
 
     async def start(
@@ -128,6 +128,7 @@ class Answers:
             if isinstance(error, RequestError | CapacityError):
                 raise bad_request(error, "prompt") from None
             raise
+        self.outputs = self._deltas.outputs
         if self._adapter is not None:
             self._service.adapters.touch(self._adapter)
         return self
@@ -145,38 +146,34 @@ class Answers:
             return
         deltas.close()
         self._places.close()
-        for output in deltas.outputs:
+        for output in self.outputs:
             self._service.finished(output, self._tenant)
-        timings = [output.timings for output in deltas.outputs]
+        timings = [output.timings for output in self.outputs]
         self._log |= dict(
-            prompt_tokens=sum(len(output.prompt_token_ids) for output in deltas.outputs),
-            answer_tokens=sum(len(c.token_ids) for output in deltas.outputs for c in output.completions),
+            prompt_tokens=sum(len(output.prompt_token_ids) for output in self.outputs),
+            answer_tokens=sum(len(c.token_ids) for output in self.outputs for c in output.completions),
             queue_seconds=max((round(t.scheduled - t.arrival, 4) for t in timings if t.scheduled), default=None),
             ttft_seconds=max((round(t.ttft, 4) for t in timings if t.ttft), default=None),
         )
-
-    @property
-    def outputs(self) -> list[RequestOutput]:
-        """One for each prompt; complete when the iteration has ended."""
-        assert self._deltas is not None  # between start and close
-        return self._deltas.outputs
 
     async def pieces(self) -> AsyncGenerator[list[tuple[int, Delta]]]:
         """(index of the prompt, Delta), as many at a time as have come. ApiError if an answer failed."""
         deltas = self._deltas
         while deltas is not None and (batch := await deltas.take()):
-            good = list(itertools.takewhile(lambda item: item[1].finish_reason not in ("error", "abort"), batch))
-            if good:
-                yield good
-            if len(good) < len(batch):
-                index, failed = batch[len(good)]
+            if deltas.ended:  # who reads the end may ask again at once, and finds the place free
+                self.close()
+            bad = next((i for i, (_, delta) in enumerate(batch) if delta.finish_reason in ("error", "abort")), None)
+            if bad != 0:
+                yield batch[:bad]
+            if bad is not None:
+                index, failed = batch[bad]
                 completion = self.outputs[index].completions[failed.index]
                 if completion.finish_reason == "error":
                     error = self._service.adapters.without_paths(completion.error)
                     raise ApiError(500, error or "the answer failed", code="generation_failed")
                 raise ApiError(503, "the answer was cut short by the server", code="aborted", retry_after=1)
 
-    async def collect(self) -> list[RequestOutput]:
+    async def collect(self) -> Sequence[RequestOutput]:
         """Waits for the ends of all answers."""
         async for _ in self.pieces():
             pass

@@ -22,7 +22,8 @@ class ServerConfig:
     max_prompts, max_completions: prompts in a call, and prompts times n. max_answer_tokens: tokens of an answer.
     max_inputs: inputs in a call for embeddings, of which max_prompts are computed at a time.
     max_queue: completions that wait for the engine, beyond what it runs at once, before callers are sent away with 429.
-    max_adapters: adapters registered at the same time.
+    max_adapters: adapters registered at the same time. max_loads_per_minute: calls that load an adapter, each of which
+        reads one whole.
     warm_up: compile every step shape after the adapters were read and before the first call is taken.
     traces: send OpenTelemetry traces.
     drain_seconds: how long a shutdown waits for answers in flight.
@@ -47,6 +48,7 @@ class ServerConfig:
     max_answer_tokens: int = 4096
     max_queue: int = 256
     max_adapters: int = 200_000
+    max_loads_per_minute: float = 600.0
     warm_up: bool = False
     traces: bool = False
     drain_seconds: float = 30.0
@@ -57,7 +59,7 @@ class ServerConfig:
                 raise SloraError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_queue < 0:
             raise SloraError(f"max_queue must be 0 or more, not {self.max_queue}")
-        for name in ("scan_seconds", "header_seconds", "body_seconds", "write_seconds"):
+        for name in ("scan_seconds", "header_seconds", "body_seconds", "write_seconds", "max_loads_per_minute"):
             if not getattr(self, name) > 0:
                 raise SloraError(f"{name} must be above 0, not {getattr(self, name)}")
         for name in ("adapters", "load_root"):

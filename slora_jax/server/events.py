@@ -3,9 +3,9 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
 import contextlib
-import json
 from typing import Any
 
+import pydantic_core
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -13,13 +13,19 @@ from starlette.types import Receive, Scope, Send
 from slora_jax.server.errors import ApiError
 
 
-def event(data: dict[str, Any] | str) -> bytes:
+def event(data: dict[str, Any]) -> bytes:
     """A server-sent event."""
-    text = data if isinstance(data, str) else to_json(data)
-    return b"data: " + text.encode() + b"\n\n"
+    return b"data: " + to_json(data) + b"\n\n"
 
 
-to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+DONE = b"data: [DONE]\n\n"
+
+
+def to_json(data: dict[str, Any]) -> bytes:
+    """Compact JSON. pydantic's writer takes a fourth of the time of the standard library's, and there is an event for
+    every token.
+    """
+    return pydantic_core.to_json(data, inf_nan_mode="null")
 
 
 class EventStream(Response):
@@ -46,27 +52,52 @@ class EventStream(Response):
             self._close()
 
     async def _pump(self, send: Send) -> None:
-        loop = asyncio.get_running_loop()
-
-        async def write(body: bytes, more: bool = True) -> None:
-            limit.reschedule(loop.time() + self._write_seconds)
-            try:
-                await send({"type": "http.response.body", "body": body, "more_body": more})
-            except OSError:
-                raise ClientDisconnect from None
-            limit.reschedule(None)
-
         try:
             async with asyncio.timeout(None) as limit, contextlib.aclosing(self._events) as events:
+                patience = _Patience(self._write_seconds, limit)
                 try:
                     async for item in events:
                         if item:
-                            await write(item)
+                            await patience.write(send, item)
+                    await patience.write(send, b"", more=False)
                 except ApiError as error:
-                    await write(event(error.body()))
-                await write(b"", more=False)
+                    await patience.write(send, event(error.body()), more=False)
+                finally:
+                    patience.end()
         except TimeoutError:  # it does not read
             raise ClientDisconnect from None
+
+
+class _Patience:
+    """Writes to a client, and lets `limit` end once a write has taken `seconds`. One timer looks at that now and then:
+    to set one for every token would take as long as the writing.
+    """
+
+    def __init__(self, seconds: float, limit: asyncio.Timeout):
+        self._seconds = seconds
+        self._limit = limit
+        self._loop = asyncio.get_running_loop()
+        self._began: float | None = None  # the write under way
+        self._timer = self._loop.call_later(seconds, self._look)
+
+    async def write(self, send: Send, body: bytes, more: bool = True) -> None:
+        self._began = self._loop.time()
+        try:
+            await send({"type": "http.response.body", "body": body, "more_body": more})
+        except OSError:
+            raise ClientDisconnect from None
+        self._began = None
+
+    def end(self) -> None:
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        since = now if self._began is None else self._began
+        if now - since >= self._seconds:
+            self._limit.reschedule(now)
+        else:
+            self._timer = self._loop.call_at(since + self._seconds, self._look)
 
 
 async def unless_gone[T](receive: Receive, work: Coroutine[Any, Any, T]) -> T:

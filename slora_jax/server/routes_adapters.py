@@ -23,6 +23,12 @@ async def load_lora_adapter(body: LoadAdapterBody, request: Request, service: Se
     """Loads an adapter that lies under the server's --load-root."""
     service.check_accepting()
     log_field(request, adapter=body.lora_name[:200])
+    if seconds := service.loads.wait(1):
+        most = service.config.max_loads_per_minute
+        raise ApiError(
+            429, f"this server loads {most:g} adapters a minute", code="rate_limit_exceeded", retry_after=seconds
+        )
+    service.loads.take(1)
     try:
         # not cancelled when the client leaves: an adapter is there, or it is not
         await asyncio.to_thread(service.adapters.load, body.lora_name, body.lora_path, body.load_inplace)

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from slora_jax.server.answering import Answers, choose_adapter, encode_chat, encode_prompts, tokenizer_of
 from slora_jax.server.depends import ServiceDep, TenantDep, log_field
-from slora_jax.server.events import EventStream, answer_unless_gone, event
+from slora_jax.server.events import DONE, EventStream, answer_unless_gone, event
 from slora_jax.server.logprobs import TokenTexts
 from slora_jax.server.openai_format import ChatFormat, CompletionFormat
 from slora_jax.server.sampling import chat_params, completion_params, room_for
@@ -46,15 +46,16 @@ async def chat_completions(body: ChatBody, request: Request, service: ServiceDep
 
     async def pieces() -> AsyncGenerator[bytes]:
         begun = False
+        output = answers.outputs[0]
         async for batch in answers.pieces():
-            chunks = [written.chunk(delta, answers.outputs[0]) for _, delta in batch]
+            chunks = [written.chunk(delta, output) for _, delta in batch]
             if not begun:  # not before: which contents answer may only be known now
-                chunks.insert(0, written.first(answers.outputs[0]))
+                chunks.insert(0, written.first(output))
                 begun = True
             yield b"".join(event(_no_usage(body, chunk)) for chunk in chunks if chunk)
         if body.stream_options and body.stream_options.include_usage:
-            yield event(written.usage_chunk(answers.outputs))
-        yield event("[DONE]")
+            yield event(written.usage_chunk([output]))
+        yield DONE
 
     if not body.stream:
         return await answer_unless_gone(request, whole())
@@ -91,7 +92,7 @@ async def completions(body: CompletionBody, request: Request, service: ServiceDe
             yield b"".join(event(_no_usage(body, chunk)) for chunk in chunks if chunk)
         if body.stream_options and body.stream_options.include_usage:
             yield event(written.usage_chunk(answers.outputs, score_only))
-        yield event("[DONE]")
+        yield DONE
 
     if not body.stream:
         return await answer_unless_gone(request, whole())

@@ -43,7 +43,7 @@ async def generate_stream(body: SloraBody, request: Request, service: ServiceDep
         token = _token(delta.logprobs[-1], delta.text) if delta.logprobs else None
         finished = delta.finish_reason is not None
         data = {"token": token, "generated_text": None, "finished": finished, "details": None}
-        return b"data:" + to_json(data).encode() + b"\n\n"
+        return b"data:" + to_json(data) + b"\n\n"
 
     async def pieces() -> AsyncGenerator[bytes]:
         async for batch in answers.pieces():

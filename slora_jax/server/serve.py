@@ -1,8 +1,10 @@
 """The server's process: it listens at once, loads the engine meanwhile, and drains when it is told to stop."""
 
 import asyncio
+import gc
 import logging.config
 import socket
+import sys
 from types import FrameType
 
 import uvicorn
@@ -14,12 +16,16 @@ from slora_jax.server.service import Service
 
 logger = logging.getLogger(__name__)
 
+# For which a thread may keep Python to itself while others want it; Python's own 5 ms are longer than an engine's whole
+# work for a step, and the event loop and the engine's thread need Python often and briefly.
+_SWITCH_SECONDS = 0.0005
+
 
 class Server(uvicorn.Server):
     """uvicorn with a service. The first signal drains it and the second ends it at once."""
 
-    def __init__(self, service: Service, *, log_level: str | None = "INFO"):
-        """log_level: None leaves logging alone."""
+    def __init__(self, service: Service, *, log_level: str | None = "INFO", alone: bool = False):
+        """log_level: None leaves logging alone. alone: the process is the server's own, and set up for it."""
         config = service.config
         super().__init__(
             uvicorn.Config(
@@ -32,11 +38,13 @@ class Server(uvicorn.Server):
                 access_log=False,
                 log_config=log_config(log_level) if log_level else None,
                 server_header=False,
+                proxy_headers=False,  # nothing here depends on where a call comes from
                 timeout_graceful_shutdown=5,
                 h11_max_incomplete_event_size=64 << 10,
             )
         )
         self._service = service
+        self._alone = alone
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
         self._stopping = False
@@ -75,6 +83,8 @@ class Server(uvicorn.Server):
         if loading.done() and loading.exception() is not None:
             self.failure = loading.exception()
         else:
+            if self._alone:
+                _settle()
             await stopping
             await self._service.drain()
             await self._service.close()  # what is left ends now, and its callers are told
@@ -94,4 +104,12 @@ def run(service: Service, *, log_level: str = "INFO") -> None:
 
 
 async def _run(service: Service, log_level: str) -> None:
-    await Server(service, log_level=log_level).serve()
+    await Server(service, log_level=log_level, alone=True).serve()
+
+
+def _settle() -> None:
+    """Sets the process up for serving, now that the engine is loaded."""
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    # what there is now stays; to look through all of it for garbage again and again would stop everybody for a while
+    gc.collect()
+    gc.freeze()

@@ -13,6 +13,7 @@ from slora_jax.server.adapter_manager import AdapterManager
 from slora_jax.server.config import ServerConfig
 from slora_jax.server.errors import ApiError
 from slora_jax.server.metrics import Metrics, Snapshot
+from slora_jax.server.rates import TokenBucket
 from slora_jax.server.tenants import Tenant, Tenants
 from slora_jax.server.tracing import Tracing
 
@@ -37,6 +38,7 @@ class Service:
         self.tracing = Tracing() if config.traces else None
         self.started = int(time.time())
         self.in_flight = 0  # completions
+        self.loads = TokenBucket(config.max_loads_per_minute)
         self._make_engine = make_engine
         self._engine: Engine | None = None
         self._adapters: AdapterManager | None = None

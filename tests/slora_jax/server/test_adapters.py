@@ -134,6 +134,19 @@ def test_loading_and_unloading_as_vllms_clients_do(serving, tmp_path, make_adapt
     asyncio.run(main())
 
 
+def test_the_rate_of_loading_is_bounded(serving, tmp_path, make_adapter):
+    make_adapter(tmp_path / "root" / "a")
+
+    async def main():
+        async with serving(load_root=tmp_path / "root", max_loads_per_minute=2) as (client, _):
+            got = [await load(client, f"x{i}", "a") for i in range(3)]
+            assert [response.status_code for response in got] == [200, 200, 429]
+            assert 1 <= int(got[2].headers["retry-after"]) <= 30
+            assert await answer(client, "x1") != "404" == await answer(client, "x2")
+
+    asyncio.run(main())
+
+
 def test_pinning_and_prefetching(serving):
     async def main():
         async with serving() as (client, service):

@@ -289,3 +289,37 @@ def test_a_server_that_is_loading_says_so(engine, adapters):
         assert answer.json()["error"]["code"] == "loading"
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/generate_stream"])
+def test_who_reads_the_end_of_a_stream_may_ask_again_at_once(serving, path):
+    body = {"model": "tiny", "max_tokens": 3, "ignore_eos": True, "stream": True}
+    body |= {"messages": [{"role": "user", "content": "hi"}]} if "chat" in path else {"prompt": "hi"}
+    if "generate" in path:
+        body = {"inputs": "hi", "parameters": {"max_new_tokens": 3, "ignore_eos": True}}
+    ends = (b'"finish_reason":"length"', b'"finished":true')
+
+    async def main():
+        async with serving() as (_, service):
+            sent, free = b"", []
+            data = json.dumps(body).encode()
+
+            async def receive():
+                if data in given:
+                    await asyncio.Event().wait()  # it stays
+                given.append(data)
+                return {"type": "http.request", "body": data}
+
+            async def send(message):
+                nonlocal sent
+                sent += message.get("body", b"")
+                if any(end in sent for end in ends):
+                    free.append(service.in_flight == 0)
+
+            given: list[bytes] = []
+            headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+            scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
+            await create_app(service)(scope, receive, send)
+            assert free and all(free)
+
+    asyncio.run(main())

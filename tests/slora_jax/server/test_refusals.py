@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -187,14 +188,22 @@ def test_no_name_is_ever_a_path(serving, name):
             for path, body in (
                 ("/v1/completions", COMPLETION | {"model": name}),
                 ("/v1/chat/completions", CHAT | {"model": name}),
+                ("/v1/embeddings", {"input": "x", "model": name}),
                 ("/generate", {"inputs": "x", "lora_dir": name}),
+                ("/generate_stream", {"inputs": "x", "lora_dir": name}),
                 ("/tokenize", {"prompt": "x", "model": name}),
                 ("/detokenize", {"tokens": [1], "model": name}),
             ):
                 response = await client.post(path, json=body)
                 assert response.status_code == 404, (path, response.text)
                 assert response.json()["error"]["code"] == "model_not_found"
-            assert (await client.post("/v1/unload_lora_adapter", json={"lora_name": name})).status_code == 404
+            for call in ("unload", "pin", "unpin", "prefetch"):
+                response = await client.post(f"/v1/{call}_lora_adapter", json={"lora_name": name})
+                assert response.status_code == 404 and response.json()["error"]["param"] == "lora_name"
+            # as it is, and in the form that a URL asks for; nothing but a model's name is ever found there
+            for path in (name.replace("\x00", ""), quote(name, safe="")):
+                response = await client.get(f"/v1/models/{path}")
+                assert response.status_code == 404 or response.json().get("id") in ("one", "two"), response.text
 
     asyncio.run(main())
 

@@ -1,6 +1,6 @@
 """Asks a server's /health all the while, from a process of its own, so that no load generator's delays count.
 
-    python -m benchmarks.ask_health PORT
+    python -m benchmarks.server_load.ask_health PORT
 
 Prints "begun" after the first answer, and, when its standard input ends, how many seconds each answer took, as JSON.
 """
@@ -17,7 +17,7 @@ def main() -> None:
     enough = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.read(), enough.set()), daemon=True).start()
     took: list[float] = []
-    while not enough.wait(0.02):
+    while not enough.wait(0.05):
         start = time.monotonic()
         connection.request("GET", "/health")
         response = connection.getresponse()

@@ -1,0 +1,1 @@
+"""Load on a server process over loopback, see __main__.py."""

@@ -1,0 +1,134 @@
+"""Load on a server process over loopback: many streams over many adapters, against solo runs and the bare engine.
+
+    python -m benchmarks.server_load --model random:tiny-gqa --adapters 50 --streams 500 --requests 5000
+
+Starts `slora-jax serve MODEL --adapters DIR` with random adapters, and is itself the outside load generator: so many
+streams at the same time, each asking again when it is answered. Every answer's token ids are held against the same
+request's answer when it was alone; /health is asked all the while, by a process of its own; the server's memory is
+watched. Then the same requests go through Engine.generate in a process of its own. Needs aiohttp (extra dev).
+
+The share of the bare engine's rate means something only for a model whose steps take milliseconds: beside
+random:tiny-gqa, whose steps take microseconds, it says how many calls a second Python can answer. On a machine with few
+cores server, load generator and model share them; cpu_seconds are those of the process alone.
+
+Where kernels are not batch-invariant an answer may differ from its solo run in a late token, unless --deterministic is
+given; it is lost if it is cut short or never comes, and mixed up if it is the solo answer to another request. With
+--distinct 0 all requests differ, and their answers are counted only.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+from pathlib import Path
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+from benchmarks.record import RESULTS, write_result
+from benchmarks.server_load.client import drive
+from benchmarks.server_load.workload import Ask, engine_config, measured, serve_flags, warming, write_adapters
+from slora_jax import Engine, Request, SamplingParams
+
+
+def run_server(args: argparse.Namespace, adapters: Path) -> dict[str, Any]:
+    """The load on a server in a process of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    own = ["--port", str(port), "--adapters", str(adapters), "--model-name", args.name, "--log-level", "warning"]
+    command = [sys.executable, "-m", "slora_jax", "serve", args.model, "--quiet", *own, *serve_flags(args)]
+    process = subprocess.Popen(command)
+    try:
+        return asyncio.run(drive(args, port, process))
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def run_bare(args: argparse.Namespace, adapters: Path) -> None:
+    """The same requests through Engine.generate; prints JSON."""
+
+    def request(ask: Ask) -> Request:
+        params = SamplingParams(max_tokens=ask.answer, ignore_eos=True)
+        return Request(None, ask.adapter, params, ask.prompt)
+
+    began, asks = time.monotonic(), [request(ask) for ask in measured(args)]
+    directory = adapters if args.adapters else None
+    with Engine.from_pretrained(args.model, engine_config(args), directory) as engine:
+        ready = time.monotonic() - began
+        for future in [engine.prefetch_adapter(name) for name in {r.adapter for r in asks if r.adapter}]:
+            future.result()
+        engine.generate([request(ask) for ask in warming(args)[: args.streams]])
+        if args.distinct != 0:
+            engine.generate(asks)
+        start, spent = time.monotonic(), time.process_time()
+        engine.generate([asks[i % len(asks)] for i in range(args.requests)])
+        elapsed, spent = time.monotonic() - start, time.process_time() - spent
+    rates = dict(requests_per_second=args.requests / elapsed, cpu_seconds_per_request=spent / args.requests)
+    print(json.dumps(dict(seconds_until_ready=ready, seconds=elapsed, **rates)))
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any] | None:
+    given = sys.argv[1:] if argv is None else argv
+    args = _parser().parse_args(given)
+    args.name = "base"
+    if args.bare:
+        run_bare(args, args.bare)
+        return None
+    with tempfile.TemporaryDirectory() as made:
+        write_adapters(Path(made), args)
+        server = run_server(args, Path(made))
+        command = [sys.executable, "-m", "benchmarks.server_load", *given, "--bare", made]
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    bare = json.loads(done.stdout.splitlines()[-1])
+    result = dict(
+        model=args.model,
+        settings={name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        server=server,
+        bare_engine=bare,
+        share_of_bare_engine=server["requests_per_second"] / bare["requests_per_second"],
+        cpu_seconds_of_serving_a_request=server["cpu_seconds_per_request"] - bare["cpu_seconds_per_request"],
+        load_average=os.getloadavg(),
+    )
+    write_result(args.json, result)
+    print(json.dumps(result, indent=1))
+    return result
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="random:tiny-gqa")
+    parser.add_argument("--adapters", type=int, default=50)
+    parser.add_argument("--rank", type=_numbers, default=[8], help="ranks of adapters in turn, as in 64,32,16,8")
+    parser.add_argument("--targets", default="q,v")
+    parser.add_argument("--share-weights", action="store_true", help="adapters of one rank lie in one file")
+    parser.add_argument("--streams", type=int, default=500, help="at the same time")
+    parser.add_argument("--requests", type=int, default=5000)
+    parser.add_argument("--distinct", type=int, help="different requests (default: one an adapter); 0: all of them")
+    parser.add_argument("--prompt", type=_lengths, default=(8, 32), help="prompt lengths: lowest, highest plus one")
+    parser.add_argument("--answer", type=_lengths, default=(16, 17), help="tokens of every answer: one number, or two")
+    parser.add_argument("--max-seqs", type=int, default=64)
+    parser.add_argument("--max-model-len", type=int)
+    parser.add_argument("--page-pool", type=int, help="bytes")
+    parser.add_argument("--dtype")
+    parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--timeout", type=float, default=600.0, help="longest silence of the server, in seconds")
+    parser.add_argument("--json", type=Path, default=RESULTS / "server_load.json")
+    parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)  # the process of the bare engine
+    return parser
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _lengths(text: str) -> tuple[int, int]:
+    low, *high = _numbers(text)
+    return (low, high[0]) if high else (low, low + 1)
+
+
+if __name__ == "__main__":
+    main()

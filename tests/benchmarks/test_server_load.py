@@ -1,0 +1,18 @@
+"""benchmarks/server_load on a tiny model: server, load generator and bare engine, each a process."""
+
+import json
+
+from benchmarks.server_load import __main__ as server_load
+
+OPTIONS = """
+    --model random:tiny-gqa --adapters 9 --rank 8,4 --share-weights --streams 12 --requests 30 --distinct 0
+    --prompt 4,9 --answer 2,9 --max-seqs 4 --max-model-len 64 --page-pool 8000000
+"""
+
+
+def test_every_call_is_answered(tmp_path):
+    out = tmp_path / "out.json"
+    result = server_load.main([*OPTIONS.split(), "--json", str(out)])
+    assert result["server"]["outcome"] == {"complete": 30}
+    assert result["server"]["health_seconds"]["asked"] > 0
+    assert json.loads(out.read_text())["share_of_bare_engine"] == result["share_of_bare_engine"] > 0
