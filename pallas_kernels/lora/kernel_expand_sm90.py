@@ -13,7 +13,6 @@ add it to the base output token by token. Larger blocks take the base output thr
 of other segments are never written.
 """
 
-import functools
 import math
 
 import jax
@@ -27,6 +26,7 @@ from pallas_kernels.geometry import ceil_div as static_ceil_div
 from pallas_kernels.lora.column_scatter import scatter_column
 from pallas_kernels.lora.config import LoraConfig
 from pallas_kernels.lora.expand_items import ExpandItem, ExpandItems
+from pallas_kernels.lora.expand_y import prepare_y
 from pallas_kernels.lora.mosaic_common import (
     OPERAND,
     SHARED_BYTES,
@@ -62,15 +62,14 @@ def expand(
     by_rows = tokens == TILE_RANKS
     ctas = config.expand_ctas
     out_slots = 1 if by_rows else config.out_slots
-    splits, max_packed = y.shape[0], config.expand_packed
+    max_packed = config.expand_packed
     consumers = 2 if chunk == 4 else 1
     columns, half = chunk * TILE_COLS, chunk * TILE_COLS // consumers
     source = ChunkSource(geometry=geometry, num_pages=pages.shape[1], chunk=chunk, whole=not interpret)
     rank_tiles = static_ceil_div(static_ceil_div(max_rank, TILE_RANKS), STAGE_CHUNKS)
     # Tiles of y: one for each 64 ranks; in large blocks also one for each chunk that shares a stage.
     y_shape = (rank_tiles, max_packed * tokens) if by_rows else (max(max_packed, rank_tiles), tokens)
-    shift_rows = STAGE_ROWS - STAGE_ROWS // max_packed
-    shifted_rows = shift_rows + STAGE_ROWS
+    shifted_rows = 2 * STAGE_ROWS - STAGE_ROWS // max_packed
     fixed_bytes = 2 * (2 * math.prod(y_shape) * STAGE_ROWS + shifted_rows * tokens + out_slots * tokens * columns)
     fixed_bytes += 4 * 2 * max_packed * columns
     stages = min(config.expand_stages, (SHARED_BYTES - fixed_bytes) // (2 * STAGE_ROWS * columns))
@@ -168,69 +167,22 @@ def expand(
                 drain(o_empty, out_issued, out_slots)
 
         @pl.when(wg == consumers + 1)
-        def load_y():
-            """Sums the splits in order, scales, and lays y out as wgmma's B operand: a tile for each 64 ranks or
-            packed chunk.
-            """
+        def prepare():
             if not by_rows:
                 plgpu.set_max_registers(104, action="decrease")
-            row_index = plgpu.broadcasted_iota(jnp.int32, (STAGE_ROWS, tokens), 0, layout=_WGMMA)
-            shifted[:STAGE_ROWS] = plgpu.layout_cast(jnp.zeros((STAGE_ROWS, tokens), shifted.dtype), _WGMMA)
-            plgpu.commit_smem()
-
-            def load_parts(item: ExpandItem, rank_tile):
-                window = pl.ds(item.y_row + rank_tile * STAGE_ROWS, STAGE_ROWS)
-                return [plgpu.load(y_ref.at[s, window], layout=_WGMMA, optimized=False) for s in range(splits)]
-
-            def lay_out(item: ExpandItem, buffer, rank_tile, parts):
-                """Writes the tiles of y of 64 ranks: one, or one for each packed chunk."""
-                scale = scaling[items.layer, item.block, item.module]
-                total = functools.reduce(jnp.add, parts)
-                live = row_index < item.granules * TILE_RANKS - rank_tile * STAGE_ROWS
-                total = jnp.where(live, total * scale, 0.0)
-                shifted[pl.ds(shift_rows, STAGE_ROWS)] = total.astype(shifted.dtype)
-                plgpu.commit_smem()
-
-                def tile_body(i, _):
-                    shift = i * item.height * TILE_RANKS
-                    tile = plgpu.load(shifted.at[pl.ds(shift_rows - shift, STAGE_ROWS)], layout=_WGMMA)
-                    tile = plgpu.layout_cast(tile, _TRANSPOSED)
-                    if by_rows:
-                        row = pl.multiple_of(i * TILE_RANKS, TILE_RANKS)
-                        y_smem.at[buffer, rank_tile, pl.ds(row, TILE_RANKS)].T[...] = tile
-                    else:
-                        y_smem.at[buffer, rank_tile + i].T[...] = tile
-                    return ()
-
-                lax.fori_loop(0, item.packed, tile_body, ())
-                plgpu.commit_smem()  # before `shifted` is written again
-
-            def item_body(item: ExpandItem, following: ExpandItem, carry):
-                prepared, parts = carry
-                buffer = lax.rem(prepared, 2)
-                # on their way while this item is laid out
-                next_parts = load_parts(following, 0)
-
-                @pl.when(item.length > 0)
-                def _():
-                    @pl.when(prepared >= 2)
-                    def _():
-                        plgpu.barrier_wait(y_empty.at[buffer])
-
-                    lay_out(item, buffer, 0, parts)
-
-                    def rank_body(rank_tile, _):
-                        lay_out(item, buffer, rank_tile, load_parts(item, rank_tile))
-                        return ()
-
-                    if rank_tiles > 1:
-                        lax.fori_loop(1, item.rank_tiles, rank_body, ())
-                    plgpu.barrier_arrive(y_full.at[buffer])
-
-                return prepared + jnp.where(item.length > 0, 1, 0), next_parts
-
-            prepared, _ = for_items(num_items, describe, item_body, (zero, load_parts(describe(zero), 0)))
-            drain(y_empty, prepared, 2)
+            prepare_y(
+                items,
+                num_items,
+                describe,
+                y_ref,
+                scaling,
+                shifted,
+                y_smem,
+                y_full,
+                y_empty,
+                rank_tiles=rank_tiles,
+                by_rows=by_rows,
+            )
 
         @pl.when(wg < consumers)
         def consumer():
