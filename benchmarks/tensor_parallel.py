@@ -31,8 +31,9 @@ from typing import Any
 
 import jax
 
+from benchmarks.ceilings import copy_bandwidth, seconds_per_call
 from benchmarks.record import RESULTS
-from benchmarks.tensor_parallel_parts import Decode, Pool, copy_bandwidth, seconds_per_call, serve
+from benchmarks.tensor_parallel_parts import Decode, Pool, serve
 from benchmarks.tensor_parallel_profile import collectives, profile
 from benchmarks.tensor_parallel_report import OutOfTime, Report
 from benchmarks.tensor_parallel_subject import LAYOUTS, MODELS, Subject

@@ -22,7 +22,7 @@ from slora_jax.adapter_pages import adapter_owner
 from slora_jax.adapters import Adapter
 from slora_jax.adapters.shards import shard_adapter
 from slora_jax.batch import Batch, State
-from slora_jax.memory import device_memory, weight_bytes
+from slora_jax.memory import weight_bytes
 from slora_jax.model_config import ModelConfig, param_specs
 from slora_jax.page_pool import PagePool
 from slora_jax.parallel import Parallel
@@ -33,30 +33,6 @@ from slora_jax.seats import sequence_owner
 from slora_jax.sequence import AdapterUse, Chunk
 from slora_jax.sequence import Sequence as Seq
 from slora_jax.traces import synthetic_trace
-
-
-def seconds_per_call(call: Callable[[], Any], spend: float) -> float:
-    """Seconds of a call that is dispatched many times before it is waited for: the best of three rounds."""
-    jax.block_until_ready(call())
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    calls = max(3, int(spend / 3 / max(time.perf_counter() - start, 1e-6)))
-    rounds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        for _ in range(calls):
-            out = call()
-        jax.block_until_ready(out)
-        rounds.append((time.perf_counter() - start) / calls)
-    return min(rounds)
-
-
-def copy_bandwidth(spend: float) -> float:
-    """Bytes/s that one device reads and writes in the faster of a copy and of a negation, over a large array."""
-    memory = device_memory()
-    x = jnp.ones(min(1 << 30, memory[0] // 16) if memory else 1 << 22, jnp.bfloat16)
-    ways = (jax.jit(jnp.copy), jax.jit(lambda x: -x))
-    return max(2 * x.nbytes / seconds_per_call(lambda way=way: way(x), spend) for way in ways)
 
 
 class Decode:
