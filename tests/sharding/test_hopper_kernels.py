@@ -3,6 +3,7 @@ CUDA as whole steps, and (marked gpu) on the machine.
 """
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -76,7 +77,7 @@ class Devices:
         x = jnp.asarray(self.x[:, self.layout.inputs(self.modules[0])[device]])
         assert unsupported(x, self.pages[device], group=self.group, geometry=self.layout.shrink, max_rank=40) is None
         where = (self.pages[device], self.shrink[device], *self.segments)
-        return shrink_sm90(x, *where, geometry=self.layout.shrink, **self.options)
+        return _interpret(shrink_sm90, x, *where, geometry=self.layout.shrink, **self.options)
 
     def rows_on(self, device, y):
         options = dict(num_tokens=len(self.x), group=self.group, max_rank=40)
@@ -87,7 +88,7 @@ class Devices:
         outputs = [self.layout.outputs(m)[device] for m in self.modules]
         out = jnp.zeros((len(self.x), sum(o.size for o in outputs)), jnp.bfloat16)
         where = (self.pages[device], self.expand[device], *self.segments)
-        result = np.asarray(expand_sm90(out, y, *where, geometry=self.layout.expand, **self.options))
+        result = np.asarray(_interpret(expand_sm90, out, y, *where, geometry=self.layout.expand, **self.options))
         inputs = self.layout.inputs(self.modules[0])[device]
         whole = self.group not in ROW_GROUPS or self.layout.lora_layout(self.group) == "s-lora"
         wanted = np.zeros(result.shape)
@@ -106,6 +107,13 @@ class Devices:
                 deltas.append(float(adapter.scaling[LAYER, m]) * x @ factor.T @ b.T)
             wanted[rows] = np.concatenate(deltas, axis=1)
         assert relative_error(result, wanted) < 1e-2
+
+
+def _interpret(op, *args, **options):
+    """One program, and its end waited for: what this thread dispatched meanwhile could wait for it forever, because the
+    interpreter's callbacks dispatch too.
+    """
+    return jax.block_until_ready(jax.jit(functools.partial(op, **options))(*args))
 
 
 @pytest.mark.parametrize("group", ["qkv", "down"])
