@@ -58,11 +58,13 @@ class Replacer:
         versions = itertools.count(1)
         return every(self._pause, lambda: self.point_all(next(versions)), "replacer")
 
-    def allowed(self, name: str, moment: float) -> set[str]:
-        """Digests that a request of this moment may have been answered by."""
+    def allowed(self, name: str, asked: float, begun: float) -> set[str]:
+        """Digests that may answer a request asked at one moment and begun at another: its adapter's contents are chosen
+        in between.
+        """
         mine = [r for r in self.history if r.name == name]
         ends = [r.ended for r in mine[1:]] + [float("inf")]
-        return {r.digest for r, end in zip(mine, ends, strict=True) if r.began <= moment <= end}
+        return {r.digest for r, end in zip(mine, ends, strict=True) if r.began <= begun and asked <= end}
 
 
 def measure(args: argparse.Namespace, open_session: OpenSession) -> Iterator[dict[str, Any]]:
@@ -90,7 +92,9 @@ def measure(args: argparse.Namespace, open_session: OpenSession) -> Iterator[dic
             replacements=len(replacer.history) - n,
             answers_by_version={str(v): _count_version(run.outputs, versions, v) for v in (0, 1)},
             wrong_digest=sum(
-                o.adapter_digest not in replacer.allowed(str(o.adapter), o.timings.arrival) for o in run.outputs
+                o.adapter_digest
+                not in replacer.allowed(str(o.adapter), o.timings.arrival, o.timings.scheduled or o.timings.arrival)
+                for o in run.outputs
             ),
             wrong_tokens=sum(_is_other(o, alone) for o in run.outputs),
         )
