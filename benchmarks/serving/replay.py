@@ -22,12 +22,14 @@ _LEAD = 0.05  # seconds between the start of the clock and the first arrival, in
 class Run:
     """What was measured.
 
-    outputs, records: one for each request of the trace. pages: used_pages() over time. page_map: (seconds, one
-    character a group of pages) over time. running: sequences, at the same moments. loaded_for: ids of requests that
-    started in the step that loaded their adapter. counters: what the engine's counters grew by.
+    outputs, records: one for each request of the trace. asked: when the engine was, by time.monotonic. pages:
+    used_pages() over time. page_map: (seconds, one character a group of pages) over time. running: sequences, at the
+    same moments. loaded_for: ids of requests that started in the step that loaded their adapter. counters: what the
+    engine's counters grew by.
     """
 
     outputs: list[RequestOutput]
+    asked: list[float]
     records: list[Record]
     steps: StepLog
     pages: list[dict[str, float]]
@@ -84,10 +86,17 @@ def replay(
         stack.callback(show)
         stack.enter_context(every(0.5, show, "progress"))
         stack.enter_context(during())
+        asked = [0.0] * len(trace)
+
+        def ask(group: list[int]) -> list[RequestOutput]:
+            for i in group:
+                asked[i] = time.monotonic()
+            return engine.generate([requests[i] for i in group], on_delta=count)
+
         waiting = []
         for group in groups:
             time.sleep(max(0.0, start + trace[group[0]].arrival - time.monotonic()))
-            waiting.append(pool.submit(engine.generate, [requests[i] for i in group], on_delta=count))
+            waiting.append(pool.submit(ask, group))
         if until is not None:
             time.sleep(max(0.0, start + until - time.monotonic()))
             while not all(future.done() for future in waiting):  # the last ones may not be queued yet
@@ -112,6 +121,7 @@ def replay(
         )
     return Run(
         outputs=outputs,
+        asked=asked,
         records=[_record(r, o, start) for r, o in zip(trace, outputs, strict=True)],
         steps=probe.steps,
         pages=probe.pages,

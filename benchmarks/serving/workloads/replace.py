@@ -58,13 +58,13 @@ class Replacer:
         versions = itertools.count(1)
         return every(self._pause, lambda: self.point_all(next(versions)), "replacer")
 
-    def allowed(self, name: str, asked: float, begun: float) -> set[str]:
-        """Digests that may answer a request asked at one moment and begun at another: its adapter's contents are chosen
-        in between.
+    def allowed(self, name: str, asked: float, arrival: float) -> set[str]:
+        """Digests that may answer a request: the engine was asked at one moment, and had chosen the contents when it
+        noted the request's arrival.
         """
         mine = [r for r in self.history if r.name == name]
         ends = [r.ended for r in mine[1:]] + [float("inf")]
-        return {r.digest for r, end in zip(mine, ends, strict=True) if r.began <= begun and asked <= end}
+        return {r.digest for r, end in zip(mine, ends, strict=True) if r.began <= arrival and asked <= end}
 
 
 def measure(args: argparse.Namespace, open_session: OpenSession) -> Iterator[dict[str, Any]]:
@@ -92,9 +92,8 @@ def measure(args: argparse.Namespace, open_session: OpenSession) -> Iterator[dic
             replacements=len(replacer.history) - n,
             answers_by_version={str(v): _count_version(run.outputs, versions, v) for v in (0, 1)},
             wrong_digest=sum(
-                o.adapter_digest
-                not in replacer.allowed(str(o.adapter), o.timings.arrival, o.timings.scheduled or o.timings.arrival)
-                for o in run.outputs
+                o.adapter_digest not in replacer.allowed(str(o.adapter), asked, o.timings.arrival)
+                for o, asked in zip(run.outputs, run.asked, strict=True)
             ),
             wrong_tokens=sum(_is_other(o, alone) for o in run.outputs),
         )
