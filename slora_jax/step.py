@@ -26,7 +26,7 @@ def compiler_options() -> dict[str, bool | int]:
     On GPUs matrix products go to cuBLAS. Triton's, which XLA would choose among, are tuned again for every layer of a
     stacked weight (a decode step of Llama-2-7B compiled in 42 s instead of 9) and were slower (3.8 ms instead of 3.5).
     The memory limit is four times the device's, because XLA counts the pool, which every layer changes in place, once
-    for each of its names: it then computes things again in every layer to save memory that nothing takes.
+    for each of its names, and would compute things again in every layer to save memory that nothing takes.
     """
     if jax.default_backend() != "gpu":
         return {}
