@@ -12,13 +12,14 @@ from pallas_kernels.geometry import GROUPS, Geometry
 from pallas_kernels.geometry import ceil_div as static_ceil_div
 from pallas_kernels.lora.config import LoraConfig
 from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, ceil_div
-from pallas_kernels.lora.plan import BLOCK_GRANULES, NUM_TOKENS, PAGE_START, TOKEN, module_field
+from pallas_kernels.lora.plan import BLOCK_GRANULES, NUM_TOKENS, OFFSET, PAGE_START, TOKEN, module_field
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpandItem:
-    """block: token block. module: its number. length: chunks of outputs, 0 if the adapter does not target the
+    """block: token block. token: its first row, of which its own tokens are num_tokens from `offset` on. module: its
+    number. length: chunks of outputs, 0 if the adapter does not target the
     module.
 
     height: granules that a chunk of outputs takes in a stage (2, 4 or 8). packed: chunks of outputs in a stage.
@@ -29,6 +30,7 @@ class ExpandItem:
     block: object
     module: object
     token: object
+    offset: object
     num_tokens: object
     page_start: object
     first_tile: object
@@ -47,7 +49,7 @@ class ExpandItem:
 class ExpandItems:
     """The items of a launch, numbered token block by token block; program `cta` takes every expand_ctas-th.
 
-    num_blocks: token blocks in use. rank_blocks: of the plan, for each token block.
+    num_blocks: token blocks in use.
     """
 
     geometry: Geometry
@@ -56,7 +58,6 @@ class ExpandItems:
     chunk: int
     num_blocks: object
     records: object
-    rank_blocks: int
     layer: object
 
     def _ranges(self, range_tiles: int):
@@ -92,12 +93,13 @@ class ExpandItems:
         modules, num_ranges, range_tiles = self._cut()
         index = cta + n * self.config.expand_ctas
         block, part = lax.div(index, num_ranges), lax.rem(index, num_ranges)
-        block = jnp.minimum(block, self.records.shape[1] - 1)  # a program without items describes one all the same
+        # A program without items describes one all the same.
+        block = jnp.maximum(jnp.minimum(block, self.num_blocks - 1), 0)
         chosen = [jnp.int32(v) for v in modules[0]]
         for values in modules[1:]:
             chosen = [jnp.where(part >= values[1], v, old) for v, old in zip(values, chosen, strict=True)]
         module, first_range, width, out_tile = chosen
-        read = lambda field: self.records[self.layer, block, field]  # noqa: E731
+        read = lambda field: self.records[block, self.layer, field]  # noqa: E731
         field = module_field(module)
         granules = read(field + 1)
         range_chunks = lax.div(range_tiles, jnp.int32(self.chunk))
@@ -113,11 +115,12 @@ class ExpandItems:
             block=block,
             module=module,
             token=read(TOKEN),
+            offset=read(OFFSET),
             num_tokens=read(NUM_TOKENS),
             page_start=read(PAGE_START),
             first_tile=read(field) + chunk0 * self.chunk,
             granules=granules,
-            y_row=block * (self.rank_blocks * BLOCK_GRANULES * 8) + read(field + 2),
+            y_row=read(field + 2),
             width=width,
             length=length,
             height=height,

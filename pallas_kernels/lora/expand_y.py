@@ -43,11 +43,12 @@ def prepare_y(
 
     def load_parts(item: ExpandItem, rank_tile):
         window = pl.ds(item.y_row + rank_tile * STAGE_ROWS, STAGE_ROWS)
-        return [plgpu.load(y_ref.at[s, window], layout=_WGMMA, optimized=False) for s in range(y_ref.shape[0])]
+        parts = (y_ref.at[item.block, s, window] for s in range(y_ref.shape[1]))
+        return [plgpu.load(part, layout=_WGMMA, optimized=False) for part in parts]
 
     def lay_out(item: ExpandItem, buffer, rank_tile, parts):
         """Writes the tiles of y of 64 ranks: one, or one for each packed chunk."""
-        scale = scaling[items.layer, item.block, item.module]
+        scale = scaling[item.block, items.layer, item.module]
         total = functools.reduce(jnp.add, parts)
         live = row_index < item.granules * TILE_RANKS - rank_tile * STAGE_ROWS
         total = jnp.where(live, total * scale, 0.0)

@@ -23,20 +23,24 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.geometry import TILE_COLS, TILE_RANKS, Geometry
 from pallas_kernels.geometry import ceil_div as static_ceil_div
+from pallas_kernels.lora.any_rows import any_rows
 from pallas_kernels.lora.column_scatter import scatter_column
 from pallas_kernels.lora.config import LoraConfig
 from pallas_kernels.lora.expand_items import ExpandItem, ExpandItems
 from pallas_kernels.lora.expand_y import prepare_y
 from pallas_kernels.lora.mosaic_common import (
     OPERAND,
+    PLAN_ROWS,
     SHARED_BYTES,
     STAGE_CHUNKS,
     STAGE_ROWS,
+    STEP_ROWS,
     ChunkSource,
+    capacity,
     drain,
     for_items,
 )
-from pallas_kernels.lora.plan import Plan, max_rank_blocks
+from pallas_kernels.lora.plan import Plan
 
 _WGMMA = plgpu.Layout.WGMMA
 _TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
@@ -58,6 +62,38 @@ def expand(
     interpret,
 ):
     """`out` with the deltas added. y: what the shrink kernel returned for the same plan. layer: int32[1]."""
+    source = ChunkSource(geometry=geometry, num_pages=pages.shape[1], chunk=chunk, whole=not interpret)
+    by_rows = config.block_tokens == TILE_RANKS
+    target = out if by_rows else source.view_of_tokens(out)
+    where = (page_ids, plan.counts, plan.records, plan.scaling, layer)
+    args = (target, y, source.view_of_pool(pages), *where)
+    options = dict(group=group, config=config, source=source, max_rank=max_rank)
+    with jax.named_scope("lora_expand"):
+        if interpret or out.shape[0] < config.block_tokens:
+            return _launch(*args, **options, interpret=interpret).reshape(out.shape)
+        blocks = capacity(PLAN_ROWS, plan.records.shape[0])
+        rows = {0: capacity(STEP_ROWS, out.shape[0]), 1: blocks, 5: blocks, 6: blocks}
+        spec = jax.ShapeDtypeStruct(target.shape, out.dtype)
+        return any_rows(_launch, args, rows=rows, out=spec, in_place=True, options=options).reshape(out.shape)
+
+
+def _launch(
+    out,
+    y,
+    pool,
+    page_ids,
+    counts,
+    records,
+    scaling,
+    layer,
+    *,
+    group,
+    config: LoraConfig,
+    source: ChunkSource,
+    max_rank,
+    interpret=None,
+):
+    geometry, chunk = source.geometry, source.chunk
     tokens = config.block_tokens
     by_rows = tokens == TILE_RANKS
     ctas = config.expand_ctas
@@ -65,7 +101,6 @@ def expand(
     max_packed = config.expand_packed
     consumers = 2 if chunk == 4 else 1
     columns, half = chunk * TILE_COLS, chunk * TILE_COLS // consumers
-    source = ChunkSource(geometry=geometry, num_pages=pages.shape[1], chunk=chunk, whole=not interpret)
     rank_tiles = static_ceil_div(static_ceil_div(max_rank, TILE_RANKS), STAGE_CHUNKS)
     # Tiles of y: one for each 64 ranks; in large blocks also one for each chunk that shares a stage.
     y_shape = (rank_tiles, max_packed * tokens) if by_rows else (max(max_packed, rank_tiles), tokens)
@@ -101,7 +136,6 @@ def expand(
             chunk=chunk,
             num_blocks=counts[layer_ref[0], 0],
             records=records,
-            rank_blocks=max_rank_blocks(group, max_rank),
             layer=layer_ref[0],
         )
         cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
@@ -230,10 +264,11 @@ def expand(
                 # on their way while this group is computed, as nobody else writes those outputs
                 more = first + item.packed < item.length
                 ahead = jax.tree.map(lambda a, b: jnp.where(more, a, b), item, following)
-                next_bases = load_bases(ahead, jnp.where(more, first + item.packed, 0), 0)
+                next_bases = load_bases(ahead, jnp.where(more, first + item.packed, 0), ahead.offset)
 
-                def add_token(t, delta, bases):
-                    mine = rows.at[wg, lax.rem(t, 2)]
+                def add_token(n, delta, bases):
+                    t = item.offset + n
+                    mine = rows.at[wg, lax.rem(n, 2)]
                     scatter_column(delta, t, mine, interpret=bool(interpret))
                     plgpu.commit_smem()
                     for i in range(max_packed):
@@ -252,17 +287,17 @@ def expand(
                         plgpu.ACC((half, max_packed * tokens), jnp.float32),
                     )
 
-                    def token_body(t, bases):
+                    def token_body(n, bases):
                         # on their way while this token is added
-                        later = load_bases(item, first, jnp.minimum(t + 1, item.num_tokens - 1))
-                        add_token(t, delta, bases)
+                        later = load_bases(item, first, item.offset + jnp.minimum(n + 1, item.num_tokens - 1))
+                        add_token(n, delta, bases)
                         return later
 
                     add_token(zero, delta, bases)
 
                     @pl.when(item.num_tokens > 1)
                     def _():
-                        lax.fori_loop(1, item.num_tokens, token_body, load_bases(item, first, 1))
+                        lax.fori_loop(1, item.num_tokens, token_body, load_bases(item, first, item.offset + 1))
 
                     # The next stage's first token may use the buffer that this one's last token used.
                     @pl.when(lax.rem(item.num_tokens, 2) == 1)
@@ -291,6 +326,7 @@ def expand(
                 tiles = chunk // consumers
                 source.store_tokens(
                     out_target.at[out_slot],
+                    item.offset,
                     item.num_tokens,
                     out_ref,
                     item.token,
@@ -324,7 +360,8 @@ def expand(
                 pl.when(targeted)(lambda: plgpu.barrier_arrive(y_empty.at[buffer]))
                 return seen + item.num_stages, out_seen + item.length, used + jnp.where(targeted, 1, 0), bases
 
-            bases = load_bases(describe(zero), zero, zero) if by_rows else []
+            first_item = describe(zero)
+            bases = load_bases(first_item, zero, first_item.offset) if by_rows else []
             for_items(num_items, describe, item_body, (zero, zero, zero, bases))
 
     kernel = plgpu.kernel(
@@ -352,7 +389,6 @@ def expand(
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=interpret,
     )
-    with jax.named_scope("lora_expand"):
-        result = jax.new_ref(out if by_rows else source.view_of_tokens(out))
-        kernel(result, y, source.view_of_pool(pages), page_ids, plan.counts, plan.records, plan.scaling, layer)
-        return jax.freeze(result).reshape(out.shape)
+    result = jax.new_ref(out)
+    kernel(result, y, pool, page_ids, counts, records, scaling, layer)
+    return jax.freeze(result)

@@ -17,9 +17,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.geometry import GROUPS, TILE_RANKS, Geometry
 from pallas_kernels.geometry import ceil_div as static_ceil_div
+from pallas_kernels.lora.any_rows import any_rows
 from pallas_kernels.lora.config import LoraConfig
-from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, STAGE_ROWS, ChunkSource, ceil_div, drain, for_items
-from pallas_kernels.lora.plan import PAGE_START, TOKEN, Plan, group_fields
+from pallas_kernels.lora.mosaic_common import (
+    PLAN_ROWS,
+    STAGE_CHUNKS,
+    STAGE_ROWS,
+    STEP_ROWS,
+    ChunkSource,
+    capacity,
+    ceil_div,
+    drain,
+    for_items,
+)
+from pallas_kernels.lora.plan import PAGE_START, TOKEN, Plan, group_fields, y_rows
 
 
 def split_chunks(geometry: Geometry, group: str, config: LoraConfig, chunk: int) -> tuple[int, int, int]:
@@ -30,21 +41,35 @@ def split_chunks(geometry: Geometry, group: str, config: LoraConfig, chunk: int)
 
 
 def shrink(
-    x, pages, page_ids, plan: Plan, layer, *, group, geometry: Geometry, config: LoraConfig, chunk, y_rows, interpret
+    x, pages, page_ids, plan: Plan, layer, *, group, geometry: Geometry, config: LoraConfig, chunk, max_rank, interpret
 ):
-    """Partial sums float32 ``[splits, y_rows, block_tokens]``: 64 rows of stacked ranks for each rank block of the
-    plan.
+    """Partial sums float32 ``[token blocks, splits, y_rows, block_tokens]`` of stacked ranks.
 
-    layer: int32[1]. Rows past a block's true ranks and columns past its tokens are unspecified.
+    layer: int32[1]. Rows past a block's true ranks and columns of other tokens than its own are unspecified.
     """
+    source = ChunkSource(geometry=geometry, num_pages=pages.shape[1], chunk=chunk, whole=not interpret)
+    args = (source.view_of_tokens(x), source.view_of_pool(pages), page_ids, plan.counts, plan.records, layer)
+    splits = split_chunks(geometry, group, config, chunk)[2]
+    blocks = plan.records.shape[0]
+    out = jax.ShapeDtypeStruct((blocks, splits, y_rows(group, max_rank), config.block_tokens), jnp.float32)
+    options = dict(group=group, config=config, source=source)
+    with jax.named_scope("lora_shrink"):
+        if interpret or x.shape[0] < config.block_tokens:
+            return _launch(*args, **options, out=out, interpret=interpret)
+        rows = {0: capacity(STEP_ROWS, x.shape[0]), 4: capacity(PLAN_ROWS, blocks)}
+        largest = jax.ShapeDtypeStruct((rows[4], *out.shape[1:]), out.dtype)
+        return any_rows(_launch, args, rows=rows, out=out, in_place=False, options=options | dict(out=largest))
+
+
+def _launch(
+    x, pool, page_ids, counts, records, layer, *, group, config: LoraConfig, source: ChunkSource, out, interpret=None
+):
+    geometry, chunk = source.geometry, source.chunk
     tokens = config.block_tokens
     stages, ctas = config.shrink_stages, config.shrink_ctas
     total, per_split, splits = split_chunks(geometry, group, config, chunk)
     in_tiles = geometry.in_tiles(GROUPS[group][0])
-    source = ChunkSource(geometry=geometry, num_pages=pages.shape[1], chunk=chunk, whole=not interpret)
     packed_limit = next(n for n in (4, 2, 1) if n <= min(config.shrink_packed, total))
-
-    rank_blocks = y_rows // (STAGE_ROWS * plan.records.shape[1])
 
     def lora_shrink(x_ref, pool, page_ids, counts, records, layer_ref, y_ref, ring, x_ring, full, empty):
         operand, chunks = source.views(ring)
@@ -70,8 +95,8 @@ def shrink(
             rest = lax.div(item, runs)
             rank_block = lax.div(rest, jnp.maximum(num_blocks, 1))
             # A program without items describes one all the same.
-            block = jnp.minimum(rest - rank_block * num_blocks, records.shape[1] - 1)
-            read = [records[layer, block, i] for i in (TOKEN, PAGE_START, *group_fields(group))]
+            block = jnp.maximum(jnp.minimum(rest - rank_block * num_blocks, num_blocks - 1), 0)
+            read = [records[block, layer, i] for i in (TOKEN, PAGE_START, *group_fields(group))]
             return lax.rem(item, runs) * run, block, rank_block, *read
 
         def sizes(split, rank_block, total_granules):
@@ -152,8 +177,7 @@ def shrink(
                         return acc[...]
 
                     total = pl.run_scoped(accumulate, plgpu.ACC((STAGE_ROWS, tokens), jnp.float32))
-                    row = (block * rank_blocks + rank_block) * STAGE_ROWS
-                    y_ref[split + part, pl.ds(row, STAGE_ROWS)] = total
+                    y_ref[block, split + part, pl.ds(rank_block * STAGE_ROWS, STAGE_ROWS)] = total
                     return ()
 
                 lax.fori_loop(0, ceil_div(length, per_split), split_body, ())
@@ -163,7 +187,7 @@ def shrink(
 
     kernel = plgpu.kernel(
         lora_shrink,
-        out_type=jax.ShapeDtypeStruct((splits, y_rows + STAGE_ROWS, tokens), jnp.float32),
+        out_type=out,
         grid=(ctas,),
         grid_names=("cta",),
         num_threads=2,
@@ -182,5 +206,4 @@ def shrink(
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=interpret,
     )
-    with jax.named_scope("lora_shrink"):
-        return kernel(source.view_of_tokens(x), source.view_of_pool(pages), page_ids, plan.counts, plan.records, layer)
+    return kernel(x, pool, page_ids, counts, records, layer)

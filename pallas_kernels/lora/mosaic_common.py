@@ -19,6 +19,10 @@ from pallas_kernels.lora.bulk_copy import expect, start_copy
 STAGE_CHUNKS = 8
 STAGE_ROWS = STAGE_CHUNKS * TILE_RANKS
 SHARED_BYTES = 224 * 1024
+STEP_ROWS = 8192
+"""Tokens of the steps that share their kernels; larger ones share by powers of two."""
+PLAN_ROWS = 2048
+"""Token blocks of the plans that do."""
 OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 SWIZZLED = (plgpu.SwizzleTransform(128),)
 
@@ -120,12 +124,15 @@ class ChunkSource:
                 target = block.at[rows, pl.ds(j * TILE_COLS, TILE_COLS)]
                 self._copy_if(predicate, source.at[:, tile + j], target, barrier)
 
-    def store_tokens(self, block, num_tokens, x, token, tile, first, tiles: int):
-        """Starts copying the first `num_tokens` rows of a block to x, eight at a time and the rest one by one.
+    def store_tokens(self, block, offset, num_tokens, x, token, tile, first, tiles: int):
+        """Starts copying `num_tokens` rows of a block from `offset` on to x, where the block's first row is `token`:
+        eight at a time and the rest one by one.
 
         Of the chunk of columns at tile `tile`, the `tiles` tiles from `first` on.
         """
-        groups = lax.div(num_tokens, jnp.int32(TILE_RANKS))
+        end = offset + num_tokens
+        first_group = ceil_div(offset, TILE_RANKS)
+        last_group = jnp.maximum(lax.div(end, jnp.int32(TILE_RANKS)), first_group)
 
         def store_group(group, _):
             target = x.at[pl.ds(token + group * TILE_RANKS, TILE_RANKS)]
@@ -150,8 +157,9 @@ class ChunkSource:
                 plgpu.copy_smem_to_gmem(source, target, commit_group=not self.whole)
             return ()
 
-        lax.fori_loop(0, groups, store_group, ())
-        lax.fori_loop(groups * TILE_RANKS, num_tokens, store_row, ())
+        lax.fori_loop(offset, jnp.minimum(first_group * TILE_RANKS, end), store_row, ())
+        lax.fori_loop(first_group, last_group, store_group, ())
+        lax.fori_loop(last_group * TILE_RANKS, end, store_row, ())
         if self.whole:
             plgpu.commit_smem_to_gmem_group()
 
@@ -159,6 +167,11 @@ class ChunkSource:
         """A copy as interpret mode takes it: without the predicate, which it does not know."""
         pl.when(predicate)(lambda: plgpu.copy_gmem_to_smem(source, target, barrier))
         pl.when(~predicate)(lambda: plgpu.barrier_arrive(barrier))
+
+
+def capacity(least: int, rows: int) -> int:
+    """Rows that a kernel is lowered for: the same for almost all steps."""
+    return max(least, 1 << (rows - 1).bit_length())
 
 
 def tile_columns(tile):

@@ -1,9 +1,10 @@
 """Work lists of the Hopper LoRA kernels, made on the device from the adapter table and the segments.
 
 A *token block* is up to ``block_tokens`` tokens of one segment; base-model tokens are in none. The plan has one record
-for each layer and token block: where its tokens are, and for every group and module where the weights are and how many
-granules they have. It does not depend on the layer or group at hand, so XLA makes it once a step, in a few small
-kernels, however many launches read it.
+for each token block and layer: where its tokens are, and for every group and module where the weights are and how many
+granules they have. The kernels read whole blocks of rows: one near the end of the step begins earlier, so that none
+reaches past the step's last token. The plan does not depend on the layer or group at hand, so XLA makes it once a
+step, in a few small kernels, however many launches read it.
 """
 
 import dataclasses
@@ -19,10 +20,11 @@ from pallas_kernels.lora.table import AdapterTable, section_starts
 
 BLOCK_GRANULES = 8
 """Granules of a rank block: 64 stacked ranks, the height of a wgmma instruction."""
+_BLOCK_ROWS = 8 * BLOCK_GRANULES
 
 # Fields of a record.
-TOKEN, NUM_TOKENS, PAGE_START = range(3)
-_GROUP_FIELDS = 3
+TOKEN, OFFSET, NUM_TOKENS, PAGE_START = range(4)
+_GROUP_FIELDS = 4
 _MODULE_FIELDS = _GROUP_FIELDS + 2 * len(GROUPS)
 RECORD = _MODULE_FIELDS + 3 * len(MODULES)
 
@@ -41,14 +43,15 @@ def module_field(module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """counts: number of token blocks, then for each group the most rank blocks that any of them has.
+    """counts: number of token blocks, then for each group the most rank blocks that any of them has. records: TOKEN is
+    a block's first row, of which the block's own tokens begin OFFSET rows on.
 
     Records past the last token block are unspecified.
     """
 
     counts: Int[Array, "L 5"]
-    records: Int[Array, "L NT R"]
-    scaling: Float[Array, "L NT 7"]
+    records: Int[Array, "NT L R"]
+    scaling: Float[Array, "NT L 7"]
 
 
 def max_token_blocks(num_tokens: int, num_segments: int, block_tokens: int) -> int:
@@ -60,6 +63,13 @@ def max_token_blocks(num_tokens: int, num_segments: int, block_tokens: int) -> i
 def max_rank_blocks(group: str, max_rank: int) -> int:
     """Most rank blocks that one token block can have."""
     return ceil_div(len(GROUPS[group]) * ceil_div(max_rank, 8), BLOCK_GRANULES)
+
+
+def y_rows(group: str, max_rank: int) -> int:
+    """Rows of a token block's partial sums: its rank blocks, and what expand reads of the last module past them."""
+    granules = ceil_div(max_rank, 8)
+    last = 8 * (len(GROUPS[group]) - 1) * granules + _BLOCK_ROWS * ceil_div(granules, BLOCK_GRANULES)
+    return max(last, _BLOCK_ROWS * max_rank_blocks(group, max_rank))
 
 
 def token_blocks(seg_start: Int[Array, "S1"], seg_adapter: Int[Array, "S"], block_tokens: int) -> Int[Array, "S1"]:
@@ -113,20 +123,21 @@ def make_plan(
     seg = jnp.minimum(seg, num_segments - 1)
     adapter = jnp.maximum(seg_adapter[seg], 0)
     before = (index - first_block[seg]) * block_tokens
-    granules = table.granules[adapter].swapaxes(0, 1)[:, :, None]  # [L, NT, 1, 7]
+    granules = table.granules[adapter][:, :, None]  # [NT, L, 1, 7]
     linear, is_tile = _record_terms(geometry)
-    own = jnp.stack(
-        [seg_start[seg] + before, jnp.clip(lengths[seg] - before, 0, block_tokens), table.page_start[adapter]]
-    )
+    first = jnp.clip(seg_start[seg] + before, 0, num_tokens - 1)
+    row = jnp.maximum(jnp.minimum(first, num_tokens - block_tokens), 0)
+    length = jnp.clip(lengths[seg] - before, 0, block_tokens)
+    own = jnp.stack([row, first - row, length, table.page_start[adapter]])
     records = jnp.sum(granules * linear, axis=3, dtype=jnp.int32)
-    records += jnp.where(is_tile, table.tile_start[adapter].T[:, :, None], 0)
-    records += jnp.pad(own.T, ((0, 0), (0, RECORD - _GROUP_FIELDS)))
+    records += jnp.where(is_tile, table.tile_start[adapter][:, :, None], 0)
+    records += jnp.pad(own.T, ((0, 0), (0, RECORD - _GROUP_FIELDS)))[:, None]
     groups = linear[jnp.array([group_fields(g)[1] for g in GROUPS])]
     rank_blocks = -(-jnp.sum(granules * groups, axis=3, dtype=jnp.int32) // BLOCK_GRANULES)
-    used = (index < first_block[-1])[:, None]
-    counts = jnp.max(jnp.where(used, jnp.pad(rank_blocks, ((0, 0), (0, 0), (1, 0))), 0), axis=1)
+    used = (index < first_block[-1])[:, None, None]
+    counts = jnp.max(jnp.where(used, jnp.pad(rank_blocks, ((0, 0), (0, 0), (1, 0))), 0), axis=0)
     return Plan(
         counts=counts + jnp.where(jnp.arange(counts.shape[1]) == 0, first_block[-1], 0),
         records=records,
-        scaling=table.scaling[adapter].swapaxes(0, 1),
+        scaling=table.scaling[adapter],
     )
