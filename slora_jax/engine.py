@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 import contextlib
 import dataclasses
+import gc
 import logging
 import os
 from typing import Any
@@ -238,6 +239,7 @@ class Engine(EngineRequests, EngineAdapters, EngineEmbeddings):
         self._delivery.close()
         self._admission.close()
         self._core.runner.close()
+        gc.unfreeze()  # see Runner.warm_up
 
     def __enter__(self) -> "Engine":
         return self

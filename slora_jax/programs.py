@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 from pathlib import Path
+import threading
 from typing import Any, Literal
 
 import jax
@@ -140,6 +141,8 @@ class Programs:
         self._params = params
         self._steps: dict[StepShape, jax.stages.Compiled] = {}
         self._samplers: dict[SampleShape, jax.stages.Compiled] = {}
+        # Lowering is Python: one at a time, so that XLA compiles the first program while the next is lowered.
+        self._lowering = threading.Lock()
         self._cache: ExecutableCache | None = None
         if cache_dir is not None and options.parallel is None:
             specs = {name: (array.shape, array.dtype.name) for name, array in params.items()}
@@ -320,5 +323,6 @@ class Programs:
             known = self._cache.get(shape, jax.tree.structure((tuple(args), {})), jax.tree.structure(returns))
             if known is not None:
                 return known
-            return self._cache.compile(shape, function.lower(*args))
-        return function.lower(*args).compile()
+        with self._lowering:
+            lowered = function.lower(*args)
+        return self._cache.compile(shape, lowered) if self._cache is not None else lowered.compile()

@@ -3,6 +3,7 @@
 from collections.abc import Sequence, Set
 import contextlib
 import dataclasses
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,8 @@ class Runner:
         progress: Progress | None = None,
     ) -> None:
         """Compiles what is not compiled yet, and runs every step once on padding: a program's first run is slow, too.
+        What is alive then is left out of Python's garbage collection (gc.freeze): looking through what compiling leaves
+        took 0.6 s, in the midst of serving.
 
         Arguments as in Programs.compile_ahead. Raises CapacityError if a step does not fit in the device's memory.
         """
@@ -181,6 +184,8 @@ class Runner:
                     self._write_chunk([self.num_pages] * size, self.images.zeros(size))
                 size //= 2
             self._compiles = compiles
+        gc.collect()
+        gc.freeze()
 
     def close(self) -> None:
         """Ends what steps need; a Runner on its own needs nothing."""

@@ -49,7 +49,7 @@ def prepare_y(
     def lay_out(item: ExpandItem, buffer, rank_tile, parts):
         """Writes the tiles of y of 64 ranks: one, or one for each packed chunk."""
         scale = scaling[item.block, items.layer, item.module]
-        total = functools.reduce(jnp.add, parts)
+        total = functools.reduce(jnp.add, parts or load_parts(item, rank_tile))
         live = row_index < item.granules * TILE_RANKS - rank_tile * STAGE_ROWS
         total = jnp.where(live, total * scale, 0.0)
         shifted[pl.ds(shift_rows, STAGE_ROWS)] = total.astype(shifted.dtype)
@@ -72,8 +72,8 @@ def prepare_y(
     def item_body(item: ExpandItem, following: ExpandItem, carry):
         prepared, parts = carry
         buffer = lax.rem(prepared, 2)
-        # on their way while this item is laid out
-        next_parts = load_parts(following, 0)
+        # on their way while this item is laid out, where the registers can hold them
+        next_parts = load_parts(following, 0) if by_rows else []
 
         @pl.when(item.length > 0)
         def _():
@@ -84,7 +84,7 @@ def prepare_y(
             lay_out(item, buffer, 0, parts)
 
             def rank_body(rank_tile, _):
-                lay_out(item, buffer, rank_tile, load_parts(item, rank_tile))
+                lay_out(item, buffer, rank_tile, [])
                 return ()
 
             if rank_tiles > 1:
@@ -93,5 +93,6 @@ def prepare_y(
 
         return prepared + jnp.where(item.length > 0, 1, 0), next_parts
 
-    prepared, _ = for_items(num_items, describe, item_body, (zero, load_parts(describe(zero), 0)))
+    first_parts = load_parts(describe(zero), 0) if by_rows else []
+    prepared, _ = for_items(num_items, describe, item_body, (zero, first_parts))
     drain(empty, prepared, 2)

@@ -80,6 +80,11 @@ def token_blocks(seg_start: Int[Array, "S1"], seg_adapter: Int[Array, "S"], bloc
     return jnp.sum(jnp.where(order[None, :-1] < order[:, None], blocks[None, :], 0), axis=1, dtype=jnp.int32)
 
 
+def first_row(token, num_tokens: int, block_tokens: int):
+    """First row of the token block whose own tokens begin with `token`, so that the block ends within the step."""
+    return jnp.maximum(jnp.minimum(token, num_tokens - block_tokens), 0)
+
+
 def by_length(seg_start: Int[Array, "S1"], seg_adapter: Int[Array, "S"]) -> tuple[Int[Array, "S"], Int[Array, "S"]]:
     """Adapters of the short segments, and of the long ones; -1 for the others."""
     short = seg_start[1:] - seg_start[:-1] <= SHORT_SEGMENT
@@ -126,7 +131,7 @@ def make_plan(
     granules = table.granules[adapter][:, :, None]  # [NT, L, 1, 7]
     linear, is_tile = _record_terms(geometry)
     first = jnp.clip(seg_start[seg] + before, 0, num_tokens - 1)
-    row = jnp.maximum(jnp.minimum(first, num_tokens - block_tokens), 0)
+    row = first_row(first, num_tokens, block_tokens)
     length = jnp.clip(lengths[seg] - before, 0, block_tokens)
     own = jnp.stack([row, first - row, length, table.page_start[adapter]])
     records = jnp.sum(granules * linear, axis=3, dtype=jnp.int32)

@@ -4,6 +4,7 @@ The Hopper kernels hand over partial sums in token blocks of up to 64 tokens, of
 and with a row for each token they are what S-LoRA's layout sends: tokens x stacked ranks and nothing else.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -11,9 +12,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.geometry import GROUPS, TILE_RANKS, ceil_div
-from pallas_kernels.lora.plan import BLOCK_GRANULES, by_length, token_blocks
-
-_BLOCK_RANKS = BLOCK_GRANULES * TILE_RANKS
+from pallas_kernels.lora.plan import by_length, first_row, token_blocks
 
 Intermediate = jax.Array | tuple[jax.Array, ...]
 """What lora_shrink returns: of the Hopper kernels one array a launch, of the XLA implementation one array."""
@@ -57,7 +56,7 @@ def _segments(token: Int[Array, "*n"], seg_start: Int[Array, "S1"]) -> Int[Array
 
 
 def _to_rows(
-    y: Float[Array, "splits rows n"],
+    y: Float[Array, "blocks splits rows n"],
     seg_start: Int[Array, "S1"],
     seg_adapter: Int[Array, "S"],
     *,
@@ -66,19 +65,17 @@ def _to_rows(
     max_rank: int,
 ) -> Float[Array, "T R"]:
     ranks = len(GROUPS[group]) * ceil_div(max_rank, TILE_RANKS) * TILE_RANKS
-    rank_blocks = ceil_div(ranks, _BLOCK_RANKS)
-    first_block = token_blocks(seg_start, seg_adapter, y.shape[2])
+    size = y.shape[3]
+    first_block = token_blocks(seg_start, seg_adapter, size)
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     segment = _segments(token, seg_start)
     within = jnp.maximum(token - seg_start[segment], 0)
-    row = (first_block[segment] + within // y.shape[2]) * (rank_blocks * _BLOCK_RANKS)
-    row = row[:, None] + jnp.arange(ranks, dtype=jnp.int32)
-    column = (within % y.shape[2])[:, None]
+    block = (first_block[segment] + within // size)[:, None]
+    column = (token - first_row(token - within % size, num_tokens, size))[:, None]
+    row = jnp.arange(ranks, dtype=jnp.int32)
     # split by split, in the order in which expand adds them
-    total = y[0].at[row, column].get(mode="clip")
-    for part in y[1:]:
-        total = total + part.at[row, column].get(mode="clip")
-    return total
+    parts = [y.at[block, split, row, column].get(mode="clip") for split in range(y.shape[1])]
+    return functools.reduce(jnp.add, parts)
 
 
 def from_token_rows(
@@ -93,18 +90,16 @@ def from_token_rows(
 
 def _from_rows(
     rows: Float[Array, "T R"],
-    y: Float[Array, "splits rows n"],
+    y: Float[Array, "blocks splits rows n"],
     seg_start: Int[Array, "S1"],
     seg_adapter: Int[Array, "S"],
-) -> Float[Array, "1 rows n"]:
-    rank_blocks = ceil_div(rows.shape[1], _BLOCK_RANKS)
-    blocks = (y.shape[1] - _BLOCK_RANKS) // (rank_blocks * _BLOCK_RANKS)
-    first_block = token_blocks(seg_start, seg_adapter, y.shape[2])
+) -> Float[Array, "blocks 1 rows n"]:
+    blocks, _, height, size = y.shape
+    first_block = token_blocks(seg_start, seg_adapter, size)
     block = jnp.arange(blocks, dtype=jnp.int32)
     segment = jnp.sum(first_block[None, 1:] <= block[:, None], axis=1, dtype=jnp.int32)
     segment = jnp.minimum(segment, seg_adapter.shape[0] - 1)
-    token = seg_start[segment] + (block - first_block[segment]) * y.shape[2]
-    token = token[:, None] + jnp.arange(y.shape[2], dtype=jnp.int32)
+    token = first_row(seg_start[segment] + (block - first_block[segment]) * size, rows.shape[0], size)
+    token = token[:, None] + jnp.arange(size, dtype=jnp.int32)
     taken = rows.at[token].get(mode="clip").swapaxes(1, 2)
-    taken = jnp.pad(taken, ((0, 0), (0, rank_blocks * _BLOCK_RANKS - rows.shape[1]), (0, 0)))
-    return jnp.pad(taken.reshape(-1, y.shape[2]), ((0, _BLOCK_RANKS), (0, 0)))[None]
+    return jnp.pad(taken, ((0, 0), (0, height - rows.shape[1]), (0, 0)))[:, None]
