@@ -19,6 +19,7 @@ from sharding import LOGITS, WHOLE, ShardedTable
 from slora_jax.batch import Batch, Output, Sampling, State
 from slora_jax.batch_builder import BatchBuilder
 from slora_jax.executable_cache import ExecutableCache
+from slora_jax.kernel_names import unify_kernel_names
 from slora_jax.model_config import ModelConfig
 from slora_jax.parallel import Parallel, local_config
 from slora_jax.sampling_batch import sampling_shapes
@@ -325,4 +326,5 @@ class Programs:
                 return known
         with self._lowering:
             lowered = function.lower(*args)
+            unify_kernel_names(lowered)
         return self._cache.compile(shape, lowered) if self._cache is not None else lowered.compile()

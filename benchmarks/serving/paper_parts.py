@@ -20,8 +20,8 @@ class Family:
 
     shape: str
     ranks: tuple[int, ...]
-    seqs: tuple[int, ...] = (32, 128, 192, 256, 512)
-    tokens: tuple[int, ...] = (384, 512, 640, 768, 1024, 1536, 2048)
+    seqs: tuple[int, ...] = (32, 128, 192, 256, 384, 512)
+    tokens: tuple[int, ...] = (384, 512, 640, 768, 1024, 1280, 1536, 2048)
     pool_bytes: int | None = None
 
 

@@ -59,8 +59,9 @@ def _attributes(kernel, options, specs) -> dict[str, bytes | bool]:
     assert module is not None
     module.operation.walk(note)
     (config,) = calls
-    values = {item.name: item.attr for item in ir.DictAttr(config)}
-    return {name: v.value_bytes if isinstance(v, ir.StringAttr) else v.value for name, v in values.items()}
+    found = ir.DictAttr(config)
+    values = {found[i].name: found[i].attr for i in range(len(found))}
+    return {n: v.value_bytes if isinstance(v, ir.StringAttr) else ir.BoolAttr(v).value for n, v in values.items()}
 
 
 def _lower(ctx, *args, kernel, rows, out, in_place, options):

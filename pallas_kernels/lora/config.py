@@ -11,8 +11,7 @@ from pallas_kernels.tuning import measured
 
 _NUM_SMS = 132
 SHORT_STEP = 1024
-"""Steps up to this many tokens use blocks of eight for all segments: a second pair of launches costs more (S2's ranks on
-an H200: 2.9 ms a step of Llama-2-7B beside 64 tokens of prompts, where eight more blocks of eight cost 0.2)."""
+"""Steps up to this many tokens use blocks of eight for all segments: a second pair of launches costs more."""
 SHORT_SEGMENT = 16
 """In larger steps, segments up to this many tokens do. A block of 64 with one token would read 64 rows of output."""
 
