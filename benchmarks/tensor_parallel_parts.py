@@ -161,6 +161,8 @@ def serve(subject: Subject, layout: str, count: int) -> dict[str, Any]:
         if key in subject.images:
             runner.images.make = subject.images[key].make  # type: ignore[method-assign]
         check(engine.generate(first))
+        gc.collect()
+        gc.freeze()  # as after Engine.warm_up
         before, ready = engine.stats(), time.perf_counter() - start
         ended: list[RequestOutput] = []
         with ThreadPoolExecutor(1) as waiting:
