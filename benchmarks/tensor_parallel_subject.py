@@ -115,8 +115,8 @@ class Subject:
         lora = choose_layout(  # what an engine of max_seqs takes at its start
             self.config.geometry,
             devices=self.args.tp,
-            tokens=self.args.max_seqs,
-            adapters=min(count, self.args.max_seqs),
+            tokens=max(1, self.args.max_seqs // 2),
+            adapters=count,
             rank=max(self.setting.ranks),
             model=self.cost,
         )

@@ -27,26 +27,36 @@ _CHAIN = 64  # collectives in a row, so that the call itself does not count
 class CostModel:
     """What a device and its links can do. The defaults are an H200's: data sheet rates, times a usual 0.8.
 
-    latency, gather_latency: of a small all-reduce and all-gather, in seconds; see measure. rows: seconds of the small
-    kernels around a collective, which turn what the LoRA kernels exchange into a row a token and back. link_rate:
-    bytes/s that a device sends. memory_rate: bytes/s that it reads.
+    latency, gather_latency: of a small all-reduce and all-gather, in seconds; see measure. rows, gather_rows: seconds
+    around each, of small kernels that turn what the LoRA kernels exchange into a row a token and back, and of an
+    all-gather that stands outside the command buffers, as measured on two and four H200s with llama-70b-m
+    (docs/performance.md, Several GPUs). link_rate: bytes/s that a device sends. memory_rate: bytes/s that LoRA reads.
     """
 
     latency: float = 10e-6
     gather_latency: float = 10e-6
-    rows: float = 8e-6  # three or four launches; an estimate
+    rows: float = 8e-6
+    gather_rows: float = 40e-6
     link_rate: float = 0.8 * 450e9
-    memory_rate: float = 0.8 * 4.8e12
+    memory_rate: float = 0.62 * 4.8e12
 
     @classmethod
     def measure(cls, mesh: Mesh) -> "CostModel":
         """For the devices of a mesh: latencies are measured, a kind that is not known otherwise counts as an H200."""
         rate = 3.35e12 if "H100" in mesh.devices.flat[0].device_kind else 4.8e12
         latency, gather = measure_latency(mesh), collective_timer(mesh, operation="all-gather")()
-        return cls(latency=latency, gather_latency=gather, memory_rate=0.8 * rate)
+        return cls(latency=latency, gather_latency=gather, memory_rate=0.62 * rate)
 
     def extra_seconds(
-        self, layout: LoraLayout, group: str, geometry: Geometry, *, devices: int, tokens: int, adapters: int, rank: int
+        self,
+        layout: LoraLayout,
+        group: str,
+        geometry: Geometry,
+        *,
+        devices: int,
+        tokens: int,
+        adapters: float,
+        rank: int,
     ) -> float:
         """Time a step of one layer loses to a group's layout, against cutting the adapter in N with nothing to send.
 
@@ -57,8 +67,8 @@ class CostModel:
         others = (devices - 1) / devices
         if layout == "s-lora":
             sent = others * tokens * rank * len(modules) * 4 * (2 if row else 1)
-            latency = self.latency if row else self.gather_latency
-            return (latency + self.rows if devices > 1 else 0.0) + sent / self.link_rate
+            latency = self.latency + self.rows if row else self.gather_latency + self.gather_rows
+            return (latency if devices > 1 else 0.0) + sent / self.link_rate
         width = geometry.out_sizes[modules[0]] if row else geometry.in_sizes[modules[0]]
         return others * adapters * rank * len(modules) * width * 2 / self.memory_rate
 
@@ -66,13 +76,16 @@ class CostModel:
 def choose_layout(
     geometry: Geometry, *, devices: int, tokens: int, adapters: int, rank: int, model: CostModel
 ) -> tuple[LoraLayout, ...]:
-    """The cheaper layout of each group, in the order of GROUPS, for decode steps of `tokens` tokens."""
+    """The cheaper layout of each group, in the order of GROUPS, for decode steps of `tokens` tokens, each with one of
+    `adapters` adapters at random.
+    """
+    distinct = adapters * (1 - (1 - 1 / adapters) ** tokens)
     layouts: tuple[LoraLayout, ...] = ("comm-free", "s-lora")
     return tuple(
         min(
             layouts,
             key=lambda layout: model.extra_seconds(
-                layout, group, geometry, devices=devices, tokens=tokens, adapters=adapters, rank=rank
+                layout, group, geometry, devices=devices, tokens=tokens, adapters=distinct, rank=rank
             ),
         )
         for group in GROUPS

@@ -100,8 +100,8 @@ def choose_parallel(
         lora = choose_layout(
             config.geometry,
             devices=settings.tensor_parallel,
-            tokens=settings.max_seqs,
-            adapters=min(num_adapters or settings.max_seqs, settings.max_seqs),
+            tokens=max(1, settings.max_seqs // 2),  # most steps have fewer than the most
+            adapters=num_adapters or settings.max_seqs,
             rank=settings.max_lora_rank or max((a.max_rank for a in shapes), default=16),
             model=CostModel.measure(mesh),
         )

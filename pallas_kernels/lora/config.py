@@ -25,7 +25,7 @@ class LoraConfig:
     order.
     chunk_tiles: most tiles (1 KB each) that one bulk copy moves.
     range_tiles: output tiles (64 columns each) that one work item of expand covers; twice as many where there are
-    enough items all the same.
+    enough items all the same, half as many where there are not enough for all multiprocessors.
     shrink_stages, expand_stages: depth of the shared-memory ring, in stages of eight granule chunks.
     shrink_packed: most chunks of columns that share a stage of shrink, where a rank block has few granules.
     expand_packed: most chunks of outputs that share a stage of expand, where a module has few granules.

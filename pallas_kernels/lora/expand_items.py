@@ -72,16 +72,18 @@ class ExpandItems:
             tile += width
         return ranges, first
 
-    def _choose(self, long, short):
-        """Between values for long ranges and for short ones: long where each program has several items even so."""
-        _, num_ranges = self._ranges(2 * self.config.range_tiles)
-        enough = self.num_blocks * num_ranges >= 4 * self.config.expand_ctas
-        return jax.tree.map(lambda a, b: jnp.where(enough, a, b), long, short)
-
     def _cut(self):
-        """Ranges of the modules, their number, and tiles of a range, as int32 scalars."""
-        tiles = self.config.range_tiles
-        return self._choose(*((*self._ranges(n), n) for n in (2 * tiles, tiles)))
+        """Ranges of the modules, their number, and tiles of a range, as int32 scalars: the longest of three of which
+        there are enough for all programs.
+        """
+        tiles, ctas = self.config.range_tiles, self.config.expand_ctas
+        short = max(tiles // 2, self.chunk)
+        chosen = (*self._ranges(short), short)
+        for size, least in ((tiles, ctas), (2 * tiles, 4 * ctas)):
+            ranges, count = self._ranges(size)
+            enough = self.num_blocks * count >= least
+            chosen = jax.tree.map(lambda a, b, enough=enough: jnp.where(enough, a, b), (ranges, count, size), chosen)
+        return chosen
 
     def local(self, cta):
         """Items of program `cta`."""

@@ -118,7 +118,7 @@ def test_param_shards_name_every_parameter():
 def test_auto_weighs_latency_against_bytes():
     geometry = named_shape("llama-30b-m").geometry
     options = dict(devices=4, tokens=64, rank=64)
-    slow, fast = CostModel(latency=1e-3), CostModel(latency=1e-7)
+    slow, fast = CostModel(latency=1e-3), CostModel(latency=1e-7, gather_latency=1e-7, rows=0.0, gather_rows=0.0)
     assert choose_layout(geometry, adapters=1, model=slow, **options) == COMM_FREE
     assert choose_layout(geometry, adapters=64, model=fast, **options) == S_LORA
     assert choose_layout(geometry, adapters=64, model=slow, **options | dict(devices=1)) == COMM_FREE
