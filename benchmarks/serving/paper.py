@@ -25,6 +25,7 @@ from benchmarks.serving.baselines.fixed_slots import split_engine
 from benchmarks.serving.idle import Profile
 from benchmarks.serving.paper_parts import FAMILIES, PARTS, Family, Part
 from benchmarks.serving.paper_report import report
+from benchmarks.serving.paper_twin import compare
 from benchmarks.serving.probe import engine_runner
 from benchmarks.serving.session import SHARED, Session, make_adapters, random_model
 from benchmarks.serving.window import window_figures
@@ -129,7 +130,7 @@ class Bench:
         began, model, runner = time.monotonic(), self._model, self._runner
         assert model is not None and runner is not None
         setting = dataclasses.replace(part.setting, shape=self.args.shape or part.setting.shape)
-        limit = min(part.max_seqs, runner.builder.buckets.max_seqs)
+        limit = min(self.args.running or part.max_seqs, runner.builder.buckets.max_seqs)
         options = self.options(setting, max_seqs=limit, max_step_tokens=runner.builder.buckets.tokens[-1])
 
         def make(model, config, adapters, stack) -> Engine:
@@ -170,6 +171,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--report", action="store_true", help="add floors to the results and show them; measures nothing"
     )
+    parser.add_argument("--twin", action="store_true", help="show what the twin predicts of each part from the others")
+    parser.add_argument(
+        "--running", type=int, help="sequences at most, instead of each part's own number; a file of its own, please"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"))
     small = parser.add_argument_group("to try it out", "These make other measurements of all parts.")
     small.add_argument("--shape", help="of the base model")
@@ -187,8 +192,11 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.report:
         report(args.json)
+    if args.twin:
+        compare(args.json)
+    if args.report or args.twin:
         return
-    names = ("dtype", "shape", "requests", "lengths", "speed", "page_pool", "seqs", "tokens")
+    names = ("running", "dtype", "shape", "requests", "lengths", "speed", "page_pool", "seqs", "tokens")
     settings = {name: list(v) if isinstance(v := getattr(args, name), tuple) else v for name in names}
     results = Report(args.json, settings, time.monotonic() + args.budget - process_seconds())
     results.parts = {name: point for name, point in results.parts.items() if "error" not in point}

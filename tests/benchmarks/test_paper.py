@@ -1,6 +1,7 @@
 """``python -m benchmarks.serving.paper`` on a tiny model: points share compiled steps; figures are what they say."""
 
 import json
+import re
 
 import pytest
 
@@ -32,9 +33,11 @@ def test_points_share_what_was_compiled(tmp_path, capsys):
     mixed = {name: part for name, part in parts.items() if "mixed" in name}
     assert len(mixed) == 3 and all(p["figures"]["finished"] == 16 for p in mixed.values())
     assert [p["slots"] for p in mixed.values()] == [0, 32, 64]
-    paper.main(["--json", str(path), "--report"])
+    run(path, "--requests", "16", "--only", "load S2 n=5,load S1 n=5", "--budget", "100000")
+    paper.main(["--json", str(path), "--report", "--twin"])
     text = capsys.readouterr().out
     assert "mixed ranks, 24 GiB, unified / mixed ranks, 24 GiB, 32 fixed slots" in text
+    assert len(re.findall(r"^load S\d n=5 .*%.*%", text, re.M)) == 2  # each predicted from the other
     floors = {name: part.get("floor") for name, part in json.loads(path.read_text())["parts"].items()}
     assert floors["mixed ranks, 24 GiB, 32 fixed slots"] is None
     assert floors["mixed ranks, 24 GiB, unified"]["requests_per_second"] > 16
