@@ -19,8 +19,7 @@ from pallas_kernels.lora.plan import BLOCK_GRANULES, NUM_TOKENS, OFFSET, PAGE_ST
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpandItem:
     """block: token block. token: its first row, of which its own tokens are num_tokens from `offset` on. module: its
-    number. length: chunks of outputs, 0 if the adapter does not target the
-    module.
+    number. length: chunks of outputs, 0 if the adapter does not target the module.
 
     height: granules that a chunk of outputs takes in a stage (2, 4 or 8). packed: chunks of outputs in a stage.
     rank_tiles: stages that a chunk of outputs needs, more than 1 only where packed is 1. width: output tiles of the
