@@ -9,7 +9,8 @@ watched. Then the same requests go through Engine.generate in a process of its o
 
 The share of the bare engine's rate means something only for a model whose steps take milliseconds: beside
 random:tiny-gqa, whose steps take microseconds, it says how many calls a second Python can answer. On a machine with few
-cores server, load generator and model share them; cpu_seconds are those of the process alone.
+cores server, load generator and model share them; cpu_seconds are those of the process alone. --cpus gives the server,
+and then the bare engine, processors of their own, and the load generator the others, as if it were outside.
 
 Where kernels are not batch-invariant an answer may differ from its solo run in a late token, unless --deterministic is
 given; it is lost if it is cut short or never comes, and mixed up if it is the solo answer to another request. With
@@ -18,6 +19,8 @@ given; it is lost if it is cut short or never comes, and mixed up if it is the s
 
 import argparse
 import asyncio
+from collections.abc import Collection, Iterator
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -40,12 +43,27 @@ def run_server(args: argparse.Namespace, adapters: Path) -> dict[str, Any]:
         port = probe.getsockname()[1]
     own = ["--port", str(port), "--adapters", str(adapters), "--model-name", args.name, "--log-level", "warning"]
     command = [sys.executable, "-m", "slora_jax", "serve", args.model, "--quiet", *own, *serve_flags(args)]
-    process = subprocess.Popen(command)
+    with on_cpus(args.cpus):
+        process = subprocess.Popen(command)
     try:
         return asyncio.run(drive(args, port, process))
     finally:
         process.terminate()
         process.wait(60)
+
+
+@contextlib.contextmanager
+def on_cpus(cpus: Collection[int]) -> Iterator[None]:
+    """What is started in here runs on these processors, and this process then on the others. None: no matter."""
+    if not cpus:
+        yield
+        return
+    every = os.sched_getaffinity(0) | set(cpus)
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, every - set(cpus) or every)
 
 
 def run_bare(args: argparse.Namespace, adapters: Path) -> None:
@@ -82,8 +100,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
         write_adapters(Path(made), args)
         server = run_server(args, Path(made))
         command = [sys.executable, "-m", "benchmarks.server_load", *given, "--bare", made]
-        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-    bare = json.loads(done.stdout.splitlines()[-1])
+        with on_cpus(args.cpus):
+            bare_process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        lines, _ = bare_process.communicate()
+    if bare_process.returncode:
+        raise SystemExit(f"the bare engine ended with status {bare_process.returncode}")
+    bare = json.loads(lines.splitlines()[-1])
     result = dict(
         model=args.model,
         settings={name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
@@ -115,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--page-pool", type=int, help="bytes")
     parser.add_argument("--dtype")
     parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--cpus", type=_numbers, default=[], help="of the server, as in 0,1 (default: all)")
     parser.add_argument("--timeout", type=float, default=600.0, help="longest silence of the server, in seconds")
     parser.add_argument("--json", type=Path, default=RESULTS / "server_load.json")
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)  # the process of the bare engine

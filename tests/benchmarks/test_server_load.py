@@ -1,6 +1,7 @@
 """benchmarks/server_load on a tiny model: server, load generator and bare engine, each a process."""
 
 import json
+import os
 
 from benchmarks.server_load import __main__ as server_load
 
@@ -16,3 +17,16 @@ def test_every_call_is_answered(tmp_path):
     assert result["server"]["outcome"] == {"complete": 30}
     assert result["server"]["health_seconds"]["asked"] > 0
     assert json.loads(out.read_text())["share_of_bare_engine"] == result["share_of_bare_engine"] > 0
+
+
+def test_the_server_has_processors_of_its_own():
+    before = os.sched_getaffinity(0)
+    first = min(before)
+    try:
+        with server_load.on_cpus([first]):
+            assert os.sched_getaffinity(0) == {first}
+        assert os.sched_getaffinity(0) == (before - {first} or before)
+    finally:
+        os.sched_setaffinity(0, before)
+    with server_load.on_cpus([]):
+        assert os.sched_getaffinity(0) == before
