@@ -5,8 +5,7 @@ engine with twenty sizes of steps would wait for minutes. The LoRA kernels never
 They are lowered for more rows than any step has, once, and called with the arrays at hand. A kernel so called must
 itself keep to the rows that exist: nothing else does.
 
-The custom call that Pallas makes is emitted again with other operands. Its target and attributes are JAX's internals
-(0.11 and 0.12), so this stands apart.
+The custom call that Pallas makes is emitted again with other operands.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from jax._src import core as jax_core
 from jax._src.interpreters import mlir
 from jax._src.lib.mlir import ir
 
-_TARGET = "mosaic_gpu_v2"
+from pallas_kernels.mosaic_calls import TARGET, attributes, mosaic_calls
 
 _any_rows_p = jax_core.Primitive("any_rows")
 _any_rows_p.def_abstract_eval(lambda *args, out, **_: jax_core.ShapedArray(out.shape, out.dtype))
@@ -48,20 +47,9 @@ def any_rows(
 def _attributes(kernel, options, specs) -> dict[str, bytes | bool]:
     """The custom call's attributes: the kernel's module, its hash, and switches."""
     lowered = jax.jit(functools.partial(kernel, **dict(options))).trace(*specs).lower(lowering_platforms=("cuda",))
-    calls: list[ir.Attribute] = []
-
-    def note(op):
-        if op.name == "stablehlo.custom_call" and op.attributes["call_target_name"].value == _TARGET:
-            calls.append(op.attributes["mhlo.backend_config"])
-        return ir.WalkResult.ADVANCE
-
-    module = lowered.compiler_ir()
-    assert module is not None
-    module.operation.walk(note)
-    (config,) = calls
-    found = ir.DictAttr(config)
-    values = {found[i].name: found[i].attr for i in range(len(found))}
-    return {n: v.value_bytes if isinstance(v, ir.StringAttr) else ir.BoolAttr(v).value for n, v in values.items()}
+    (call,) = mosaic_calls(lowered)
+    found = attributes(call).items()
+    return {n: v.value_bytes if isinstance(v, ir.StringAttr) else ir.BoolAttr(v).value for n, v in found}
 
 
 def _lower(ctx, *args, kernel, rows, out, in_place, options):
@@ -69,12 +57,11 @@ def _lower(ctx, *args, kernel, rows, out, in_place, options):
     for index, capacity in rows:
         shapes[index] = (capacity, *shapes[index][1:])
     specs = tuple(jax.ShapeDtypeStruct(s, a.dtype) for s, a in zip(shapes, ctx.avals_in, strict=True))
-    attributes = _attributes(kernel, options, specs)
     config = {
         name: ir.StringAttr.get(value) if isinstance(value, bytes) else ir.BoolAttr.get(value)
-        for name, value in attributes.items()
+        for name, value in _attributes(kernel, options, specs).items()
     }
-    call = jax.ffi.ffi_lowering(_TARGET, backend_config=config, operand_output_aliases={0: 0} if in_place else {})
+    call = jax.ffi.ffi_lowering(TARGET, backend_config=config, operand_output_aliases={0: 0} if in_place else {})
     return call(ctx, *args)
 
 
