@@ -20,12 +20,14 @@ from pallas_kernels.geometry import GROUPS, Geometry
 from sharding.layout import ROW_GROUPS, LoraLayout
 from sharding.mesh import AXIS, WHOLE, partition
 
+_MEMORY_SHARE = 0.62
 _CHAIN = 64  # collectives in a row, so that the call itself does not count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CostModel:
-    """What a device and its links can do. The defaults are an H200's: data sheet rates, times a usual 0.8.
+    """What a device and its links can do. The defaults are an H200's: data sheet rates, times a usual 0.8 of the
+    links and the 0.62 that LoRA's kernels reach of the memory.
 
     latency, gather_latency: of a small all-reduce and all-gather, in seconds; see measure. rows, gather_rows: seconds
     around each, of small kernels that turn what the LoRA kernels exchange into a row a token and back, and of an
@@ -38,14 +40,14 @@ class CostModel:
     rows: float = 8e-6
     gather_rows: float = 40e-6
     link_rate: float = 0.8 * 450e9
-    memory_rate: float = 0.62 * 4.8e12
+    memory_rate: float = _MEMORY_SHARE * 4.8e12
 
     @classmethod
     def measure(cls, mesh: Mesh) -> "CostModel":
         """For the devices of a mesh: latencies are measured, a kind that is not known otherwise counts as an H200."""
         rate = 3.35e12 if "H100" in mesh.devices.flat[0].device_kind else 4.8e12
         latency, gather = measure_latency(mesh), collective_timer(mesh, operation="all-gather")()
-        return cls(latency=latency, gather_latency=gather, memory_rate=0.62 * rate)
+        return cls(latency=latency, gather_latency=gather, memory_rate=_MEMORY_SHARE * rate)
 
     def extra_seconds(
         self,
@@ -79,7 +81,7 @@ def choose_layout(
     """The cheaper layout of each group, in the order of GROUPS, for decode steps of `tokens` tokens, each with one of
     `adapters` adapters at random.
     """
-    distinct = adapters * (1 - (1 - 1 / adapters) ** tokens)
+    distinct = adapters * (1 - (1 - 1 / max(adapters, 1)) ** tokens)
     layouts: tuple[LoraLayout, ...] = ("comm-free", "s-lora")
     return tuple(
         min(

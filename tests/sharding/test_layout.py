@@ -124,6 +124,21 @@ def test_auto_weighs_latency_against_bytes():
     assert choose_layout(geometry, adapters=64, model=slow, **options | dict(devices=1)) == COMM_FREE
 
 
+@pytest.mark.parametrize("name, rank", [("llama-70b-m", 64), ("llama-30b-m", 32)])
+@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("adapters", [10, 100])
+def test_auto_chooses_what_was_faster_on_h200s(name, rank, devices, adapters):
+    """benchmarks/results/tensor_parallel_h200.json: the same layout for steps of half of 256 sequences."""
+    model = CostModel(latency=21e-6, gather_latency=24e-6)
+    options = dict(devices=devices, tokens=128, adapters=adapters, rank=rank)
+    assert choose_layout(named_shape(name).geometry, model=model, **options) == COMM_FREE
+
+
+def test_auto_without_adapters():
+    options = dict(devices=2, tokens=8, adapters=0, rank=16, model=CostModel())
+    assert choose_layout(named_shape("llama-30b-m").geometry, **options) == COMM_FREE
+
+
 def test_bad_layouts_are_refused():
     with pytest.raises(ValueError, match="must name 's-lora' or 'comm-free'"):
         layout(4, 4, 2, ("other",) * 4)
