@@ -54,11 +54,15 @@ def run_server(args: argparse.Namespace, adapters: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def on_cpus(cpus: Collection[int]) -> Iterator[None]:
-    """What is started in here runs on these processors, and this process then on the others. None: no matter."""
+    """What is started in here runs on these processors, and this process then on the others. Without any it is all
+    the same where. SystemExit names those that this machine does not have.
+    """
     if not cpus:
         yield
         return
     every = os.sched_getaffinity(0) | set(cpus)
+    if missing := sorted(set(cpus) - set(range(os.cpu_count() or 1))):
+        raise SystemExit(f"--cpus names processors {missing}, but there are only 0 to {(os.cpu_count() or 1) - 1}")
     os.sched_setaffinity(0, cpus)
     try:
         yield

@@ -25,6 +25,7 @@ from benchmarks.serving.baselines.fixed_slots import split_engine
 from benchmarks.serving.idle import Profile
 from benchmarks.serving.paper_parts import FAMILIES, PARTS, Family, Part
 from benchmarks.serving.paper_report import report
+from benchmarks.serving.paper_steps import show_steps
 from benchmarks.serving.paper_twin import compare
 from benchmarks.serving.probe import engine_runner
 from benchmarks.serving.session import SHARED, Session, make_adapters, random_model
@@ -172,6 +173,7 @@ def main(argv: list[str] | None = None) -> None:
         "--report", action="store_true", help="add floors to the results and show them; measures nothing"
     )
     parser.add_argument("--twin", action="store_true", help="show what the twin predicts of each part from the others")
+    parser.add_argument("--steps", action="store_true", help="show steps by size, beside their floor")
     parser.add_argument(
         "--running", type=int, help="sequences at most, instead of each part's own number; a file of its own, please"
     )
@@ -194,7 +196,9 @@ def main(argv: list[str] | None = None) -> None:
         report(args.json)
     if args.twin:
         compare(args.json)
-    if args.report or args.twin:
+    if args.steps:
+        show_steps(args.json)
+    if args.report or args.twin or args.steps:
         return
     names = ("running", "dtype", "shape", "requests", "lengths", "speed", "page_pool", "seqs", "tokens")
     settings = {name: list(v) if isinstance(v := getattr(args, name), tuple) else v for name in names}

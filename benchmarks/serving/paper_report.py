@@ -7,9 +7,10 @@ from typing import Any
 
 from benchmarks.serving.paper_parts import PARTS, Part
 from benchmarks.serving.window import window_figures
+from slora_jax.buckets import Buckets
 from slora_jax.shapes import named_shape
 from slora_jax.traces import Setting
-from slora_jax.twin import Ceilings, Simulation, ideal_cost, simulate, summarise
+from slora_jax.twin import Ceilings, CostModel, Simulation, ideal_cost, simulate, summarise
 
 _OF = {
     "load S2 n=2000": ("load S2 n=5", "load base"),
@@ -24,25 +25,39 @@ def rate(point: Mapping[str, Any]) -> float:
     return (point.get("window") or dict(by_tokens=point["figures"]["requests_per_second"]))["by_tokens"]
 
 
-def floor(point: Mapping[str, Any], part: Part) -> dict[str, Any]:
-    """The same trace on a device that does nothing but move the bytes and compute the operations, at the ceilings that
-    were measured on the real one.
-    """
-    setting = Setting(**{k: tuple(v) if isinstance(v, list) else v for k, v in point["setting"].items()})
-    config, limits = named_shape(setting.shape), point["limits"]
+def setting_of(point: Mapping[str, Any]) -> Setting:
+    return Setting(**{k: tuple(v) if isinstance(v, list) else v for k, v in point["setting"].items()})
+
+
+def ideal(point: Mapping[str, Any]) -> CostModel:
+    """A device that does nothing but move the bytes and compute the operations, at the ceilings that were measured."""
+    config = named_shape(setting_of(point).shape)
+    return ideal_cost(config, Ceilings(**point["started"]["ceilings"]), point["limits"]["item_bytes"])
+
+
+def simulated(point: Mapping[str, Any], part: Part, cost: CostModel, buckets: Buckets | None = None) -> dict[str, Any]:
+    """What a part would be on a device of such costs. buckets: to which its steps are padded."""
+    setting = setting_of(point)
     simulation = Simulation(
-        config=config,
+        config=named_shape(setting.shape),
         setting=setting,
-        cost=ideal_cost(config, Ceilings(**point["started"]["ceilings"]), limits["item_bytes"]),
+        cost=cost,
+        buckets=buckets,
         log_steps=True,
-        **limits,
+        **point["limits"],
     )
     result = simulate(simulation, part.trace())
-    found = summarise(result.records)
-    kept = dict(requests_per_second=found["requests_per_second"], ttft=found["ttft"])
+    found: dict[str, Any] = dict(figures=summarise(result.records))
     if part.window:
-        kept["window"] = window_figures(result.records, result.steps, *part.window)
-    return kept
+        found["window"] = window_figures(result.records, result.steps, *part.window)
+    return found
+
+
+def floor(point: Mapping[str, Any], part: Part) -> dict[str, Any]:
+    """The same trace on the ideal device."""
+    found = simulated(point, part, ideal(point))
+    figures = found.pop("figures")
+    return dict(requests_per_second=figures["requests_per_second"], ttft=figures["ttft"]) | found
 
 
 def report(path: Path) -> None:

@@ -6,12 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.serving.paper_parts import PARTS, Part
-from benchmarks.serving.paper_report import rate
-from benchmarks.serving.window import window_figures
+from benchmarks.serving.paper_report import rate, simulated
 from slora_jax.buckets import Buckets
-from slora_jax.shapes import named_shape
-from slora_jax.traces import Setting
-from slora_jax.twin import Simulation, fit_cost, simulate, summarise
+from slora_jax.twin import fit_cost
 from slora_jax.twin.steps import StepLog, join
 
 
@@ -25,22 +22,9 @@ def predict(points: Mapping[str, Any], name: str, part: Part) -> dict[str, Any] 
     if not alike:
         return None
     cost, deviation = fit_cost(join([StepLog.from_json(points[n]["steps"]) for n in alike]))
-    point = points[name]
-    setting = Setting(**{k: tuple(v) if isinstance(v, list) else v for k, v in point["setting"].items()})
-    engine = point["engine"]
-    simulation = Simulation(
-        config=named_shape(setting.shape),
-        setting=setting,
-        cost=cost,
-        buckets=Buckets(seqs=tuple(engine["seq_buckets"]), tokens=tuple(engine["token_buckets"])),
-        log_steps=True,
-        **point["limits"],
-    )
-    result = simulate(simulation, part.trace())
-    found: dict[str, Any] = dict(figures=summarise(result.records), step_error=deviation)
-    if part.window:
-        found["window"] = window_figures(result.records, result.steps, *part.window)
-    return found
+    engine = points[name]["engine"]
+    buckets = Buckets(seqs=tuple(engine["seq_buckets"]), tokens=tuple(engine["token_buckets"]))
+    return simulated(points[name], part, cost, buckets) | dict(step_error=deviation)
 
 
 def compare(path: Path) -> None:

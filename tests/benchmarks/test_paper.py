@@ -34,10 +34,14 @@ def test_points_share_what_was_compiled(tmp_path, capsys):
     assert len(mixed) == 3 and all(p["figures"]["finished"] == 16 for p in mixed.values())
     assert [p["slots"] for p in mixed.values()] == [0, 32, 64]
     run(path, "--requests", "16", "--only", "load S2 n=5,load S1 n=5", "--budget", "100000")
-    paper.main(["--json", str(path), "--report", "--twin"])
+    paper.main(["--json", str(path), "--report", "--twin", "--steps"])
     text = capsys.readouterr().out
     assert "mixed ranks, 24 GiB, unified / mixed ranks, 24 GiB, 32 fixed slots" in text
     assert len(re.findall(r"^load S\d n=5 .*%.*%", text, re.M)) == 2  # each predicted from the other
+    shown = re.split(r"^(.+): \d+ steps, .*$", text, flags=re.M)[1:]
+    steps = dict(zip(shown[::2], shown[1::2], strict=True))
+    assert set(steps) == {*parts, "load S1 n=5"}
+    assert all(re.search(r"^  decode +8 ", steps[name], re.M) for name in mixed)  # the one size of decode steps
     floors = {name: part.get("floor") for name, part in json.loads(path.read_text())["parts"].items()}
     assert floors["mixed ranks, 24 GiB, 32 fixed slots"] is None
     assert floors["mixed ranks, 24 GiB, unified"]["requests_per_second"] > 16

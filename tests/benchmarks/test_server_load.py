@@ -3,6 +3,8 @@
 import json
 import os
 
+import pytest
+
 from benchmarks.server_load import __main__ as server_load
 
 OPTIONS = """
@@ -28,5 +30,7 @@ def test_the_server_has_processors_of_its_own():
         assert os.sched_getaffinity(0) == (before - {first} or before)
     finally:
         os.sched_setaffinity(0, before)
+    with pytest.raises(SystemExit, match="there are only 0 to"), server_load.on_cpus([first, 100_000]):
+        pass
     with server_load.on_cpus([]):
         assert os.sched_getaffinity(0) == before
