@@ -16,7 +16,7 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import GROUPS, Implementation, lora_expand, lora_shrink
+from pallas_kernels import GROUPS, Implementation, lora_add, lora_expand, lora_shrink
 from pallas_kernels.geometry import TILE_RANKS, ceil_div
 from pallas_kernels.lora import from_token_rows, pair_implementation, to_token_rows
 from sharding.collectives import sum_rows
@@ -43,26 +43,38 @@ def project(
     row = group in ROW_GROUPS
     if table is None:
         return sum_rows(base) if row else base
-    scattered = layout.lora_layout(group) == "s-lora"
-    part = _own_slice(base, layout.expand.out_sizes[GROUPS[group][0]], layout.devices) if scattered and row else base
     options: dict[str, Any] = dict(group=group, max_rank=max_rank)
+    if layout.lora_layout(group) == "comm-free":
+        part = lora_add(
+            base,
+            x,
+            pages,
+            table.shrink(),
+            table.expand(),
+            seg_start,
+            seg_adapter,
+            layer=layer,
+            shrink_geometry=layout.shrink,
+            expand_geometry=layout.expand,
+            implementation=implementation,
+            **options,
+        )
+        return sum_rows(part) if row else part
+    part = _own_slice(base, layout.expand.out_sizes[GROUPS[group][0]], layout.devices) if row else base
     options["implementation"] = pair_implementation(
         x, part, pages, shrink=layout.shrink, expand=layout.expand, implementation=implementation, **options
     )
     options["layer"] = layer
     y = lora_shrink(x, pages, table.shrink(), seg_start, seg_adapter, geometry=layout.shrink, **options)
-    if scattered:
-        ranks = to_token_rows(y, seg_start, seg_adapter, num_tokens=len(x), group=group, max_rank=max_rank)
-        if row:
-            ranks = lax.psum(ranks, AXIS)
-        else:
-            granules = table.granules[:, layer][:, jnp.array(GROUPS[group])].sum(axis=1)
-            ranks = _gather_ranks(ranks, granules, seg_start, seg_adapter, layout.devices)
-        y = from_token_rows(ranks, y, seg_start, seg_adapter)
+    ranks = to_token_rows(y, seg_start, seg_adapter, num_tokens=len(x), group=group, max_rank=max_rank)
+    if row:
+        ranks = lax.psum(ranks, AXIS)
+    else:
+        granules = table.granules[:, layer][:, jnp.array(GROUPS[group])].sum(axis=1)
+        ranks = _gather_ranks(ranks, granules, seg_start, seg_adapter, layout.devices)
+    y = from_token_rows(ranks, y, seg_start, seg_adapter)
     part = lora_expand(part, y, pages, table.expand(), seg_start, seg_adapter, geometry=layout.expand, **options)
-    if scattered and row:
-        part = _put_own_slice(base, part, layout.devices)
-    return sum_rows(part) if row else part
+    return sum_rows(_put_own_slice(base, part, layout.devices)) if row else part
 
 
 def run_length(granules: Any, devices: int) -> Any:

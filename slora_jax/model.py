@@ -19,8 +19,7 @@ from pallas_kernels import (
     AdapterTable,
     Implementation,
     add_rms_norm,
-    lora_expand,
-    lora_shrink,
+    lora_add,
     paged_attention,
     rope_write_kv,
     silu_mul,
@@ -164,9 +163,9 @@ class Llama(nn.Module):
         if not adapted:
             return base
         assert isinstance(batch.adapters, AdapterTable), "the batch was built for several devices"
-        options["geometry"] = self.config.geometry
-        where = (pages, batch.adapters, batch.seg_start, batch.seg_adapter)
-        return lora_expand(base, lora_shrink(x, *where, **options), *where, **options)
+        geometry = self.config.geometry
+        where = (pages, batch.adapters, batch.adapters, batch.seg_start, batch.seg_adapter)
+        return lora_add(base, x, *where, shrink_geometry=geometry, expand_geometry=geometry, **options)
 
     def _add_norm(self, name: str, layer: int | Int[Array, ""] | None, x, delta):
         """``x + delta`` and its norm. layer: None where the weight has no layer axis."""

@@ -2,7 +2,7 @@
 
 Tokens are ordered in segments of one adapter. Weights are gathered from pages at their true rank (the MBGMV and MBGMM
 kernels of S-LoRA, arXiv 2311.03285, section 5.3). ``lora_shrink`` and ``lora_expand`` are a pair: what one returns,
-the other takes.
+the other takes. ``lora_add`` does both, on GPUs in one launch where segments are short.
 """
 
 from typing import Any
@@ -19,6 +19,7 @@ __all__ = [
     "AdapterTable",
     "empty_table",
     "from_token_rows",
+    "lora_add",
     "lora_expand",
     "lora_shrink",
     "pair_implementation",
@@ -109,3 +110,43 @@ def lora_expand(
         return kernel_sm90.expand_sm90(out, y, *where, **options, max_rank=max_rank)
     assert not isinstance(y, tuple), "lora_shrink was called with another implementation"
     return reference.expand(out, y, *where, **options)
+
+
+def lora_add(
+    out: Float[Array, "T c"],
+    x: Float[Array, "T d"],
+    pages: Float[Array, "L P E"],
+    shrink: AdapterTable,
+    expand: AdapterTable,
+    seg_start: Int[Array, "S1"],
+    seg_adapter: Int[Array, "S"],
+    *,
+    layer: int | Int[Array, ""],
+    group: str,
+    shrink_geometry: Geometry,
+    expand_geometry: Geometry,
+    max_rank: int,
+    implementation: Implementation = "auto",
+) -> Float[Array, "T c"]:
+    """`lora_expand` into `out` of `lora_shrink` of `x`: with one geometry the same result bit for bit.
+
+    shrink, expand: where the adapters' A and B are, with the geometry of each; on one device both are the same.
+    """
+    options: dict[str, Any] = dict(layer=layer, group=group, max_rank=max_rank)
+    implementation = pair_implementation(
+        x,
+        out,
+        pages,
+        group=group,
+        shrink=shrink_geometry,
+        expand=expand_geometry,
+        max_rank=max_rank,
+        implementation=implementation,
+    )
+    if implementation == "mosaic" and kernel_sm90.one_launch():
+        a = kernel_sm90.Matrices(table=shrink, geometry=shrink_geometry)
+        b = kernel_sm90.Matrices(table=expand, geometry=expand_geometry)
+        return kernel_sm90.add_sm90(out, x, pages, a, b, seg_start, seg_adapter, **options)
+    options["implementation"] = implementation
+    y = lora_shrink(x, pages, shrink, seg_start, seg_adapter, geometry=shrink_geometry, **options)
+    return lora_expand(out, y, pages, expand, seg_start, seg_adapter, geometry=expand_geometry, **options)

@@ -20,7 +20,8 @@ from jax._src.lib.mlir import ir
 from pallas_kernels.mosaic_calls import TARGET, attributes, mosaic_calls
 
 _any_rows_p = jax_core.Primitive("any_rows")
-_any_rows_p.def_abstract_eval(lambda *args, out, **_: jax_core.ShapedArray(out.shape, out.dtype))
+_any_rows_p.multiple_results = True
+_any_rows_p.def_abstract_eval(lambda *args, out, **_: [jax_core.ShapedArray(o.shape, o.dtype) for o in out])
 
 
 def any_rows(
@@ -28,14 +29,14 @@ def any_rows(
     args: Sequence[jax.Array],
     *,
     rows: dict[int, int],
-    out: jax.ShapeDtypeStruct,
+    out: tuple[jax.ShapeDtypeStruct, ...],
     in_place: bool,
     options: dict[str, Any],
-) -> jax.Array:
+) -> list[jax.Array]:
     """``kernel(*args, **options)``, where `kernel` does nothing but launch one Mosaic kernel.
 
-    rows: argument -> the rows that the kernel is lowered for, instead of those the argument has. out: shape and dtype
-    of the result. in_place: the result is the first argument, changed. options: hashable.
+    rows: argument -> the rows that the kernel is lowered for, instead of those the argument has. out: shapes and dtypes
+    of the results. in_place: the last one is the first argument, changed. options: hashable.
     """
     static = tuple(sorted(options.items()))
     return _any_rows_p.bind(
@@ -61,7 +62,8 @@ def _lower(ctx, *args, kernel, rows, out, in_place, options):
         name: ir.StringAttr.get(value) if isinstance(value, bytes) else ir.BoolAttr.get(value)
         for name, value in _attributes(kernel, options, specs).items()
     }
-    call = jax.ffi.ffi_lowering(TARGET, backend_config=config, operand_output_aliases={0: 0} if in_place else {})
+    aliases = {0: len(out) - 1} if in_place else {}
+    call = jax.ffi.ffi_lowering(TARGET, backend_config=config, operand_output_aliases=aliases)
     return call(ctx, *args)
 
 

@@ -19,6 +19,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu.launch_context import OOBFillMode
 
 _WARPGROUP = mgpu.LoweringSemantics.Warpgroup
+_WARP = gpu_core.PrimitiveSemantics.Warp
 
 _expect_p = jax_core.Primitive("lora_expect")
 _expect_p.multiple_results = True
@@ -33,8 +34,8 @@ def _split(ref, name):
 
 
 def expect(barrier, num_bytes) -> None:
-    """Arrives once on `barrier` (all threads of the warpgroup) and makes its phase wait for `num_bytes` (int32
-    scalar) more.
+    """Arrives once on `barrier` (all threads of the warpgroup, or in warp_map a warp alone) and makes its phase wait
+    for `num_bytes` (int32 scalar) more.
     """
     barrier, leaves, tree = _split(barrier, "expect")
     _expect_p.bind(barrier, jnp.asarray(num_bytes, jnp.int32), *leaves, tree=tree)
@@ -87,7 +88,19 @@ def _expect_lowering(ctx, barrier, num_bytes, *leaves, tree):
     return ()
 
 
+@lowering.register_lowering_rule(_expect_p, _WARPGROUP, _WARP)
+def _expect_of_warp_lowering(ctx, barrier, num_bytes, *leaves, tree):
+    # a barrier counts a warpgroup's threads: one lane arrives for as many
+    index = primitives._get_barrier_base_index(ctx.avals_in[0], tree.unflatten(leaves))
+    ref = (barrier if index is None else barrier[index]).barrier_ref
+    lane = mgpu.utils.single_thread_predicate(mgpu.utils.ThreadSubset.WARP)
+    ref.arrive_expect_tx(lowering._ensure_ir_value(num_bytes, jnp.int32), predicate=lane)
+    ref.arrive(arrival_count=mgpu.utils.WARPGROUP_SIZE - 1, predicate=lane)
+    return ()
+
+
 @lowering.register_lowering_rule(_start_copy_p, _WARPGROUP)
+@lowering.register_lowering_rule(_start_copy_p, _WARPGROUP, _WARP)
 def _start_copy_lowering(ctx, source, target, barrier, predicate, *leaves, trees):
     source_tree, target_tree, barrier_tree = trees
     n, m = source_tree.num_leaves, target_tree.num_leaves

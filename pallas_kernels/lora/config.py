@@ -38,8 +38,8 @@ class LoraConfig:
     chunk_tiles: int = 4
     range_tiles: int = 32
     shrink_stages: int = 2
-    expand_stages: int = 6
-    shrink_packed: int = 2
+    expand_stages: int = 4
+    shrink_packed: int = 4
     expand_packed: int = 4
     out_slots: int = 2
     shrink_ctas: int = 2 * _NUM_SMS

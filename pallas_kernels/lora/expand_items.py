@@ -3,6 +3,7 @@ kernel.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 from jax import lax
@@ -12,7 +13,15 @@ from pallas_kernels.geometry import GROUPS, Geometry
 from pallas_kernels.geometry import ceil_div as static_ceil_div
 from pallas_kernels.lora.config import LoraConfig
 from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, ceil_div
-from pallas_kernels.lora.plan import BLOCK_GRANULES, NUM_TOKENS, OFFSET, PAGE_START, TOKEN, module_field
+from pallas_kernels.lora.plan import (
+    BLOCK_GRANULES,
+    NUM_TOKENS,
+    OFFSET,
+    PAGE_START,
+    TOKEN,
+    module_field,
+    module_pages,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -21,27 +30,30 @@ class ExpandItem:
     """block: token block. token: its first row, of which its own tokens are num_tokens from `offset` on. module: its
     number. length: chunks of outputs, 0 if the adapter does not target the module.
 
+    section: first tile of the module's B; pages: ids of its page and the next. first_tile: of the item.
     height: granules that a chunk of outputs takes in a stage (2, 4 or 8). packed: chunks of outputs in a stage.
     rank_tiles: stages that a chunk of outputs needs, more than 1 only where packed is 1. width: output tiles of the
     module.
     """
 
-    block: object
-    module: object
-    token: object
-    offset: object
-    num_tokens: object
-    page_start: object
-    first_tile: object
-    granules: object
-    y_row: object
-    width: object
-    length: object
-    height: object
-    packed: object
-    rank_tiles: object
-    num_stages: object
-    out_tile: object
+    block: Any
+    module: Any
+    token: Any
+    offset: Any
+    num_tokens: Any
+    page_start: Any
+    section: Any
+    pages: tuple
+    first_tile: Any
+    granules: Any
+    y_row: Any
+    width: Any
+    length: Any
+    height: Any
+    packed: Any
+    rank_tiles: Any
+    num_stages: Any
+    out_tile: Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,9 +67,9 @@ class ExpandItems:
     group: str
     config: LoraConfig
     chunk: int
-    num_blocks: object
-    records: object
-    layer: object
+    num_blocks: Any
+    records: Any
+    layer: Any
 
     def _ranges(self, range_tiles: int):
         """(module, first range, output tiles, first tile of `out`) of each module, and the number of
@@ -89,8 +101,10 @@ class ExpandItems:
         _, num_ranges, _ = self._cut()
         return jnp.maximum(ceil_div(self.num_blocks * num_ranges - cta, self.config.expand_ctas), 0)
 
-    def describe(self, cta, n) -> ExpandItem:
-        """Item n of program `cta`."""
+    def _place(self, cta, n):
+        """Of item n of program `cta`: token block, (module, first range, output tiles, first tile of `out`), which
+        range of all, and tiles of a range.
+        """
         modules, num_ranges, range_tiles = self._cut()
         index = cta + n * self.config.expand_ctas
         block, part = lax.div(index, num_ranges), lax.rem(index, num_ranges)
@@ -99,10 +113,19 @@ class ExpandItems:
         chosen = [jnp.int32(v) for v in modules[0]]
         for values in modules[1:]:
             chosen = [jnp.where(part >= values[1], v, old) for v, old in zip(values, chosen, strict=True)]
-        module, first_range, width, out_tile = chosen
-        read = lambda field: self.records[block, self.layer, field]  # noqa: E731
-        field = module_field(module)
-        granules = read(field + 1)
+        return block, chosen, part, range_tiles
+
+    def fetch(self, cta, n) -> list:
+        """What `describe` needs of item n's record."""
+        block, (module, *_), _, _ = self._place(cta, n)
+        field, page = module_field(module), module_pages(module)
+        fields = (TOKEN, OFFSET, NUM_TOKENS, PAGE_START, field, field + 1, field + 2, page, page + 1)
+        return [self.records[block, self.layer, i] for i in fields]
+
+    def describe(self, cta, n, fetched) -> ExpandItem:
+        """Item n of program `cta`."""
+        block, (module, first_range, width, out_tile), part, range_tiles = self._place(cta, n)
+        token, offset, num_tokens, page_start, section, granules, y_row, *pages = fetched
         range_chunks = lax.div(range_tiles, jnp.int32(self.chunk))
         chunk0 = (part - first_range) * range_chunks
         length = jnp.minimum(range_chunks, lax.div(width, jnp.int32(self.chunk)) - chunk0)
@@ -115,13 +138,15 @@ class ExpandItems:
         return ExpandItem(
             block=block,
             module=module,
-            token=read(TOKEN),
-            offset=read(OFFSET),
-            num_tokens=read(NUM_TOKENS),
-            page_start=read(PAGE_START),
-            first_tile=read(field) + chunk0 * self.chunk,
+            token=token,
+            offset=offset,
+            num_tokens=num_tokens,
+            page_start=page_start,
+            section=section,
+            pages=tuple(pages),
+            first_tile=section + chunk0 * self.chunk,
             granules=granules,
-            y_row=read(field + 2),
+            y_row=y_row,
             width=width,
             length=length,
             height=height,
@@ -135,12 +160,12 @@ class ExpandItems:
         """Most tiles that an item's may lie apart."""
         return rank_blocks * BLOCK_GRANULES * max(self.geometry.out_tiles(m) for m in GROUPS[self.group])
 
-    def chunk_tile(self, item: ExpandItem, s: int, rank_tile, first):
+    def chunk_tile(self, item: ExpandItem, s, rank_tile, first):
         """Tile of the image where the chunk in place s of a stage begins. first: the stage's first chunk of outputs.
 
         Places without a chunk of their own repeat the last granule or the last outputs.
         """
-        sub = lax.div(jnp.int32(s), item.height)
+        sub = sum(jnp.where(s >= n * item.height, 1, 0) for n in range(1, self.config.expand_packed))
         granule = jnp.minimum(rank_tile * STAGE_CHUNKS + s - sub * item.height, item.granules - 1)
         out_chunk = jnp.minimum(first + sub, item.length - 1)
         return item.first_tile + granule * item.width + out_chunk * self.chunk

@@ -1,16 +1,13 @@
-"""Hopper kernel of lora_expand: adds ``scaling * y B`` to the base projections in place, with Mosaic GPU.
+"""Hopper kernel of lora_expand for long segments: adds ``scaling * y B`` to the base projections in place, with Mosaic
+GPU.
 
 The work item is a token block and a range of output tiles of one module. Four roles run side by side in a program: a
 warpgroup streams granule chunks into a ring in shared memory, one prepares y of the next item, and two multiply, each
 one half of every chunk's outputs. The outputs are the M rows of wgmma, the tokens its N columns, the ranks its K = 64.
-Where a module has few granules, a
-stage holds chunks of several output ranges: each is multiplied by a copy of y that is zero outside its own rows. All
-eight chunks of a stage come from the adapter at hand (the last one is repeated), so that no weight of another adapter,
-were it infinite, can reach a result.
-
-Blocks of eight tokens put the copies of y side by side, so that one product gives all output ranges of a stage, and
-add it to the base output token by token. Larger blocks take the base output through shared memory by bulk copies. Rows
-of other segments are never written.
+Where a module has few granules, a stage holds chunks of several output ranges: each is multiplied by a copy of y that
+is zero outside its own rows. All eight chunks of a stage come from the adapter at hand (the last one is repeated), so
+that no weight of another adapter, were it infinite, can reach a result. The base output goes through shared memory by
+bulk copies. Rows of other segments are never written.
 """
 
 import math
@@ -24,7 +21,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.geometry import TILE_COLS, TILE_RANKS, Geometry
 from pallas_kernels.geometry import ceil_div as static_ceil_div
 from pallas_kernels.lora.any_rows import any_rows
-from pallas_kernels.lora.column_scatter import scatter_column
 from pallas_kernels.lora.config import LoraConfig
 from pallas_kernels.lora.expand_items import ExpandItem, ExpandItems
 from pallas_kernels.lora.expand_y import prepare_y
@@ -42,7 +38,6 @@ from pallas_kernels.lora.mosaic_common import (
 )
 from pallas_kernels.lora.plan import Plan
 
-_WGMMA = plgpu.Layout.WGMMA
 _TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 
 
@@ -63,8 +58,7 @@ def expand(
 ):
     """`out` with the deltas added. y: what the shrink kernel returned for the same plan. layer: int32[1]."""
     source = ChunkSource(geometry=geometry, num_pages=pages.shape[1], chunk=chunk, whole=not interpret)
-    by_rows = config.block_tokens == TILE_RANKS
-    target = out if by_rows else source.view_of_tokens(out)
+    target = source.view_of_tokens(out)
     where = (page_ids, plan.counts, plan.records, plan.scaling, layer)
     args = (target, y, source.view_of_pool(pages), *where)
     options = dict(group=group, config=config, source=source, max_rank=max_rank)
@@ -74,7 +68,7 @@ def expand(
         blocks = capacity(PLAN_ROWS, plan.records.shape[0])
         rows = {0: capacity(STEP_ROWS, out.shape[0]), 1: blocks, 5: blocks, 6: blocks}
         spec = jax.ShapeDtypeStruct(target.shape, out.dtype)
-        return any_rows(_launch, args, rows=rows, out=spec, in_place=True, options=options).reshape(out.shape)
+        return any_rows(_launch, args, rows=rows, out=(spec,), in_place=True, options=options)[0].reshape(out.shape)
 
 
 def _launch(
@@ -95,18 +89,16 @@ def _launch(
 ):
     geometry, chunk = source.geometry, source.chunk
     tokens = config.block_tokens
-    by_rows = tokens == TILE_RANKS
     ctas = config.expand_ctas
-    out_slots = 1 if by_rows else config.out_slots
+    out_slots = config.out_slots
     max_packed = config.expand_packed
     consumers = 2 if chunk == 4 else 1
     columns, half = chunk * TILE_COLS, chunk * TILE_COLS // consumers
     rank_tiles = static_ceil_div(static_ceil_div(max_rank, TILE_RANKS), STAGE_CHUNKS)
-    # Tiles of y: one for each 64 ranks; in large blocks also one for each chunk that shares a stage.
-    y_shape = (rank_tiles, max_packed * tokens) if by_rows else (max(max_packed, rank_tiles), tokens)
+    # Tiles of y: one for each 64 ranks, or one for each chunk that shares a stage.
+    y_shape = (max(max_packed, rank_tiles), tokens)
     shifted_rows = 2 * STAGE_ROWS - STAGE_ROWS // max_packed
     fixed_bytes = 2 * (2 * math.prod(y_shape) * STAGE_ROWS + shifted_rows * tokens + out_slots * tokens * columns)
-    fixed_bytes += 4 * 2 * max_packed * columns
     stages = min(config.expand_stages, (SHARED_BYTES - fixed_bytes) // (2 * STAGE_ROWS * columns))
 
     def lora_expand(
@@ -122,7 +114,6 @@ def _launch(
         ring,
         y_smem,
         shifted,
-        rows,
         out_ring,
         bars,
     ):
@@ -134,7 +125,7 @@ def _launch(
             group=group,
             config=config,
             chunk=chunk,
-            num_blocks=counts[layer_ref[0], 0],
+            num_blocks=counts[0],
             records=records,
             layer=layer_ref[0],
         )
@@ -142,17 +133,20 @@ def _launch(
         num_items = items.local(cta)
         zero, true = jnp.int32(0), jnp.bool_(True)
 
-        def describe(n):
-            return items.describe(cta, n)
+        def fetch(n):
+            return items.fetch(cta, n)
+
+        def describe(n, fetched):
+            return items.describe(cta, n, fetched)
 
         @pl.when(wg == consumers)
         def producer():
-            if not by_rows:
-                plgpu.set_max_registers(56, action="decrease")
+            plgpu.set_max_registers(56, action="decrease")
 
             def item_body(item: ExpandItem, _, carry):
                 issued, out_issued = carry
-                item_pages = source.pages(item.first_tile, items.max_span(rank_tiles), item.page_start, page_ids)
+                span = items.max_span(rank_tiles)
+                item_pages = source.pages(item.section, span, item.pages, item.page_start, page_ids)
 
                 def stage_body(st, out_count):
                     slot = lax.rem(issued + st, jnp.int32(stages))
@@ -170,8 +164,6 @@ def _launch(
                     source.expect(full.at[slot], jnp.int32(STAGE_CHUNKS))
                     for s in range(STAGE_CHUNKS):
                         source.copy(pool, indices[s], chunks, slot * STAGE_CHUNKS + s, full.at[slot], true)
-                    if by_rows:
-                        return out_count
 
                     # The base output of a chunk comes with the stage that completes it.
                     num_out = jnp.minimum(item.packed, item.length - first)
@@ -195,18 +187,17 @@ def _launch(
 
                 return issued + item.num_stages, lax.fori_loop(0, item.num_stages, stage_body, out_issued)
 
-            issued, out_issued = for_items(num_items, describe, item_body, (zero, zero))
+            issued, out_issued = for_items(num_items, fetch, describe, item_body, (zero, zero))
             drain(empty, issued, stages)
-            if not by_rows:
-                drain(o_empty, out_issued, out_slots)
+            drain(o_empty, out_issued, out_slots)
 
         @pl.when(wg == consumers + 1)
         def prepare():
-            if not by_rows:
-                plgpu.set_max_registers(104, action="decrease")
+            plgpu.set_max_registers(104, action="decrease")
             prepare_y(
                 items,
                 num_items,
+                fetch,
                 describe,
                 y_ref,
                 scaling,
@@ -215,16 +206,15 @@ def _launch(
                 y_full,
                 y_empty,
                 rank_tiles=rank_tiles,
-                by_rows=by_rows,
+                by_rows=False,
             )
 
         @pl.when(wg < consumers)
         def consumer():
-            if not by_rows:
-                plgpu.set_max_registers(168, action="increase")
+            plgpu.set_max_registers(168, action="increase")
 
             def multiply(acc, seen, item, buffer, group_index, sub, y_tile, last):
-                """Adds the product of a group of output chunks (or of its chunk `sub`) with y over all ranks to acc."""
+                """Adds the product of chunk `sub` of a group of output chunks with y over all ranks to acc."""
 
                 def rank_body(k, _):
                     slot = lax.rem(seen + group_index * item.rank_tiles + k, jnp.int32(stages))
@@ -246,65 +236,6 @@ def _launch(
 
                 lax.fori_loop(0, item.rank_tiles, rank_body, ())
                 return acc[...]
-
-            row_layout = plgpu.Layout.WG_STRIDED((half,), vec_size=1) if half == 128 else _WGMMA.reduce(1)
-
-            def outputs(item: ExpandItem, first, i: int, t):
-                """Where the outputs of a group's chunk i lie: of token t, this warpgroup's half."""
-                tile = item.out_tile + jnp.maximum(jnp.minimum(first + i, item.length - 1), 0) * chunk
-                return item.token + t, pl.ds(pl.multiple_of(tile * TILE_COLS + wg * half, half), half)
-
-            def load_bases(item: ExpandItem, first, t):
-                chunks = (out_ref.at[outputs(item, first, i, t)] for i in range(max_packed))
-                return [plgpu.load(ref, layout=row_layout, optimized=False) for ref in chunks]
-
-            def group_by_rows(item: ExpandItem, following: ExpandItem, seen, buffer, group_index, bases):
-                """All output chunks of a stage at once, then token by token. Returns the next group's first bases."""
-                first = group_index * item.packed
-                # on their way while this group is computed, as nobody else writes those outputs
-                more = first + item.packed < item.length
-                ahead = jax.tree.map(lambda a, b: jnp.where(more, a, b), item, following)
-                next_bases = load_bases(ahead, jnp.where(more, first + item.packed, 0), ahead.offset)
-
-                def add_token(n, delta, bases):
-                    t = item.offset + n
-                    mine = rows.at[wg, lax.rem(n, 2)]
-                    scatter_column(delta, t, mine, interpret=bool(interpret))
-                    plgpu.commit_smem()
-                    for i in range(max_packed):
-
-                        @pl.when((i < item.packed) & (first + i < item.length))
-                        def _(i=i):
-                            total = bases[i].astype(jnp.float32) + plgpu.load(
-                                mine.at[i], layout=row_layout, optimized=False
-                            )
-                            out_ref[outputs(item, first, i, t)] = total.astype(out.dtype)
-
-                @pl.when(item.length > 0)
-                def _():
-                    delta = pl.run_scoped(
-                        lambda acc: multiply(acc, seen, item, buffer, group_index, zero, zero, true),
-                        plgpu.ACC((half, max_packed * tokens), jnp.float32),
-                    )
-
-                    def token_body(n, bases):
-                        # on their way while this token is added
-                        later = load_bases(item, first, item.offset + jnp.minimum(n + 1, item.num_tokens - 1))
-                        add_token(n, delta, bases)
-                        return later
-
-                    add_token(zero, delta, bases)
-
-                    @pl.when(item.num_tokens > 1)
-                    def _():
-                        lax.fori_loop(1, item.num_tokens, token_body, load_bases(item, first, item.offset + 1))
-
-                    # The next stage's first token may use the buffer that this one's last token used.
-                    @pl.when(lax.rem(item.num_tokens, 2) == 1)
-                    def _():
-                        plgpu.commit_smem()
-
-                return next_bases
 
             def chunk_by_tiles(item: ExpandItem, seen, out_seen, buffer, c):
                 """One output chunk: the base output is in shared memory, and goes back from there."""
@@ -337,32 +268,21 @@ def _launch(
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(o_empty.at[out_slot])
 
-            def item_body(item: ExpandItem, following: ExpandItem, carry):
-                seen, out_seen, used, bases = carry
+            def item_body(item: ExpandItem, _, carry):
+                seen, out_seen, used = carry
                 buffer = lax.rem(used, 2)
                 targeted = item.length > 0
                 pl.when(targeted)(lambda: plgpu.barrier_wait(y_full.at[buffer]))
-                if by_rows:
 
-                    def group_body(i, bases):
-                        return group_by_rows(item, following, seen, buffer, i, bases)
+                def chunk_body(c, _):
+                    chunk_by_tiles(item, seen, out_seen, buffer, c)
+                    return ()
 
-                    # an item without outputs still loads the next one's bases
-                    groups = jnp.maximum(lax.div(item.num_stages, item.rank_tiles), 1)
-                    bases = lax.fori_loop(0, groups, group_body, bases)
-                else:
-
-                    def chunk_body(c, _):
-                        chunk_by_tiles(item, seen, out_seen, buffer, c)
-                        return ()
-
-                    lax.fori_loop(0, item.length, chunk_body, ())
+                lax.fori_loop(0, item.length, chunk_body, ())
                 pl.when(targeted)(lambda: plgpu.barrier_arrive(y_empty.at[buffer]))
-                return seen + item.num_stages, out_seen + item.length, used + jnp.where(targeted, 1, 0), bases
+                return seen + item.num_stages, out_seen + item.length, used + jnp.where(targeted, 1, 0)
 
-            first_item = describe(zero)
-            bases = load_bases(first_item, zero, first_item.offset) if by_rows else []
-            for_items(num_items, describe, item_body, (zero, zero, zero, bases))
+            for_items(num_items, fetch, describe, item_body, (zero, zero, zero))
 
     kernel = plgpu.kernel(
         lora_expand,
@@ -374,7 +294,6 @@ def _launch(
             ring=source.ring(stages * STAGE_ROWS, out.dtype),
             y_smem=plgpu.SMEM((2, *y_shape, STAGE_ROWS), out.dtype, transforms=OPERAND),
             shifted=plgpu.SMEM((shifted_rows, tokens), out.dtype),
-            rows=plgpu.SMEM((consumers, 2, max_packed, half), jnp.float32),
             out_ring=source.tokens((out_slots,), tokens, out.dtype),
             bars=(
                 plgpu.Barrier(num_arrivals=source.arrivals(STAGE_CHUNKS), num_barriers=stages),

@@ -31,13 +31,7 @@ from pallas_kernels.lora.mosaic_common import (
     for_items,
 )
 from pallas_kernels.lora.plan import PAGE_START, TOKEN, Plan, group_fields, y_rows
-
-
-def split_chunks(geometry: Geometry, group: str, config: LoraConfig, chunk: int) -> tuple[int, int, int]:
-    """(chunks of columns in all, in a split, number of splits) of a group's input width."""
-    total = geometry.in_tiles(GROUPS[group][0]) // chunk
-    per_split = static_ceil_div(total, config.num_splits)
-    return total, per_split, static_ceil_div(total, per_split)
+from pallas_kernels.lora.short_items import split_chunks
 
 
 def shrink(
@@ -58,7 +52,7 @@ def shrink(
             return _launch(*args, **options, out=out, interpret=interpret)
         rows = {0: capacity(STEP_ROWS, x.shape[0]), 4: capacity(PLAN_ROWS, blocks)}
         largest = jax.ShapeDtypeStruct((rows[4], *out.shape[1:]), out.dtype)
-        return any_rows(_launch, args, rows=rows, out=out, in_place=False, options=options | dict(out=largest))
+        return any_rows(_launch, args, rows=rows, out=(out,), in_place=False, options=options | dict(out=largest))[0]
 
 
 def _launch(
@@ -69,6 +63,7 @@ def _launch(
     stages, ctas = config.shrink_stages, config.shrink_ctas
     total, per_split, splits = split_chunks(geometry, group, config, chunk)
     in_tiles = geometry.in_tiles(GROUPS[group][0])
+    max_span = out.shape[2] // TILE_RANKS * in_tiles
     packed_limit = next(n for n in (4, 2, 1) if n <= min(config.shrink_packed, total))
 
     def lora_shrink(x_ref, pool, page_ids, counts, records, layer_ref, y_ref, ring, x_ring, full, empty):
@@ -77,8 +72,8 @@ def _launch(
         cta = lax.axis_index("cta")
         wg = lax.axis_index("wg")
         layer = layer_ref[0]
-        num_blocks = counts[layer, 0]
-        ranked_blocks = num_blocks * counts[layer, 1 + list(GROUPS).index(group)]
+        num_blocks = counts[0]
+        ranked_blocks = num_blocks * counts[1 + list(GROUPS).index(group)]
         # An item is a run of splits: long where there is work for all programs even so, because a new item costs time.
         run = jnp.int32(1)
         for longer in (2, 4):
@@ -99,6 +94,9 @@ def _launch(
             read = [records[block, layer, i] for i in (TOKEN, PAGE_START, *group_fields(group))]
             return lax.rem(item, runs) * run, block, rank_block, *read
 
+        def same(_, item):
+            return item
+
         def sizes(split, rank_block, total_granules):
             """Granules, chunks of columns that share a stage, and chunks of columns in all (0 if there is no
             granule).
@@ -111,10 +109,10 @@ def _launch(
         @pl.when(wg == 1)
         def producer():
             def item_body(item, _, issued):
-                split, _, rank_block, token, page_start, first_tile, total_granules = item
+                split, _, rank_block, token, page_start, section, total_granules, *known = item
                 granules, packed, length = sizes(split, rank_block, total_granules)
-                first_tile = first_tile + rank_block * (STAGE_CHUNKS * in_tiles) + split * (per_split * chunk)
-                item_pages = source.pages(first_tile, STAGE_CHUNKS * in_tiles, page_start, page_ids)
+                first_tile = section + rank_block * (STAGE_CHUNKS * in_tiles) + split * (per_split * chunk)
+                item_pages = source.pages(section, max_span, known, page_start, page_ids)
                 num_stages = ceil_div(length, packed)
 
                 def stage_body(st, _):
@@ -146,12 +144,12 @@ def _launch(
                 lax.fori_loop(0, num_stages, stage_body, ())
                 return issued + num_stages
 
-            drain(empty, for_items(local_items, describe, item_body, jnp.int32(0)), stages)
+            drain(empty, for_items(local_items, describe, same, item_body, jnp.int32(0)), stages)
 
         @pl.when(wg == 0)
         def consumer():
             def item_body(item, _, seen):
-                split, block, rank_block, *_, total_granules = item
+                split, block, rank_block, _, _, _, total_granules, *_ = item
                 granules, packed, length = sizes(split, rank_block, total_granules)
 
                 def split_body(part, _):
@@ -183,7 +181,7 @@ def _launch(
                 lax.fori_loop(0, ceil_div(length, per_split), split_body, ())
                 return seen + ceil_div(length, packed)
 
-            for_items(local_items, describe, item_body, jnp.int32(0))
+            for_items(local_items, describe, same, item_body, jnp.int32(0))
 
     kernel = plgpu.kernel(
         lora_shrink,

@@ -5,13 +5,18 @@ block of the plan and every split of the input width the partial sums of its sta
 large step is served by two pairs of launches, one for short segments (decoding) and one for long ones (prompts).
 """
 
+import dataclasses
+import functools
+from typing import Any
+
 import jax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.geometry import GROUPS, TILE_COLS, Geometry
+from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry
 from pallas_kernels.lora.config import SHORT_STEP, LoraConfig, chunk_tiles, default_config
 from pallas_kernels.lora.kernel_expand_sm90 import expand
+from pallas_kernels.lora.kernel_short_sm90 import Half, short
 from pallas_kernels.lora.kernel_shrink_sm90 import shrink
 from pallas_kernels.lora.plan import by_length, make_plan
 from pallas_kernels.lora.table import AdapterTable
@@ -26,6 +31,9 @@ _STATIC = ("group", "geometry", "config", "chunk", "max_rank", "interpret")
 _shrink = jax.jit(shrink, static_argnames=_STATIC)
 _expand = jax.jit(expand, static_argnames=_STATIC)
 _make_plan = jax.jit(make_plan, static_argnames=("num_tokens", "geometry", "block_tokens"))
+
+
+_short = jax.jit(short, static_argnames=("phase", "group", "config", "chunk", "max_rank", "interpret"))
 
 
 def unsupported(tokens: jax.Array, pages: jax.Array, *, group: str, geometry: Geometry, max_rank: int) -> str | None:
@@ -46,26 +54,40 @@ def unsupported(tokens: jax.Array, pages: jax.Array, *, group: str, geometry: Ge
     return None
 
 
-def _launches(tokens, table, seg_start, seg_adapter, *, layer, group, geometry, max_rank, config, interpret):
-    """Arguments that both kernels of each pair of launches take, after their own and the pool: (positional, keywords).
+@functools.cache
+def one_launch() -> bool:
+    """Whether shrink and expand may share a launch: its programs wait for each other, so all must run at once."""
+    device = jax.devices()[0]
+    return device.platform != "gpu" or device.core_count >= LoraConfig().expand_ctas
 
-    One pair takes all segments of a small step; a large one has a pair for short segments and one for long ones. A
-    launch passes over segments without an adapter.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Matrices:
+    """Where one of the two matrices of every adapter lies."""
+
+    table: AdapterTable
+    geometry: Geometry
+
+    def half(self, seg_start, seg_adapter, num_tokens: int, config: LoraConfig) -> Half:
+        options = dict(num_tokens=num_tokens, geometry=self.geometry, block_tokens=config.block_tokens)
+        plan = _make_plan(self.table, seg_start, seg_adapter, **options)
+        return Half(page_ids=self.table.pages, plan=plan, geometry=self.geometry)
+
+
+def _pairs(num_tokens: int, seg_start, seg_adapter, geometry: Geometry, config):
+    """(config, segments' adapters) of each launch or pair of launches: a large step has one for short segments and one
+    for long ones. A launch passes over segments without an adapter.
     """
-    num_tokens = tokens.shape[0]
     if config is None:
-        short, long = default_config(geometry, 1), default_config(geometry, num_tokens)
-        config = short if num_tokens <= SHORT_STEP else (short, long)
+        shortest, long = default_config(geometry, 1), default_config(geometry, num_tokens)
+        config = shortest if num_tokens <= SHORT_STEP else (shortest, long)
     if isinstance(config, LoraConfig):
-        pairs = [(config, seg_adapter)]
-    else:
-        pairs = list(zip(config, by_length(seg_start, seg_adapter), strict=True))
-    for one, adapters in pairs:
-        options = dict(num_tokens=num_tokens, geometry=geometry, block_tokens=one.block_tokens)
-        plan = _make_plan(table, seg_start, adapters, **options)
-        chunk = chunk_tiles(geometry, one.chunk_tiles)
-        keywords = dict(group=group, geometry=geometry, config=one, chunk=chunk, max_rank=max_rank, interpret=interpret)
-        yield (table.pages, plan, jnp.asarray(layer, jnp.int32).reshape(1)), keywords
+        return [(config, seg_adapter)]
+    return list(zip(config, by_length(seg_start, seg_adapter), strict=True))
+
+
+def _is_short(config: LoraConfig) -> bool:
+    return config.block_tokens == TILE_RANKS
 
 
 def shrink_sm90(
@@ -85,9 +107,17 @@ def shrink_sm90(
     """Partial sums of ``x A^T`` for `expand_sm90`, which must be called with the same arguments: one array for each
     launch. config: for all segments, or for short and for long ones.
     """
-    options = dict(layer=layer, group=group, geometry=geometry, max_rank=max_rank, config=config, interpret=interpret)
-    launches = _launches(x, table, seg_start, seg_adapter, **options)
-    return tuple(_shrink(x, pages, *where, **keywords) for where, keywords in launches)
+    matrices, where = Matrices(table=table, geometry=geometry), jnp.asarray(layer, jnp.int32).reshape(1)
+    found = []
+    for one, adapters in _pairs(x.shape[0], seg_start, seg_adapter, geometry, config):
+        half = matrices.half(seg_start, adapters, x.shape[0], one)
+        chunk = chunk_tiles(geometry, one.chunk_tiles)
+        options: dict[str, Any] = dict(group=group, config=one, chunk=chunk, max_rank=max_rank, interpret=interpret)
+        if _is_short(one):
+            found.append(_short("shrink", pages, where, shrink=half, x=x, **options))
+        else:
+            found.append(_shrink(x, pages, table.pages, half.plan, where, geometry=geometry, **options))
+    return tuple(found)
 
 
 def expand_sm90(
@@ -108,11 +138,56 @@ def expand_sm90(
     """`out` with every token's ``scaling * y B^T`` added: float32 sums, one rounding. Tokens without an adapter are
     not touched.
     """
-    options = dict(layer=layer, group=group, geometry=geometry, max_rank=max_rank, config=config, interpret=interpret)
+    matrices, where = Matrices(table=table, geometry=geometry), jnp.asarray(layer, jnp.int32).reshape(1)
     num_tokens = out.shape[0]
-    launches = list(_launches(out, table, seg_start, seg_adapter, **options))
-    if num_tokens > 1 and num_tokens % _WHOLE_ROWS:
-        out = jnp.pad(out, ((0, -num_tokens % _WHOLE_ROWS), (0, 0)))
-    for part, (where, keywords) in zip(y, launches, strict=True):
-        out = _expand(out, part, pages, *where, **keywords)
+    out = _whole_rows(out)
+    pairs = _pairs(num_tokens, seg_start, seg_adapter, geometry, config)
+    for part, (one, adapters) in zip(y, pairs, strict=True):
+        half = matrices.half(seg_start, adapters, num_tokens, one)
+        chunk = chunk_tiles(geometry, one.chunk_tiles)
+        options: dict[str, Any] = dict(group=group, config=one, chunk=chunk, max_rank=max_rank, interpret=interpret)
+        if _is_short(one):
+            out = _short("expand", pages, where, expand=half, out=out, y=part, **options)
+        else:
+            out = _expand(out, part, pages, table.pages, half.plan, where, geometry=geometry, **options)
     return out[:num_tokens]
+
+
+def add_sm90(
+    out: Float[Array, "T c"],
+    x: Float[Array, "T d"],
+    pages: Float[Array, "L P E"],
+    shrink: Matrices,
+    expand: Matrices,
+    seg_start: Int[Array, "S1"],
+    seg_adapter: Int[Array, "S"],
+    *,
+    layer: int | Int[Array, ""],
+    group: str,
+    max_rank: int,
+    config: LoraConfig | tuple[LoraConfig, LoraConfig] | None = None,
+) -> Float[Array, "T c"]:
+    """`expand_sm90` of `shrink_sm90`, bit for bit, in one launch for short segments. shrink, expand: where A and B are.
+
+    The GPU must have as many multiprocessors as the kernel has programs (`LoraConfig.expand_ctas`).
+    """
+    where = jnp.asarray(layer, jnp.int32).reshape(1)
+    num_tokens = out.shape[0]
+    out = _whole_rows(out)
+    for one, adapters in _pairs(num_tokens, seg_start, seg_adapter, shrink.geometry, config):
+        a, b = (matrices.half(seg_start, adapters, num_tokens, one) for matrices in (shrink, expand))
+        chunk = min(chunk_tiles(half.geometry, one.chunk_tiles) for half in (a, b))
+        options: dict[str, Any] = dict(group=group, config=one, chunk=chunk, max_rank=max_rank, interpret=None)
+        if _is_short(one):
+            out = _short("both", pages, where, shrink=a, expand=b, x=x, out=out, **options)
+        else:
+            y = _shrink(x, pages, a.page_ids, a.plan, where, geometry=a.geometry, **options)
+            out = _expand(out, y, pages, b.page_ids, b.plan, where, geometry=b.geometry, **options)
+    return out[:num_tokens]
+
+
+def _whole_rows(out: Float[Array, "T c"]) -> Float[Array, "T2 c"]:
+    num_tokens = out.shape[0]
+    if num_tokens > 1 and num_tokens % _WHOLE_ROWS:
+        return jnp.pad(out, ((0, -num_tokens % _WHOLE_ROWS), (0, 0)))
+    return out

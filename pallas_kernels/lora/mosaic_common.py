@@ -74,16 +74,17 @@ class ChunkSource:
         shape = (self.chunk, TILE_RANKS, TILE_COLS) if self.whole else (TILE_RANKS, TILE_COLS)
         return pages.reshape(-1, *shape)
 
-    def pages(self, first_tile, span: int, page_start, page_ids):
-        """Page ids of an item whose tiles lie less than `span` after `first_tile` of an adapter's image, for `locate`.
+    def pages(self, section, span: int, known, page_start, page_ids):
+        """Page ids of a section that begins at tile `section` of an adapter's image and is up to `span` tiles long, for
+        `locate`.
 
-        Most items lie in one page id or two. Read once an item, they keep the copies of a stage from waiting for them.
+        known: ids of its first page and the next, from the record. Most sections lie in these, and then no copy waits
+        for an id.
         """
         if span > self.geometry.tiles_per_page_id:
             return lambda number: page_ids[page_start + number]
-        first = lax.div(first_tile, jnp.int32(self.geometry.tiles_per_page_id))
-        ids = [page_ids[jnp.minimum(page_start + first + i, page_ids.shape[0] - 1)] for i in range(2)]
-        return lambda number: jnp.where(number == first, *ids)
+        first = lax.div(section, jnp.int32(self.geometry.tiles_per_page_id))
+        return lambda number: jnp.where(number == first, *known)
 
     def locate(self, tile, pages):
         """Index in the view of the pool of the chunk that begins at `tile` of an adapter's image."""
@@ -101,7 +102,7 @@ class ChunkSource:
             return
         for j in range(self.chunk):
             rows = pl.ds(pl.multiple_of(chunk_row * TILE_RANKS, TILE_RANKS), TILE_RANKS)
-            self._copy_if(predicate, pool.at[index + j], ring_view.at[rows, pl.ds(j * TILE_COLS, TILE_COLS)], barrier)
+            self.copy_if(predicate, pool.at[index + j], ring_view.at[rows, pl.ds(j * TILE_COLS, TILE_COLS)], barrier)
 
     def view_of_tokens(self, x):
         """Activations [T, c] as ``[T, c / 64, 64]``: a free reshape."""
@@ -122,7 +123,7 @@ class ChunkSource:
             rows = pl.ds(group * TILE_RANKS, TILE_RANKS)
             for j in range(self.chunk):
                 target = block.at[rows, pl.ds(j * TILE_COLS, TILE_COLS)]
-                self._copy_if(predicate, source.at[:, tile + j], target, barrier)
+                self.copy_if(predicate, source.at[:, tile + j], target, barrier)
 
     def store_tokens(self, block, offset, num_tokens, x, token, tile, first, tiles: int):
         """Starts copying `num_tokens` rows of a block from `offset` on to x, where the block's first row is `token`:
@@ -163,7 +164,7 @@ class ChunkSource:
         if self.whole:
             plgpu.commit_smem_to_gmem_group()
 
-    def _copy_if(self, predicate, source, target, barrier):
+    def copy_if(self, predicate, source, target, barrier):
         """A copy as interpret mode takes it: without the predicate, which it does not know."""
         pl.when(predicate)(lambda: plgpu.copy_gmem_to_smem(source, target, barrier))
         pl.when(~predicate)(lambda: plgpu.barrier_arrive(barrier))
@@ -195,12 +196,17 @@ def drain(barriers, uses, slots: int):
     lax.fori_loop(jnp.maximum(uses - slots, 0), uses, wait, ())
 
 
-def for_items(count, describe, body, init):
-    """Folds ``body(describe(n), describe(n + 1), carry) -> carry`` over n < count; after the last item comes itself."""
+def for_items(count, fetch, describe, body, init):
+    """Folds ``body(item, following, carry) -> carry`` over n < count, where item n is ``describe(n, fetch(n))``.
+
+    `fetch` loads from memory and computes nothing from it: it is called one item ahead, and who computes waits.
+    following: returns the next item; after the last one that itself.
+    """
 
     def step(n, state):
-        item, carry = state
-        following = describe(jnp.minimum(n + 1, count - 1))
-        return following, body(item, following, carry)
+        fetched, carry = state
+        ahead = jnp.minimum(n + 1, count - 1)
+        next_fetched = fetch(ahead)
+        return next_fetched, body(describe(n, fetched), lambda: describe(ahead, next_fetched), carry)
 
-    return lax.fori_loop(0, count, step, (describe(jnp.int32(0)), init))[1]
+    return lax.fori_loop(0, count, step, (fetch(jnp.int32(0)), init))[1]

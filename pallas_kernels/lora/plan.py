@@ -26,13 +26,17 @@ _BLOCK_ROWS = 8 * BLOCK_GRANULES
 TOKEN, OFFSET, NUM_TOKENS, PAGE_START = range(4)
 _GROUP_FIELDS = 4
 _MODULE_FIELDS = _GROUP_FIELDS + 2 * len(GROUPS)
-RECORD = _MODULE_FIELDS + 3 * len(MODULES)
+_PAGE_FIELDS = _MODULE_FIELDS + 3 * len(MODULES)
+RECORD = _PAGE_FIELDS + 2 * (len(GROUPS) + len(MODULES))
 
 
-def group_fields(group: str) -> tuple[int, int]:
-    """Where a record has the first tile of a group's A section and the group's granules."""
-    first = _GROUP_FIELDS + 2 * list(GROUPS).index(group)
-    return first, first + 1
+def group_fields(group: str) -> tuple[int, int, int, int]:
+    """Where a record has the first tile of a group's A section, the group's granules, and the ids of the page where
+    that tile lies and of the next one.
+    """
+    index = list(GROUPS).index(group)
+    first, page = _GROUP_FIELDS + 2 * index, _PAGE_FIELDS + 2 * index
+    return first, first + 1, page, page + 1
 
 
 def module_field(module):
@@ -40,18 +44,26 @@ def module_field(module):
     return _MODULE_FIELDS + 3 * module
 
 
+def module_pages(module):
+    """Where a record has the ids of the page of a module's first tile of B and of the next one."""
+    return _PAGE_FIELDS + 2 * (len(GROUPS) + module)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """counts: number of token blocks, then for each group the most rank blocks that any of them has. records: TOKEN is
-    a block's first row, of which the block's own tokens begin OFFSET rows on.
+    """counts: number of token blocks, then for each group the most rank blocks that any of them has in any layer.
+    records: TOKEN is a block's first row, of which the block's own tokens begin OFFSET rows on. tickets, done: counters
+    for each layer and group, and for each block in it, for block_signals; zero at first.
 
     Records past the last token block are unspecified.
     """
 
-    counts: Int[Array, "L 5"]
+    counts: Int[Array, "5"]
     records: Int[Array, "NT L R"]
     scaling: Float[Array, "NT L 7"]
+    tickets: Int[Array, "L 4"]
+    done: Int[Array, "NT L 4"]
 
 
 def max_token_blocks(num_tokens: int, num_segments: int, block_tokens: int) -> int:
@@ -94,11 +106,11 @@ def by_length(seg_start: Int[Array, "S1"], seg_adapter: Int[Array, "S"]) -> tupl
 def _record_terms(geometry: Geometry) -> tuple[Int[Array, "R 7"], Bool[Array, "R"]]:
     """A record as a linear function of the seven modules' granules, and which fields count from a layer's tiles."""
     unit = np.eye(len(MODULES), dtype=np.int32)
-    linear, is_tile = np.zeros((RECORD, len(MODULES)), np.int32), np.zeros(RECORD, bool)
+    linear, is_tile = np.zeros((_PAGE_FIELDS, len(MODULES)), np.int32), np.zeros(_PAGE_FIELDS, bool)
     with jax.ensure_compile_time_eval():
         a_start, b_start = (np.asarray(starts) for starts in section_starts(jnp.asarray(unit), geometry))
     for group, start in zip(GROUPS, a_start, strict=True):
-        tile, total = group_fields(group)
+        tile, total = group_fields(group)[:2]
         linear[tile], is_tile[tile] = start, True
         linear[total] = unit[list(GROUPS[group])].sum(axis=0)
         for i, m in enumerate(GROUPS[group]):
@@ -136,13 +148,20 @@ def make_plan(
     own = jnp.stack([row, first - row, length, table.page_start[adapter]])
     records = jnp.sum(granules * linear, axis=3, dtype=jnp.int32)
     records += jnp.where(is_tile, table.tile_start[adapter][:, :, None], 0)
-    records += jnp.pad(own.T, ((0, 0), (0, RECORD - _GROUP_FIELDS)))[:, None]
+    records += jnp.pad(own.T, ((0, 0), (0, _PAGE_FIELDS - _GROUP_FIELDS)))[:, None]
+    tiles = jnp.array([*(group_fields(g)[0] for g in GROUPS), *map(module_field, range(len(MODULES)))])
+    page = table.page_start[adapter][:, None, None] + records[:, :, tiles] // geometry.tiles_per_page_id
+    page = jnp.clip(page[..., None] + jnp.arange(2), 0, table.pages.shape[0] - 1)
+    page_ids = table.pages[page].astype(jnp.int32).reshape(*page.shape[:2], -1)
     groups = linear[jnp.array([group_fields(g)[1] for g in GROUPS])]
     rank_blocks = -(-jnp.sum(granules * groups, axis=3, dtype=jnp.int32) // BLOCK_GRANULES)
     used = (index < first_block[-1])[:, None, None]
-    counts = jnp.max(jnp.where(used, jnp.pad(rank_blocks, ((0, 0), (0, 0), (1, 0))), 0), axis=0)
+    counts = jnp.max(jnp.where(used, rank_blocks, 0), axis=(0, 1))
+    zero = jnp.minimum(first_block[-1], 0)  # computed, so that it is no constant: the kernels count there
     return Plan(
-        counts=counts + jnp.where(jnp.arange(counts.shape[1]) == 0, first_block[-1], 0),
-        records=records,
+        counts=jnp.concatenate([first_block[-1:], counts]),
+        records=jnp.concatenate([records, page_ids], axis=2),
         scaling=table.scaling[adapter],
+        tickets=jnp.broadcast_to(zero, (records.shape[1], len(GROUPS))),
+        done=jnp.broadcast_to(zero, (*records.shape[:2], len(GROUPS))),
     )

@@ -11,11 +11,21 @@ import numpy as np
 from oracles import image_pages, place_adapter, relative_error
 import pytest
 
+from pallas_kernels import lora_add
 from pallas_kernels.geometry import GROUPS, Geometry
 from pallas_kernels.lora.arg_specs import SPECS
 from pallas_kernels.lora.config import SHORT_STEP, LoraConfig, chunk_tiles, default_config
-from pallas_kernels.lora.kernel_sm90 import expand_sm90, shrink_sm90, unsupported
-from pallas_kernels.lora.plan import NUM_TOKENS, OFFSET, TOKEN, group_fields, make_plan, max_token_blocks, module_field
+from pallas_kernels.lora.kernel_sm90 import Matrices, add_sm90, expand_sm90, shrink_sm90, unsupported
+from pallas_kernels.lora.plan import (
+    NUM_TOKENS,
+    OFFSET,
+    TOKEN,
+    group_fields,
+    make_plan,
+    max_token_blocks,
+    module_field,
+    module_pages,
+)
 from pallas_kernels.lora.table import AdapterTable
 
 RANKS = (1, 4, 8, 12, 16, 24, 32, 64, 128, 256)
@@ -35,6 +45,7 @@ def geometry(hidden, kv, mlp, heads=4, kv_heads=2, dim=64):
 
 
 TINY = geometry(256, 128, 512, kv_heads=4)
+WIDE = geometry(512, 256, 512, kv_heads=4)  # chunks of four tiles: two multiplying warpgroups
 ODD = geometry(192, 64, 320, heads=3, kv_heads=1)  # widths of an odd number of tiles: chunks of one tile
 MEDIUM = geometry(1024, 512, 2816, heads=8, kv_heads=4, dim=128)
 
@@ -95,6 +106,18 @@ class Batch:
 
         return np.asarray(run(self.x, self.out, *where))
 
+    def add(self):
+        """In one launch."""
+        options = dict(layer=self.layer, group=self.group, max_rank=int(self.table.granules.max()) * 8)
+        where = (jnp.asarray(self.seg_start), jnp.asarray(self.adapters, dtype=jnp.int32))
+
+        @jax.jit
+        def run(x, out, pages, table):
+            half = Matrices(table=table, geometry=self.geometry)
+            return add_sm90(out, x, pages, half, half, *where, **options)
+
+        return np.asarray(run(self.x, self.out, self.pages, self.table))
+
     def expected(self):
         out, x = np.asarray(self.out, np.float64), np.asarray(self.x, np.float64)
         for s, a in enumerate(self.adapters):
@@ -128,6 +151,15 @@ SMALL = LoraConfig(
     [
         (TINY, [[8] * 7, [16, 4, 0, 8, 40, 80, 8]], (1, 3, 2), (0, -1, 1), "gu", SMALL),
         (TINY, [[8] * 7, [16, 4, 0, 8, 40, 80, 8]], (1, 3, 2), (0, -1, 1), "qkv", SMALL),
+        (WIDE, [[8] * 7, [16, 4, 0, 8, 40, 80, 8]], (1, 3, 2), (0, -1, 1), "qkv", SMALL),
+        (
+            WIDE,
+            [[80, 8, 8, 8, 8, 8, 8], [16, 4, 0, 8, 40, 80, 8]],
+            (1, 9, 2),
+            (0, 1, 1),
+            "qkv",
+            dataclasses.replace(SMALL, num_splits=1),
+        ),
         (
             ODD,
             [[8] * 7, [16, 4, 0, 24, 40, 80, 8]],
@@ -145,7 +177,7 @@ SMALL = LoraConfig(
             (SMALL, dataclasses.replace(SMALL, block_tokens=16, expand_packed=2)),
         ),
     ],
-    ids=["gu", "qkv", "odd-widths-long-blocks", "short-and-long"],
+    ids=["gu", "qkv", "wide", "wide-high-rank", "odd-widths-long-blocks", "short-and-long"],
 )
 def test_interpreted(g, ranks, lengths, adapters, group, config):
     batch = Batch(g, ranks, lengths, adapters, group)
@@ -163,12 +195,18 @@ def test_plan_lists_every_token_block_once():
         block_tokens=8,
     )
     records = plan.records[:, 1]
-    assert plan.counts[:, 0].tolist() == [6, 6]
-    assert plan.counts[1, 1:].tolist() == [4, 1, 1, 1]
+    assert plan.counts.tolist() == [6, 4, 1, 1, 1]
+    assert not plan.done.any()
     rows = [[0, 0, 8], [8, 0, 1], [9, 0, 4], [14, 0, 8], [22, 0, 8], [25, 5, 1]]  # the last may not pass row 33
     assert records[:6, [TOKEN, OFFSET, NUM_TOKENS]].tolist() == rows
     assert records[:6, group_fields("qkv")[1]].tolist() == [3, 3, 0, 27, 27, 27]
+    section, _, page, following = group_fields("o")
+    number = records[3, section] // TINY.tiles_per_page_id
+    start = batch.table.page_start[2]
+    assert records[3, [page, following]].tolist() == batch.table.pages[start + number : start + number + 2].tolist()
     v = module_field(2)
+    number = records[3, v] // TINY.tiles_per_page_id
+    assert records[3, module_pages(2)] == batch.table.pages[start + number]
     assert records[3, module_field(0) + 1 : v + 3].tolist()[:2] == [25, 0]
     assert records[3, v + 1 : v + 3].tolist() == [0, 216]
 
@@ -192,8 +230,8 @@ NAMED = [
 ]
 
 
-def _lower(spec, group, num_tokens=None, segments=None):
-    """StableHLO of one pair of ops for CUDA."""
+def _lower(spec, group, num_tokens=None, segments=None, op="pair"):
+    """StableHLO of one pair of ops, or of lora_add, for CUDA."""
     g, modules = spec.geometry, GROUPS[group]
     num_tokens, segments = num_tokens or spec.num_tokens, segments or len(spec.segments)
     adapters = len(spec.ranks)
@@ -205,8 +243,13 @@ def _lower(spec, group, num_tokens=None, segments=None):
         scaling=_abstract((adapters, g.num_layers, 7), jnp.float32),
     )
 
-    def run(x, out, *where):
-        options = dict(layer=3, group=group, geometry=g, max_rank=spec.max_rank)
+    def run(x, out, pages, table, *segments):
+        options = dict(layer=3, group=group, max_rank=spec.max_rank)
+        if op == "add":
+            tables, geometries = (table, table), dict(shrink_geometry=g, expand_geometry=g)
+            return lora_add(out, x, pages, *tables, *segments, **geometries, **options, implementation="mosaic")
+        options["geometry"] = g
+        where = (pages, table, *segments)
         return expand_sm90(out, shrink_sm90(x, *where, **options), *where, **options)
 
     return (
@@ -231,6 +274,13 @@ def test_named_shapes_lower_to_cuda(name, group):
     pairs = 1 if spec.num_tokens <= SHORT_STEP else 2  # for short and for long segments
     assert lowered.count("@mosaic_gpu_v2") == 2 * pairs
     assert "output_operand_aliases" in lowered
+
+
+@pytest.mark.parametrize("name, group", NAMED)
+def test_add_is_one_launch_for_short_segments(name, group):
+    spec = SPECS[name]
+    lowered = _lower(spec, group, op="add")
+    assert lowered.count("@mosaic_gpu_v2") == (1 if spec.num_tokens <= SHORT_STEP else 3)
 
 
 def test_steps_of_all_sizes_share_their_kernels():
@@ -263,9 +313,9 @@ def test_chunks_never_straddle_pages():
     assert chunk_tiles(ODD, 4) == 1
 
 
-def _mixed(group, **options):
+def _mixed(group, lengths=LENGTHS, adapters=ADAPTERS, **options):
     ranks = [[RANKS[(a + m) % len(RANKS)] for m in range(7)] for a in range(len(RANKS))]
-    return Batch(MEDIUM, ranks, LENGTHS, ADAPTERS, group, **options)
+    return Batch(MEDIUM, ranks, lengths, adapters, group, **options)
 
 
 @pytest.mark.gpu
@@ -281,6 +331,20 @@ def test_on_gpu(group):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("copies", [1, 12])
+def test_one_launch_on_gpu(group, copies):
+    """The same bits as shrink and expand, in steps of few tokens and of many; again and again."""
+    batch = _mixed(group)
+    if copies > 1:
+        batch = _mixed(group, lengths=LENGTHS * copies, adapters=ADAPTERS * copies)
+    apart = batch.run(default_config(MEDIUM, 8))
+    batch.check(apart)
+    for _ in range(20):
+        np.testing.assert_array_equal(batch.add().view(np.uint16), apart.view(np.uint16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", GROUPS)
 def test_a_large_step_on_gpu(group):
     """Two pairs of launches: the same bits as all segments in one."""
     lengths, adapters = (1, 1000, 1, 0, 16, 17, 1, 40, 2), (0, 1, -1, 2, 3, 4, 5, 6, 7)
@@ -290,6 +354,7 @@ def test_a_large_step_on_gpu(group):
     both = batch.run(None)
     batch.check(both)
     np.testing.assert_array_equal(both.view(np.uint16), batch.run(default_config(MEDIUM, 8)).view(np.uint16))
+    np.testing.assert_array_equal(both.view(np.uint16), batch.add().view(np.uint16))
 
 
 @pytest.mark.gpu

@@ -1,0 +1,87 @@
+"""The ring in shared memory of the kernel for short segments.
+
+A slot holds eight chunks of weights and, at its side, four blocks of eight tokens: of activations while the kernel
+shrinks, of base outputs while it expands. A block is as large as a chunk, so all of it is one array: first the slots'
+chunks, then their sides. What wgmma reads past the last slot's chunks (64 rows from wherever a chunk begins) is then
+inside the ring; those rows of a product are never used.
+"""
+
+import dataclasses
+from typing import Any
+
+from jax import lax
+from jax import numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.geometry import TILE_COLS, TILE_RANKS
+from pallas_kernels.lora.bulk_copy import expect
+from pallas_kernels.lora.mosaic_common import OPERAND, STAGE_CHUNKS, SWIZZLED, ChunkSource
+
+SIDE_BLOCKS = 4
+WARPS = 4
+WARP_CHUNKS = STAGE_CHUNKS // WARPS
+"""Each warp of the loading warpgroup copies so many chunks of a stage, and one block of its side."""
+
+
+def ring_type(source: ChunkSource, stages: int, dtype):
+    """Scratch type: what wgmma reads, what chunks are copied to, and rows of base outputs, over the same bytes."""
+    units, columns = stages * (STAGE_CHUNKS + SIDE_BLOCKS), source.chunk * TILE_COLS
+    operand = plgpu.SMEM((units * TILE_RANKS, columns), dtype, transforms=OPERAND)
+    if not source.whole:
+        return operand
+    return plgpu.RefUnion(
+        operand,
+        plgpu.SMEM((units, source.chunk, TILE_RANKS, TILE_COLS), dtype, transforms=SWIZZLED),
+        plgpu.SMEM((units * TILE_RANKS, columns), dtype),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShortRing:
+    """operand, chunks, rows: the ring's views. full, empty: barriers of the slots."""
+
+    source: ChunkSource
+    stages: int
+    operand: Any
+    chunks: Any
+    rows: Any
+    full: Any
+    empty: Any
+
+    @classmethod
+    def of(cls, source: ChunkSource, stages: int, ring, full, empty) -> "ShortRing":
+        operand, chunks, rows = ring if source.whole else (ring, ring, ring)
+        return cls(source=source, stages=stages, operand=operand, chunks=chunks, rows=rows, full=full, empty=empty)
+
+    @property
+    def unit_bytes(self) -> int:
+        return 2 * TILE_RANKS * self.source.chunk * TILE_COLS
+
+    def _unit(self, slot, block):
+        return self.stages * STAGE_CHUNKS + slot * SIDE_BLOCKS + block
+
+    def side_row(self, slot, block):
+        """First row of a block at a slot's side."""
+        return self._unit(slot, block) * TILE_RANKS
+
+    def side_block(self, slot, block):
+        """A block at a slot's side as `copy_tokens` takes it."""
+        if self.source.whole:
+            return self.chunks.at[pl.ds(self._unit(slot, block), 1)]
+        return self.operand.at[pl.ds(self.side_row(slot, block), TILE_RANKS)]
+
+    def side_operand(self, slot, block):
+        return self.operand.at[pl.ds(pl.multiple_of(self.side_row(slot, block), TILE_RANKS), TILE_RANKS)]
+
+    def expect(self, slot, num_bytes):
+        """Announces what a warp copies to a slot (in interpret mode every copy announces itself)."""
+        if self.source.whole:
+            expect(self.full.at[slot], num_bytes)
+
+    def wait_empty(self, issued):
+        """Before the `issued`-th stage is loaded."""
+
+        @pl.when(issued >= self.stages)
+        def _():
+            plgpu.barrier_wait(self.empty.at[lax.rem(issued, jnp.int32(self.stages))])
