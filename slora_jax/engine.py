@@ -104,6 +104,7 @@ class Engine(EngineRequests, EngineAdapters, EngineEmbeddings):
             policy=make_policy(settings.policy, settings.policy_options),
             quotas=Quotas(settings.adapter_quota, settings.adapter_quotas),
             prefix_page_cost=_prefix_page_cost(model.config) if settings.prefix_caching else None,
+            prompt_gap=settings.prompt_gap,
             loads=PageLoads(
                 runner.chunk_pages,
                 settings.adapter_step_bytes and max(1, settings.adapter_step_bytes // runner.page_bytes),

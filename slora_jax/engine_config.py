@@ -47,8 +47,10 @@ class EngineConfig:
     max_lora_rank: largest rank that steps are compiled for; None follows the registered adapters, so that registering
         one of a higher rank than all before compiles the steps anew, as does the first that targets q, k or v, or o,
         or gate or up, or down.
-    policy: who goes first and who is given up: "fcfs", "cluster", "early-abort", "fair" or "priority"; see
-        slora_jax/policies. policy_options: arguments of the policy's class, for instance {"ttft": 6.0}.
+    policy: who goes first and who is given up: "fcfs", "cluster", "early-abort", "fair", "gather" or "priority";
+        see slora_jax/policies. policy_options: arguments of the policy's class, for instance {"ttft": 6.0}.
+    prompt_gap: steps in which nobody starts after one that started all it could, while at least half of max_seqs run:
+        the prompts of a few steps cost less in one. 0 starts everybody at once.
     adapter_quota: what each adapter may take; None is no limit. adapter_quotas: the same for single adapters, by name.
     prefix_caching: keep the keys and values of full pages after their request, in pages that nobody needs just now, for
         requests that begin with the same tokens under the same adapter.
@@ -87,6 +89,7 @@ class EngineConfig:
     max_lora_rank: int | None = None
     policy: str = "fcfs"
     policy_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    prompt_gap: int = 0
     adapter_quota: Quota | None = None
     adapter_quotas: Mapping[str, Quota] = dataclasses.field(default_factory=dict)
     prefix_caching: bool = True
@@ -115,6 +118,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SloraError(f"{name} must be at least 1, not {value}")
+        if self.prompt_gap < 0:
+            raise SloraError(f"prompt_gap must not be negative, not {self.prompt_gap}")
         for name, allowed in (
             ("dtype", (None, "bfloat16", "float32")),
             ("weight_dtype", (None, "bfloat16", "float32")),

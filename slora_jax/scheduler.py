@@ -16,6 +16,7 @@ import time
 
 from pallas_kernels.geometry import PAGE_TOKENS
 from slora_jax.adapter_pages import AdapterPages
+from slora_jax.grouping import Grouping
 from slora_jax.page_loads import PageLoads
 from slora_jax.page_pool import OutOfPages, PagePool
 from slora_jax.policies import Drop, Fcfs, Policy, Quotas, View
@@ -37,8 +38,9 @@ class Scheduler:
     max_seqs: sequences in a step at most. max_step_tokens: tokens in a step at most. max_overtakes: how often a
     sequence that does not fit may be overtaken. max_prompt_rows: tokens in a step whose log-probabilities are wanted
     because they are of a prompt; None is no limit. prefix_page_cost: seconds to compute a page of keys and values
-    again, which says how long one that nobody uses is kept for later sequences; None: none is kept. loads: how adapters
-    come to their pages; None: each as a whole before the step that starts its sequence. clock: returns seconds.
+    again, which says how long one that nobody uses is kept for later sequences; None: none is kept. prompt_gap: see
+    Grouping. loads: how adapters come to their pages; None: each as a whole before the step that starts its sequence.
+    clock: returns seconds.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Scheduler:
         max_prompt_rows: int | None = None,
         deterministic: bool = False,
         prefix_page_cost: float | None = None,
+        prompt_gap: int = 0,
         loads: PageLoads | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -65,6 +68,8 @@ class Scheduler:
         self.max_step_tokens = max_step_tokens
         self.max_prompt_rows = max_step_tokens if max_prompt_rows is None else max_prompt_rows
         self.deterministic = deterministic
+        # kinds of steps that are not mixed take turns already
+        self._grouping = Grouping(0 if deterministic else prompt_gap, max_seqs)
         self._prompts_last = False  # whether the last step was of prompts, if kinds are not mixed
         self.policy = policy or Fcfs()
         self.quotas = quotas or Quotas()
@@ -138,7 +143,9 @@ class Scheduler:
             self._decode(decoding, draft)
         if not decode_only:
             self._compute_prompts(prompts, draft)
-            if not draft.preempted:
+            if self._grouping.holds_back(draft, len(self.running)):
+                self.waiting.tried = []
+            elif not draft.preempted:
                 settled = list(self.running)
                 self._admit_waiting(draft, now)
                 self._make_way(settled, draft, now)
@@ -146,6 +153,7 @@ class Scheduler:
             self._decode(decoding, draft)
             decode_only = True
         self._prompts_last = not decode_only
+        self._grouping.planned(draft)
         if not draft.preempted and self.pool.free > len(self.running) and (self.waiting or self.adapters.prefetches):
             self.adapters.prefetch(list(self.upcoming(_TRIES)), len(self.running), limited=bool(self.running))
         # a sequence preempted in this step goes before everything that was waiting, in its old order
@@ -219,6 +227,7 @@ class Scheduler:
         """Starts what fits and adds its first chunks."""
         tried = self.waiting.tried = []
         refused: list[Sequence] = []
+        coming: set[Hashable] = set()  # adapters on their way, each to a seat that is free now
         if not draft.budget or not self._seats.any_free:
             return
         for seq, first in self.waiting.candidates(lambda: self.policy.order(self._view(now))):
@@ -229,9 +238,11 @@ class Scheduler:
                 continue
             if not self._admit(seq, draft):
                 tried.append(seq)
-                if not self.adapters.is_loading(seq.adapter):
+                if self.adapters.is_loading(seq.adapter):
+                    coming.add(seq.group)
+                else:
                     refused.append(seq)
-                if first or len(refused) == _TRIES:
+                if first or len(refused) == _TRIES or len(self.running) + len(coming) >= self.max_seqs:
                     break
                 continue
             length = draft.chunk_length(seq)

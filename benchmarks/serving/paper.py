@@ -26,7 +26,7 @@ from benchmarks.serving.idle import Profile
 from benchmarks.serving.paper_parts import FAMILIES, PARTS, Family, Part
 from benchmarks.serving.paper_report import report
 from benchmarks.serving.paper_steps import show_steps
-from benchmarks.serving.paper_twin import compare
+from benchmarks.serving.paper_twin import compare, forecast
 from benchmarks.serving.probe import engine_runner
 from benchmarks.serving.session import SHARED, Session, make_adapters, random_model
 from benchmarks.serving.window import window_figures
@@ -132,7 +132,14 @@ class Bench:
         assert model is not None and runner is not None
         setting = dataclasses.replace(part.setting, shape=self.args.shape or part.setting.shape)
         limit = min(self.args.running or part.max_seqs, runner.builder.buckets.max_seqs)
-        options = self.options(setting, max_seqs=limit, max_step_tokens=runner.builder.buckets.tokens[-1])
+        options = self.options(
+            setting,
+            max_seqs=limit,
+            max_step_tokens=runner.builder.buckets.tokens[-1],
+            policy=part.policy,
+            policy_option=list(part.options.items()),
+            prompt_gap=part.prompt_gap,
+        )
 
         def make(model, config, adapters, stack) -> Engine:
             if not part.slots:
@@ -168,11 +175,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, required=True, help="file for the results, or with them")
     parser.add_argument("--budget", type=float, default=520.0, help="seconds after which nothing new begins")
     parser.add_argument("--only", default="", help="parts whose names hold one of these words, separated by commas")
+    parser.add_argument(
+        "--part", action="append", choices=PARTS, metavar="NAME", help="this one; repeat for more, in your order"
+    )
     parser.add_argument("--list", action="store_true", help="show the parts")
     parser.add_argument(
         "--report", action="store_true", help="add floors to the results and show them; measures nothing"
     )
     parser.add_argument("--twin", action="store_true", help="show what the twin predicts of each part from the others")
+    parser.add_argument("--forecast", action="store_true", help="show what the twin expects of parts, measured or not")
     parser.add_argument("--steps", action="store_true", help="show steps by size, beside their floor")
     parser.add_argument(
         "--running", type=int, help="sequences at most, instead of each part's own number; a file of its own, please"
@@ -188,7 +199,8 @@ def main(argv: list[str] | None = None) -> None:
         small.add_argument(name, type=_numbers, help="sizes of steps")
     args = parser.parse_args(argv)
     words = [word for word in args.only.split(",") if word]
-    parts = {n: p for n, p in PARTS.items() if not words or any(word in n for word in words)}
+    names = args.part or [n for n in PARTS if not words or any(word in n for word in words)]
+    parts = {name: PARTS[name] for name in names}
     if args.list:
         print("\n".join(f"{part.seconds:4.0f} s  {name}" for name, part in parts.items()))
         return
@@ -198,10 +210,12 @@ def main(argv: list[str] | None = None) -> None:
         compare(args.json)
     if args.steps:
         show_steps(args.json)
-    if args.report or args.twin or args.steps:
+    if args.forecast:
+        forecast(args.json, names)
+    if args.report or args.twin or args.steps or args.forecast:
         return
-    names = ("running", "dtype", "shape", "requests", "lengths", "speed", "page_pool", "seqs", "tokens")
-    settings = {name: list(v) if isinstance(v := getattr(args, name), tuple) else v for name in names}
+    kept = ("running", "dtype", "shape", "requests", "lengths", "speed", "page_pool", "seqs", "tokens")
+    settings = {name: list(v) if isinstance(v := getattr(args, name), tuple) else v for name in kept}
     results = Report(args.json, settings, time.monotonic() + args.budget - process_seconds())
     results.parts = {name: point for name, point in results.parts.items() if "error" not in point}
     bench = Bench(args, results)

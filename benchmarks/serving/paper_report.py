@@ -15,6 +15,18 @@ from slora_jax.twin import Ceilings, CostModel, Simulation, ideal_cost, simulate
 _OF = {
     "load S2 n=2000": ("load S2 n=5", "load base"),
     "load S1 n=2000": ("load S1 n=5", "load base"),
+    **{
+        f"load {setting} n={n}, {running} running, gather": tuple(
+            f"load {other}, {running} running, gather" for other in (f"{setting} n=5", "base")
+        )
+        for setting, n, running in (
+            ("S2", 2000, 256),
+            ("S2", 1000, 256),
+            ("S2", 100, 256),
+            ("S2", 2000, 384),
+            ("S1", 2000, 384),
+        )
+    },
     "mixed ranks, 24 GiB, unified": ("mixed ranks, 24 GiB, 32 fixed slots", "mixed ranks, 24 GiB, 64 fixed slots"),
 }
 """Parts and those whose throughput theirs is compared with."""
@@ -35,8 +47,10 @@ def ideal(point: Mapping[str, Any]) -> CostModel:
     return ideal_cost(config, Ceilings(**point["started"]["ceilings"]), point["limits"]["item_bytes"])
 
 
-def simulated(point: Mapping[str, Any], part: Part, cost: CostModel, buckets: Buckets | None = None) -> dict[str, Any]:
-    """What a part would be on a device of such costs. buckets: to which its steps are padded."""
+def simulated(
+    point: Mapping[str, Any], part: Part, cost: CostModel, buckets: Buckets | None = None, **options: Any
+) -> dict[str, Any]:
+    """What a part would be on a device of such costs. buckets: to which steps are padded. options: of Simulation."""
     setting = setting_of(point)
     simulation = Simulation(
         config=named_shape(setting.shape),
@@ -44,10 +58,14 @@ def simulated(point: Mapping[str, Any], part: Part, cost: CostModel, buckets: Bu
         cost=cost,
         buckets=buckets,
         log_steps=True,
+        policy=part.policy,
+        policy_options=part.options,
+        prompt_gap=part.prompt_gap,
+        **options,
         **point["limits"],
     )
     result = simulate(simulation, part.trace())
-    found: dict[str, Any] = dict(figures=summarise(result.records))
+    found: dict[str, Any] = dict(figures=summarise(result.records), records=result.records, steps=result.steps)
     if part.window:
         found["window"] = window_figures(result.records, result.steps, *part.window)
     return found
@@ -56,8 +74,9 @@ def simulated(point: Mapping[str, Any], part: Part, cost: CostModel, buckets: Bu
 def floor(point: Mapping[str, Any], part: Part) -> dict[str, Any]:
     """The same trace on the ideal device."""
     found = simulated(point, part, ideal(point))
-    figures = found.pop("figures")
-    return dict(requests_per_second=figures["requests_per_second"], ttft=figures["ttft"]) | found
+    figures = found["figures"]
+    kept = dict(requests_per_second=figures["requests_per_second"], ttft=figures["ttft"])
+    return kept | (dict(window=found["window"]) if part.window else {})
 
 
 def report(path: Path) -> None:

@@ -89,6 +89,7 @@ class Session:
             policy=args.policy,
             policy_options=dict(args.policy_option),
             prefix_caching=not args.no_prefix_caching,
+            prompt_gap=args.prompt_gap,
             implementation=args.implementation,
             progress=show,
         ).resolved()
@@ -201,6 +202,9 @@ class Session:
                 token_buckets=buckets.tokens,
                 policy=self.settings.policy,
                 policy_options=dict(self.settings.policy_options),
+                prompt_gap=self.settings.prompt_gap,
+                adapter_chunk_bytes=self.settings.adapter_chunk_bytes,
+                adapter_step_bytes=self.settings.adapter_step_bytes,
                 prefix_caching=engine_scheduler(self.engine).prefixes is not None,
                 backend=jax.default_backend(),
             ),
@@ -223,6 +227,7 @@ def floor_figures(
         policy=args.policy,
         policy_options=dict(args.policy_option),
         prefix_caching=not args.no_prefix_caching,
+        prompt_gap=args.prompt_gap,
         **limits,
     )
     result = simulate(simulation, trace)

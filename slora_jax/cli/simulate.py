@@ -63,6 +63,7 @@ def _simulation(args: argparse.Namespace) -> tuple[Simulation, Calibration | Non
         policy=args.policy,
         policy_options=dict(args.policy_option),
         prefix_caching=not args.no_prefix_caching,
+        prompt_gap=args.prompt_gap,
         buckets=measured.buckets if measured and same else None,
         item_bytes=engine.get("item_bytes", 2),
         **limits,

@@ -29,6 +29,8 @@ def check_options(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise SloraError(f"{name} must be at least 1, not {value}")
+    if args.prompt_gap < 0:
+        raise SloraError(f"prompt_gap must not be negative, not {args.prompt_gap}")
     if args.slo <= 0:
         raise SloraError(f"slo must be positive, not {args.slo}")
     if args.prefix < 0:

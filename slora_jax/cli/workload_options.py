@@ -166,8 +166,17 @@ def _engine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     )
     engine.add_argument("--max-seqs", type=int, metavar="N", help="running at the same time (default: 256)")
     engine.add_argument("--max-step-tokens", type=int, metavar="N", help="default: 2048")
-    engine.add_argument("--policy", default="fcfs", metavar="NAME", help="fcfs, cluster, early-abort, fair or priority")
+    engine.add_argument(
+        "--policy", default="fcfs", metavar="NAME", help="fcfs, cluster, early-abort, fair, gather or priority"
+    )
     add_policy_option(engine)
+    engine.add_argument(
+        "--prompt-gap",
+        type=int,
+        default=0,
+        metavar="N",
+        help="steps in which nobody starts after one that started all it could, while many run (default: 0)",
+    )
     engine.add_argument("--no-prefix-caching", action="store_true", help="keep no keys and values for later requests")
     return engine
 

@@ -9,6 +9,7 @@ from slora_jax.policies.cluster import Cluster
 from slora_jax.policies.early_abort import EarlyAbort
 from slora_jax.policies.fair import Fair
 from slora_jax.policies.fcfs import Fcfs
+from slora_jax.policies.gather import Gather
 from slora_jax.policies.policy import Drop, Policy, View
 from slora_jax.policies.priority import Priority
 from slora_jax.policies.quota import Quota, Quotas
@@ -20,6 +21,7 @@ __all__ = [
     "EarlyAbort",
     "Fair",
     "Fcfs",
+    "Gather",
     "Policy",
     "Priority",
     "Quota",
@@ -33,6 +35,7 @@ POLICIES: dict[str, type[Policy]] = {
     "cluster": Cluster,
     "early-abort": EarlyAbort,
     "fair": Fair,
+    "gather": Gather,
     "priority": Priority,
 }
 """Every policy, by the name that EngineConfig and the command line know it by."""

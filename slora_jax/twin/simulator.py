@@ -9,6 +9,7 @@ from pallas_kernels.geometry import MODULES, PAGE_TOKENS, TILE, TILE_RANKS, ceil
 from slora_jax.buckets import Buckets
 from slora_jax.errors import CapacityError
 from slora_jax.model_config import ModelConfig
+from slora_jax.page_loads import PageLoads
 from slora_jax.page_pool import PagePool
 from slora_jax.page_uses import used_pages
 from slora_jax.policies import Quotas, make_policy
@@ -31,6 +32,8 @@ class Simulation:
 
     config: sizes of the base model. setting: ranks and targets of the adapters. cost: how long a step takes.
     page_pool_bytes: of pages whose elements take `item_bytes`. buckets: to which steps are padded; None: not at all.
+    prompt_gap, adapter_chunk_bytes, adapter_step_bytes: see EngineConfig; by None adapters come to their pages as a
+    whole, any number before a step.
     log_steps: keep what each step had to do and how long it took. sample_seconds: between two looks at what the pages
     hold.
     """
@@ -45,6 +48,9 @@ class Simulation:
     policy_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     quotas: Quotas | None = None
     prefix_caching: bool = True
+    prompt_gap: int = 0
+    adapter_chunk_bytes: int | None = None
+    adapter_step_bytes: int | None = None
     buckets: Buckets | None = None
     item_bytes: int = ITEM_BYTES
     log_steps: bool = False
@@ -53,6 +59,14 @@ class Simulation:
     @property
     def page_bytes(self) -> int:
         return self.config.num_layers * self.config.geometry.page_elements * self.item_bytes
+
+    def loads(self) -> PageLoads:
+        """How adapters come to their pages."""
+        chunk, step = (
+            None if size is None else max(1, size // self.page_bytes)
+            for size in (self.adapter_chunk_bytes, self.adapter_step_bytes)
+        )
+        return PageLoads(None if chunk is None else 1 << chunk.bit_length() - 1, step)
 
     def adapter(self, index: int) -> AdapterUse:
         """What the scheduler knows of adapter `index`."""
@@ -105,6 +119,8 @@ class _Run:
             policy=make_policy(simulation.policy, simulation.policy_options),
             quotas=simulation.quotas,
             prefix_page_cost=simulation.cost.token * PAGE_TOKENS if simulation.prefix_caching else None,
+            prompt_gap=simulation.prompt_gap,
+            loads=simulation.loads(),
             clock=lambda: self.now,
         )
         self.records = [Record(request) for request in trace]

@@ -23,17 +23,17 @@ def run(path, *options: str) -> dict:
 
 def test_points_share_what_was_compiled(tmp_path, capsys):
     path = tmp_path / "out.json"
-    result = run(path, "--requests", "16", "--only", "load S2 n=5", "--budget", "100000")
+    result = run(path, "--requests", "16", "--part", "load S2 n=5", "--budget", "100000")
     (point,) = result["parts"].values()
     assert point["started"]["programs"] == 2 and point["compiles"] == 0
     assert point["started"]["process_seconds_at_first_token"] > point["started"]["compile_seconds"]
-    result = run(path, "--requests", "16", "--only", "load S2 n=5,24 GiB", "--budget", "100000")
+    result = run(path, "--requests", "16", "--only", "24 GiB", "--budget", "100000")
     parts = result["parts"]
     assert parts["load S2 n=5"] == point  # not measured again
     mixed = {name: part for name, part in parts.items() if "mixed" in name}
     assert len(mixed) == 3 and all(p["figures"]["finished"] == 16 for p in mixed.values())
     assert [p["slots"] for p in mixed.values()] == [0, 32, 64]
-    run(path, "--requests", "16", "--only", "load S2 n=5,load S1 n=5", "--budget", "100000")
+    run(path, "--requests", "16", "--part", "load S1 n=5", "--budget", "100000")
     paper.main(["--json", str(path), "--report", "--twin", "--steps"])
     text = capsys.readouterr().out
     assert "mixed ranks, 24 GiB, unified / mixed ranks, 24 GiB, 32 fixed slots" in text
@@ -42,9 +42,21 @@ def test_points_share_what_was_compiled(tmp_path, capsys):
     steps = dict(zip(shown[::2], shown[1::2], strict=True))
     assert set(steps) == {*parts, "load S1 n=5"}
     assert all(re.search(r"^  decode +8 ", steps[name], re.M) for name in mixed)  # the one size of decode steps
+    paper.main(["--json", str(path), "--forecast", "--only", "load S2 n=100,load base"])
+    expected = re.findall(r"^(load .+?)  +[\d.]+ +\d+ ", capsys.readouterr().out, re.M)
+    assert expected == [n for n in PARTS if n.startswith("load S2 n=100")]  # nothing like base was measured
     floors = {name: part.get("floor") for name, part in json.loads(path.read_text())["parts"].items()}
     assert floors["mixed ranks, 24 GiB, 32 fixed slots"] is None
     assert floors["mixed ranks, 24 GiB, unified"]["requests_per_second"] > 16
+
+
+def test_parts_are_chosen_by_name_and_say_which_policy_ran(tmp_path):
+    names = ["load S2 n=5, 256 running, gather", "load S2 n=5"]
+    result = run(tmp_path / "out.json", "--requests", "8", "--budget", "100000", *(f"--part={name}" for name in names))
+    assert list(result["parts"]) == names
+    engines = [point["engine"] for point in result["parts"].values()]
+    assert [e["policy"] for e in engines] == ["gather", "fcfs"] and [e["prompt_gap"] for e in engines] == [4, 0]
+    assert engines[0]["policy_options"] == {"oldest": 8}
 
 
 def test_nothing_begins_when_the_time_is_up(tmp_path, capsys):

@@ -1,9 +1,11 @@
 """The order each policy gives, what it drops, and how options are checked."""
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import pytest
 
 from slora_jax import EngineConfig, SloraError
-from slora_jax.policies import Cluster, EarlyAbort, Fair, Fcfs, Priority, View, make_policy
+from slora_jax.policies import Cluster, EarlyAbort, Fair, Fcfs, Gather, Priority, View, make_policy
 from slora_jax.sequence import AdapterUse, Chunk, Sequence
 
 
@@ -49,6 +51,55 @@ def test_clustering_prefers_running_adapters_until_others_waited_long():
     assert order(Cluster(3), waiting, running) == "abcde"  # too few adapters run
     assert order(Cluster(2, patience=10), waiting, running, now=3.0) == "bdeac"
     assert order(Cluster(2, patience=2), waiting, running, now=3.0) == "abdec"
+
+
+def test_gathering_starts_those_of_one_adapter_together():
+    running = [seq("x", adapter="one")]
+    waiting = [
+        seq(n, i, a) for i, (n, a) in enumerate(zip("abcdefg", "two four one four three two four".split(), strict=True))
+    ]
+    waiting.append(seq("h", 9.0))
+    assert order(Gather(100), waiting, running) == "chbdgafe"
+    assert order(Gather(1), waiting, running) == "abcdefgh"
+    assert order(Gather(3), waiting, running) == "chabdegf"
+
+
+def test_gathering_goes_on_with_whom_it_tried():
+    """Its adapter is being copied: if another took its place, that would be for nothing."""
+    policy = Gather(100)
+    waiting = [seq("a", adapter="one"), seq("b", adapter="two")]
+    tried = policy.order(View(0.0, waiting, [], 64))
+    assert next(tried).seq_id == "a"  # and it is not admitted, because its adapter is not there yet
+    waiting += [seq(n, adapter="two") for n in "cd"]
+    assert order(policy, waiting) == "abcd"
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    oldest=st.integers(1, 5),
+    arrivals=st.lists(st.lists(st.integers(0, 3), max_size=4), min_size=1, max_size=60),
+    refusals=st.integers(0, 3),
+)
+def test_gathering_keeps_nobody_waiting_for_ever(oldest, arrivals, refusals):
+    """Of `oldest` starts one is of whoever has waited longest, also where the first that are tried cannot start yet."""
+    policy, waiting, ahead, number = Gather(oldest), [], {}, 0
+    running = [seq("x", adapter="0")]
+    for step in range(len(arrivals) * 5):
+        for adapter in arrivals[step] if step < len(arrivals) else ():
+            new = seq(number, step, str(adapter))
+            ahead[new] = oldest * (len(waiting) + 1 + refusals)  # starts until it has its own
+            waiting.append(new)
+            number += 1
+        tried = 0
+        for candidate in policy.order(View(step, list(waiting), running, 64)):
+            tried += 1
+            if tried <= refusals and len(waiting) > refusals and step % 2:
+                continue
+            policy.admitted(candidate)
+            waiting.remove(candidate)
+            assert ahead.pop(candidate) > 0
+            ahead = {s: left - 1 for s, left in ahead.items()}
+            break
 
 
 def test_early_abort_drops_by_slo_of_slora():
@@ -146,7 +197,11 @@ def test_priorities_age():
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("best", {}, "policy must be one of 'fcfs', 'cluster', 'early-abort', 'fair', 'priority', not 'best'"),
+        (
+            "best",
+            {},
+            "policy must be one of 'fcfs', 'cluster', 'early-abort', 'fair', 'gather', 'priority', not 'best'",
+        ),
         ("cluster", {"adapters": 0}, "policy 'cluster': adapters must be at least 1, not 0"),
         ("cluster", {"patience": -1.0}, "patience must not be negative"),
         ("early-abort", {"slo": 1}, "policy 'early-abort' has no option 'slo'; its options are ttft, slack"),
@@ -155,6 +210,7 @@ def test_priorities_age():
         ("fair", {"by": "user"}, "by must be 'tenant' or 'adapter', not 'user'"),
         ("fair", {"burst": -1.0}, "burst must not be negative, not -1.0"),
         ("fair", {"weights": {"a": 0.0}}, "the weight of 'a' must be positive, not 0.0"),
+        ("gather", {"oldest": 0}, "policy 'gather': oldest must be at least 1, not 0"),
         ("priority", {"aging": 0.0}, "aging must be positive"),
         ("fcfs", {"x": 1}, "policy 'fcfs' has no option 'x'; it has none"),
     ],

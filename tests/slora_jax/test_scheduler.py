@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 import pytest
 
 from slora_jax.adapter_pages import adapter_owner
+from slora_jax.page_loads import PageLoads
 from slora_jax.page_pool import PagePool
 from slora_jax.page_uses import used_pages
-from slora_jax.policies import Cluster, EarlyAbort, Fair, Priority, Quota, Quotas
+from slora_jax.policies import Cluster, EarlyAbort, Fair, Gather, Priority, Quota, Quotas
 from slora_jax.scheduler import Scheduler
 from slora_jax.seats import sequence_owner
 from slora_jax.sequence import AdapterUse, Sequence
@@ -233,15 +234,17 @@ def test_a_step_that_failed_leaves_no_prefix_behind():
 @given(
     requests=requests,
     policy=st.sampled_from(
-        [Cluster(1, 5.0), EarlyAbort(9.0), EarlyAbort(4.0, 1.0), Fair(), Fair("adapter"), Priority(9)]
+        [Cluster(1, 5.0), EarlyAbort(9.0), EarlyAbort(4.0, 1.0), Fair(), Fair("adapter"), Gather(2), Priority(9)]
     ),
     quota=st.sampled_from([None, Quota(max_running=1), Quota(max_pages=12)]),
     max_overtakes=st.integers(1, 3),
+    prompt_gap=st.integers(0, 3),
 )
-def test_no_policy_changes_a_token(requests, policy, quota, max_overtakes):
+def test_no_policy_changes_a_token(requests, policy, quota, max_overtakes, prompt_gap):
     large = serve(requests, 1000, 64, 4096)
     policy = type(policy)(**{k: v for k, v in vars(policy).items() if k in inspect.signature(type(policy)).parameters})
-    small = serve(requests, 14, 4, 32, policy=policy, quotas=Quotas(quota), max_overtakes=max_overtakes)
+    options = dict(policy=policy, quotas=Quotas(quota), max_overtakes=max_overtakes, prompt_gap=prompt_gap)
+    small = serve(requests, 14, 4, 32, **options)
     for i, tokens in small.items():
         assert tokens == large[i] or (tokens is None and isinstance(policy, EarlyAbort))
 
@@ -324,6 +327,54 @@ def test_a_long_queue_behind_one_adapter_does_not_hide_the_others():
         Scheduler(PagePool(64), max_seqs=4, max_step_tokens=64, quotas=Quotas(Quota(max_pages=4))).add(
             Sequence(seq_id=0, tokens=[1] * 120, prompt_len=120, max_tokens=5, adapter=use, adapter_name="quiet")
         )
+
+
+def test_prompts_of_a_few_steps_are_computed_together_while_many_run():
+    scheduler = Scheduler(PagePool(64), max_seqs=4, max_step_tokens=64, prompt_gap=2)
+
+    def add(name):
+        scheduler.add(Sequence(seq_id=name, tokens=[1] * 8, prompt_len=8, max_tokens=20))
+
+    def step():
+        plan = scheduler.schedule()
+        scheduler.complete(plan)
+        for chunk in plan.chunks:
+            chunk.seq.push(1)
+        return [seq.seq_id for seq in plan.admitted]
+
+    add("a")
+    assert step() == ["a"]
+    add("b")
+    assert step() == ["b"]  # one runs of four: nobody is held back
+    add("c")
+    assert step() == []
+    add("d")
+    assert [step(), step()] == [[], ["c", "d"]]
+
+
+def test_where_tokens_ran_out_the_next_step_starts_more():
+    scheduler = Scheduler(PagePool(64), max_seqs=8, max_step_tokens=32, prompt_gap=9)
+    for i in range(8):
+        scheduler.add(Sequence(seq_id=i, tokens=[1] * 12, prompt_len=12, max_tokens=20))
+    started = []
+    for _ in range(6):
+        plan = scheduler.schedule()
+        scheduler.complete(plan)
+        started.append(len(plan.admitted))
+        for chunk in plan.chunks:
+            if chunk.samples:
+                chunk.seq.push(1)
+    assert sum(started) == 8 and started[5] == 0
+
+
+def test_no_more_adapters_are_begun_than_there_are_seats():
+    scheduler = Scheduler(PagePool(64), max_seqs=4, max_step_tokens=64, loads=PageLoads(1, 1))
+    for i in range(8):
+        use = AdapterUse(f"adapter{i}", 4) if i else None
+        scheduler.add(Sequence(seq_id=i, tokens=[1] * 8, prompt_len=8, max_tokens=20, adapter=use))
+    plan = scheduler.schedule()
+    assert [seq.seq_id for seq in plan.admitted] == [0]
+    assert len(scheduler.waiting.tried) == 3
 
 
 def test_tokens_per_second_are_kept_on_average():

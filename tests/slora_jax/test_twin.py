@@ -177,6 +177,29 @@ def test_clustering_attains_more_than_first_come_first_served():
     assert cluster.counters["loads"] < fcfs.counters["loads"]
 
 
+def test_gathering_serves_more_than_first_come_first_served_and_keeps_nobody_waiting():
+    """More arrives than is served for the whole of the trace, and adapters come to their pages a few at a time."""
+    trace = synthetic_trace(adapters=60, rate=4, seconds=60, lengths=(8, 64))
+    options = dict(setting=SETTINGS["S2"], cost=dataclasses.replace(SLOW, adapter_byte=1e-10), max_seqs=16)
+    options |= dict(page_pool_bytes=2 << 30, adapter_chunk_bytes=16 << 20, adapter_step_bytes=128 << 20)
+    fcfs, gather = (run(trace, policy=policy, **options) for policy in ("fcfs", "gather"))
+    rates = [summarise(result.records)["requests_per_second"] for result in (fcfs, gather)]
+    assert rates[1] > 1.05 * rates[0] and gather.counters["loads"] < fcfs.counters["loads"]
+    started = sorted(gather.records, key=lambda r: r.scheduled)
+    place = {id(r): i for i, r in enumerate(started)}
+    for i, record in enumerate(gather.records):  # who came before it, and 4 starts for each one that waited then
+        waiting = sum(r.scheduled > record.request.arrival for r in gather.records[:i])
+        assert place[id(record)] <= i - waiting + 4 * (waiting + 1)
+
+
+def test_fewer_steps_have_prompts_where_they_are_grouped():
+    trace = burst(synthetic_trace(adapters=4, rate=4, seconds=20, lengths=(8, 64)))
+    plain, grouped = (run(trace, max_seqs=16, prompt_gap=gap, log_steps=True) for gap in (0, 3))
+    counts = [sum(w.prompt_tokens > 0 for w in result.steps.work) for result in (plain, grouped)]
+    assert counts[1] < 0.7 * counts[0]
+    assert summarise(grouped.records)["finished"] == len(trace)
+
+
 def _noisy_steps(result, deviation):
     """The steps of a run as a device of uneven pace would have taken them."""
     rng = np.random.default_rng(0)
