@@ -132,7 +132,7 @@ class ShortExpand:
             targeted = item.length > 0
 
             @pl.when(targeted)
-            def _():
+            def add_item():
                 with jax.named_scope("wait_y"):
                     plgpu.barrier_wait(self.y_full.at[buffer])
                 groups = lax.div(item.num_stages, item.rank_tiles)
