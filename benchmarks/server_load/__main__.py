@@ -157,7 +157,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype")
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--cpus", type=_numbers, default=[], help="of the server, as in 0,1 (default: all)")
-    parser.add_argument("--simulated-step-ms", type=float, help="no device: a step of --max-seqs tokens takes this time")
+    parser.add_argument(
+        "--simulated-step-ms", type=float, help="no device: a step of --max-seqs tokens takes this time"
+    )
     parser.add_argument("--timeout", type=float, default=600.0, help="longest silence of the server, in seconds")
     parser.add_argument("--json", type=Path, default=RESULTS / "server_load.json")
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)  # the process of the bare engine
