@@ -17,14 +17,14 @@ import time
 from typing import Any
 
 import jax
-from jax import numpy as jnp
 import numpy as np
 
+from benchmarks.empty_programs import EmptyPrograms
 from benchmarks.record import write_result
 from pallas_kernels.geometry import MODULES
 from slora_jax.adapter_loader import AdapterLoader
 from slora_jax.adapters import AdapterFiles, AdapterShape
-from slora_jax.batch import Batch, Output, Sampling
+from slora_jax.batch import Output
 from slora_jax.batch_builder import BatchBuilder
 from slora_jax.buckets import Buckets
 from slora_jax.core import EngineCore
@@ -80,32 +80,16 @@ def _loader(registry: AdapterRegistry) -> AdapterLoader:
     return loader
 
 
-class _EmptyRunner:
+class _EmptyRunner(EmptyPrograms):
     """A Runner whose programs take all arguments and do nothing with them."""
 
     def __init__(self, builder: BatchBuilder):
+        super().__init__(builder.buckets.max_seqs)
         self.builder = builder
         self.compiles = 0
-        self._last = jnp.zeros(builder.buckets.max_seqs, jnp.int32)
-        self._forward = jax.jit(lambda last, batch: jnp.zeros(batch.logit_rows.shape, jnp.float32), keep_unused=True)
-
-        def sample(logits, sampling: Sampling, last, rows):
-            tokens = jnp.zeros(logits.shape, jnp.int32)
-            return Output(tokens=tokens, finite=jnp.ones(logits.shape, bool)), last.at[rows].set(tokens, mode="drop")
-
-        self._sample = jax.jit(sample, keep_unused=True)
 
     def write_adapter(self, image, page_ids, start: int, stop: int) -> None:
         pass
-
-    def forward(self, batch: Batch) -> tuple[jax.Array, None]:
-        return self._forward(self._last, batch), None
-
-    def sample(self, logits: jax.Array, sampling: Sampling, rows: np.ndarray) -> Output:
-        output, self._last = self._sample(logits, sampling, self._last, rows)
-        for array in jax.tree.leaves(output):
-            array.copy_to_host_async()
-        return output
 
     def fetch(self, output: Output | None, logits: jax.Array) -> Output | None:
         return jax.device_get(output)

@@ -13,21 +13,23 @@ import weakref
 from slora_jax.jobs import Job, Sink
 from slora_jax.requests import Delta, RequestOutput
 
-_AT_ONCE = 64  # pieces handed out before the loop looks after its connections again
+_AT_ONCE = 64  # readers that get what has come for them before the loop looks after its connections again
+
+Pieces = list[tuple[int, Delta]]
 
 
 class _Mailbox:
-    """What one thread has for an event loop. The loop is woken once for all that has gathered until it gets there."""
+    """For whom one thread has pieces. The loop is woken once for all that have gathered until it gets there."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._loop = weakref.ref(loop)
-        self._items: deque[tuple[AsyncDeltas, int, Delta]] = deque()
+        self._readers: deque[AsyncDeltas] = deque()
         self._called = False
 
-    def put(self, reader: "AsyncDeltas", index: int, delta: Delta) -> None:
+    def put(self, reader: "AsyncDeltas") -> None:
         """On the delivery thread."""
-        self._items.append((reader, index, delta))
-        if self._called:  # it is cleared before the items are taken, so none is left behind
+        self._readers.append(reader)
+        if self._called:  # it is cleared before the readers are taken, so none is left behind
             return
         self._called = True
         if (loop := self._loop()) is not None:
@@ -36,10 +38,9 @@ class _Mailbox:
 
     def _hand_out(self) -> None:
         self._called = False
-        for _ in range(min(len(self._items), _AT_ONCE)):
-            reader, index, delta = self._items.popleft()
-            reader.put(index, delta)
-        if self._items and (loop := self._loop()) is not None:
+        for _ in range(min(len(self._readers), _AT_ONCE)):
+            self._readers.popleft().receive()
+        if self._readers and (loop := self._loop()) is not None:
             self._called = True
             loop.call_soon(self._hand_out)
 
@@ -61,9 +62,12 @@ class AsyncDeltas:
         self._ends_only = ends_only
         self._loop = asyncio.get_running_loop()
         self._mailbox = _mailboxes.setdefault(self._loop, _Mailbox(self._loop))
-        self._items: list[tuple[int, Delta]] = []
+        self._coming: deque[tuple[int, Delta]] = deque()  # from the delivery thread
+        self._announced = False  # the mailbox knows of them
+        self._items: Pieces = []
         self._taken: deque[tuple[int, Delta]] = deque()  # by __anext__
         self._waiter: asyncio.Future[None] | None = None
+        self._diverted: Callable[[Pieces], bool] | None = None
         self._jobs: Sequence[Job] = ()
         self._open = 0
 
@@ -72,14 +76,29 @@ class AsyncDeltas:
 
         def put(delta: Delta) -> None:
             if delta.finish_reason is not None or not self._ends_only:
-                self._mailbox.put(self, index, delta)
+                self._coming.append((index, delta))
+                if not self._announced:  # it is cleared before the pieces are taken, so none is left behind
+                    self._announced = True
+                    self._mailbox.put(self)
 
         return put
 
-    def put(self, index: int, delta: Delta) -> None:
-        """A piece has come. On the event loop."""
-        self._items.append((index, delta))
-        if self._waiter is not None and not self._waiter.done():
+    def divert(self, take: Callable[[Pieces], bool]) -> None:
+        """Pieces that come while the reader waits go to `take` first, which must not raise; where it says False they
+        are the reader's. To wake a task for every token costs more than to write one.
+        """
+        self._diverted = take
+
+    def receive(self) -> None:
+        """Takes what has come. On the event loop."""
+        self._announced = False
+        while self._coming:
+            self._items.append(self._coming.popleft())
+        if self._waiter is None or self._waiter.done() or not self._items:
+            return
+        if self._diverted is not None and self._diverted(self._items):
+            self._items.clear()
+        else:
             self._waiter.set_result(None)
 
     def follow(self, jobs: Sequence[Job]) -> None:
@@ -101,7 +120,7 @@ class AsyncDeltas:
         """Whether all answers have been taken to their ends."""
         return not self._open
 
-    async def take(self) -> list[tuple[int, Delta]]:
+    async def take(self) -> Pieces:
         """All pieces that have come since the last call, at least one; none after the last answer's end."""
         while not self._items:
             if not self._open:
@@ -128,5 +147,7 @@ class AsyncDeltas:
             if not job.finished:
                 self._abort(job.output.request_id)
         self._open = 0
+        self._diverted = None
+        self._coming.clear()
         self._items.clear()
         self._taken.clear()

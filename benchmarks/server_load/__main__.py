@@ -12,6 +12,9 @@ random:tiny-gqa, whose steps take microseconds, it says how many calls a second 
 cores server, load generator and model share them; cpu_seconds are those of the process alone. --cpus gives the server,
 and then the bare engine, processors of their own, and the load generator the others, as if it were outside.
 
+--simulated-step-ms measures the host's work alone, on a machine without a GPU as beside one: the device's work is
+waited for and not done (benchmarks.server_load.simulated). Its tokens are random, so it wants --distinct 0.
+
 Where kernels are not batch-invariant an answer may differ from its solo run in a late token, unless --deterministic is
 given; it is lost if it is cut short or never comes, and mixed up if it is the solo answer to another request. With
 --distinct 0 all requests differ, and their answers are counted only.
@@ -33,6 +36,7 @@ from typing import Any
 
 from benchmarks.record import RESULTS, write_result
 from benchmarks.server_load.client import drive
+from benchmarks.server_load.simulated import install
 from benchmarks.server_load.workload import Ask, engine_config, measured, serve_flags, warming, write_adapters
 from slora_jax import Engine, Request, SamplingParams
 
@@ -42,7 +46,10 @@ def run_server(args: argparse.Namespace, adapters: Path) -> dict[str, Any]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     own = ["--port", str(port), "--adapters", str(adapters), "--model-name", args.name, "--log-level", "warning"]
-    command = [sys.executable, "-m", "slora_jax", "serve", args.model, "--quiet", *own, *serve_flags(args)]
+    program = ["slora_jax"]
+    if args.simulated_step_ms:
+        program = ["benchmarks.server_load.simulated", str(args.simulated_step_ms)]
+    command = [sys.executable, "-m", *program, "serve", args.model, "--quiet", *own, *serve_flags(args)]
     with on_cpus(args.cpus):
         process = subprocess.Popen(command)
     try:
@@ -77,6 +84,8 @@ def run_bare(args: argparse.Namespace, adapters: Path) -> None:
         params = SamplingParams(max_tokens=ask.answer, ignore_eos=True)
         return Request(None, ask.adapter, params, ask.prompt)
 
+    if args.simulated_step_ms:
+        install(args.simulated_step_ms)
     began, asks = time.monotonic(), [request(ask) for ask in measured(args)]
     directory = adapters if args.adapters else None
     with Engine.from_pretrained(args.model, engine_config(args), directory) as engine:
@@ -89,7 +98,12 @@ def run_bare(args: argparse.Namespace, adapters: Path) -> None:
         start, spent = time.monotonic(), time.process_time()
         engine.generate([asks[i % len(asks)] for i in range(args.requests)])
         elapsed, spent = time.monotonic() - start, time.process_time() - spent
-    rates = dict(requests_per_second=args.requests / elapsed, cpu_seconds_per_request=spent / args.requests)
+    tokens = sum(asks[i % len(asks)].sampling.max_tokens for i in range(args.requests))
+    rates = dict(
+        requests_per_second=args.requests / elapsed,
+        cpu_seconds_per_request=spent / args.requests,
+        tokens_per_second=tokens / elapsed,
+    )
     print(json.dumps(dict(seconds_until_ready=ready, seconds=elapsed, **rates)))
 
 
@@ -112,6 +126,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     bare = json.loads(lines.splitlines()[-1])
     result = dict(
         model=args.model,
+        device="simulated: steps only take time, tokens are random" if args.simulated_step_ms else "real",
         settings={name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         server=server,
         bare_engine=bare,
@@ -142,6 +157,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype")
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--cpus", type=_numbers, default=[], help="of the server, as in 0,1 (default: all)")
+    parser.add_argument(
+        "--simulated-step-ms", type=float, help="no device: a step of --max-seqs tokens takes this time"
+    )
     parser.add_argument("--timeout", type=float, default=600.0, help="longest silence of the server, in seconds")
     parser.add_argument("--json", type=Path, default=RESULTS / "server_load.json")
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)  # the process of the bare engine

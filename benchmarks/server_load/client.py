@@ -26,6 +26,8 @@ class Client:
         self._session, self._base, self._model = session, base, model
         self.ttft: list[float] = []
         self.latency: list[float] = []
+        self.tokens = 0  # received
+        self.events = 0  # that brought them
 
     async def ask(self, ask: Ask) -> list[int] | str:
         """Token ids of an answer, or what went wrong."""
@@ -50,9 +52,11 @@ class Client:
                     if not ids:
                         self.ttft.append(time.monotonic() - start)
                     ids += event["choices"][0]["token_ids"]
+                    self.events += 1
         except (aiohttp.ClientError, OSError) as error:
             return type(error).__name__
         self.latency.append(time.monotonic() - start)
+        self.tokens += len(ids)
         return ids if ended and len(ids) == ask.answer else "cut short"
 
     async def prefetch(self, adapter: str) -> None:
@@ -66,7 +70,9 @@ async def drive(args: argparse.Namespace, port: int, process: subprocess.Popen) 
     base = f"http://127.0.0.1:{port}"
     timeout = aiohttp.ClientTimeout(total=None, sock_read=args.timeout)
     began = time.monotonic()
-    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+    # shorter than the server keeps an idle connection, which may end just when it is to be used again
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         await _until_ready(session, base, process)
         ready = time.monotonic() - began
         asks = measured(args)
@@ -115,15 +121,20 @@ async def _measure(
     health, memory = list[float](), list[int]()
     with watch_health(int(client._base.rpartition(":")[2]), health):
         watcher = asyncio.create_task(_watch_memory(process.pid, memory))
-        start, spent = time.monotonic(), cpu_seconds(process.pid)
+        main_thread = Path(f"/proc/{process.pid}/task/{process.pid}")  # runs the event loop
+        start, spent, loop = time.monotonic(), cpu_seconds(process.pid), cpu_seconds_of(main_thread)
         await asyncio.gather(*(stream() for _ in range(args.streams)))
-        elapsed, spent = time.monotonic() - start, cpu_seconds(process.pid) - spent
+        elapsed = time.monotonic() - start
+        spent, loop = cpu_seconds(process.pid) - spent, cpu_seconds_of(main_thread) - loop
         watcher.cancel()
     tenth = max(1, len(memory) // 10)
     return dict(
         seconds=elapsed,
         requests_per_second=args.requests / elapsed,
         cpu_seconds_per_request=spent / args.requests,
+        tokens_per_second=client.tokens / elapsed,
+        event_loop_microseconds_per_token=loop / max(1, client.tokens) * 1e6,
+        tokens_per_event=client.tokens / max(1, client.events),
         outcome=dict(outcome),
         ttft_seconds=_spread(client.ttft),
         latency_seconds=_spread(client.latency),
@@ -149,7 +160,12 @@ def watch_health(port: int, took: list[float]) -> Iterator[None]:
 
 def cpu_seconds(pid: int) -> float:
     """Processor time that a process has taken, of all its threads."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return cpu_seconds_of(Path(f"/proc/{pid}"))
+
+
+def cpu_seconds_of(process: Path) -> float:
+    """Processor time of a process, or of one thread, by its directory in /proc."""
+    fields = (process / "stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 

@@ -1,17 +1,19 @@
 """One call being answered: prompts to token ids, to the engine, and accounted for at the end, however it comes."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 import contextlib
 from typing import Any, Self
 
 from starlette.requests import Request as HttpRequest
 
-from slora_jax.async_deltas import AsyncDeltas
+from slora_jax.async_deltas import AsyncDeltas, Pieces
 from slora_jax.errors import AdapterError, CapacityError, RequestError
 from slora_jax.requests import Delta, Request, RequestOutput
 from slora_jax.sampling_params import SamplingParams
 from slora_jax.server.errors import ApiError, unknown_model
+from slora_jax.server.merging import merged
+from slora_jax.server.protocol import BodyWriter
 from slora_jax.server.sampling import bad_request
 from slora_jax.server.service import Service
 from slora_jax.server.tenants import Tenant
@@ -155,6 +157,26 @@ class Answers:
             queue_seconds=max((round(t.scheduled - t.arrival, 4) for t in timings if t.scheduled), default=None),
             ttft_seconds=max((round(t.ttft, 4) for t in timings if t.ttft), default=None),
         )
+
+    def write_through(self, writer: BodyWriter, event: Callable[[int, Delta], bytes | None]) -> None:
+        """Has pieces that come while `pieces` waits written at once. event: of a piece, None if `pieces` shall have
+        it; asking must change nothing.
+        """
+
+        def write(batch: Pieces) -> bool:
+            if not writer.ready():
+                return False
+            try:
+                events = [event(index, delta) for index, delta in merged(batch)]
+                if None in events:
+                    return False
+                writer.write(b"".join(filter(None, events)))
+            except Exception:  # the task that waits for these pieces meets it again, and tells the client
+                return False
+            return True
+
+        if self._deltas is not None:
+            self._deltas.divert(write)
 
     async def pieces(self) -> AsyncGenerator[list[tuple[int, Delta]]]:
         """(index of the prompt, Delta), as many at a time as have come. ApiError if an answer failed."""

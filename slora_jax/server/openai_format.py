@@ -1,11 +1,15 @@
 """Answers in the form of OpenAI's API. One object writes the whole answer or its pieces, so that they say the same."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import dataclasses
 import time
 from typing import Any
 
 from slora_jax.requests import Delta, RequestOutput, TokenLogprob
+from slora_jax.server.event_template import EventTemplate
+from slora_jax.server.events import event
 from slora_jax.server.logprobs import CompletionLogprobs, TokenTexts, chat_logprobs
+from slora_jax.server.merging import merged
 from slora_jax.server.tool_choice import Tools
 from slora_jax.server.tools import ToolParser
 
@@ -21,13 +25,52 @@ class _Format:
     kind: str
     chunk_kind: str
 
-    def __init__(self, response_id: str, model: str, texts: TokenTexts, token_ids: bool):
-        """token_ids: each choice has the ids of its tokens, as vLLM's return_token_ids asks."""
+    def __init__(self, response_id: str, model: str, texts: TokenTexts, token_ids: bool, usage_follows: bool):
+        """token_ids: each choice has the ids of its tokens, as vLLM's return_token_ids asks. usage_follows: a stream's
+        usage comes in an event of its own, and the others say that they have none.
+        """
         self._id = response_id
         self._model = model
         self._created = int(time.time())
         self._texts = texts
         self._token_ids = token_ids
+        self._usage_follows = usage_follows
+        self._templates: dict[tuple[int, int], EventTemplate] = {}  # by prompt and choice
+
+    def events(self, pieces: Sequence[tuple[int, Delta]], outputs: Sequence[RequestOutput]) -> Iterator[bytes]:
+        """Events of pieces of a stream, given as (index of the prompt, Delta), to be sent in this order."""
+        for prompt, delta in merged(pieces):
+            written = self.plain(prompt, delta)
+            if written is None:
+                chunk = self.chunk(prompt, delta, outputs[prompt])
+                written = self._event(chunk) if chunk else b""
+                if delta.finish_reason is None and delta.logprobs is None and self._repeats:
+                    example = dataclasses.replace(delta, text=EventTemplate.TEXT, token_ids=EventTemplate.TOKENS)
+                    chunk = self.chunk(prompt, example, outputs[prompt])
+                    assert chunk is not None
+                    self._templates[prompt, delta.index] = EventTemplate(self._event(chunk))
+            yield written
+
+    def plain(self, prompt: int, delta: Delta) -> bytes | None:
+        """The event of a piece that only adds text to a choice that has begun, empty if there is nothing to say yet.
+        None for any other piece. Nothing changes by asking.
+        """
+        template = self._templates.get((prompt, delta.index))
+        if template is None or delta.finish_reason is not None or delta.logprobs is not None:
+            return None
+        return template.fill(delta.text, delta.token_ids) if delta.text or self._token_ids else b""
+
+    def chunk(self, prompt: int, delta: Delta, output: RequestOutput) -> dict[str, Any] | None:
+        """What an event says of a piece; None where there is nothing to say yet."""
+        raise NotImplementedError
+
+    @property
+    def _repeats(self) -> bool:
+        """Whether pieces that only add text differ in nothing else."""
+        raise NotImplementedError
+
+    def _event(self, chunk: dict[str, Any]) -> bytes:
+        return event(chunk | {"usage": None} if self._usage_follows else chunk)
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]], digest: str | None) -> dict[str, Any]:
         return {
@@ -39,8 +82,9 @@ class _Format:
             "choices": choices,
         }
 
-    def usage_chunk(self, outputs: Sequence[RequestOutput], score_only: bool = False) -> dict[str, Any]:
-        return self._envelope(self.chunk_kind, [], outputs[0].adapter_digest) | {"usage": usage(outputs, score_only)}
+    def usage_event(self, outputs: Sequence[RequestOutput], score_only: bool = False) -> bytes:
+        envelope = self._envelope(self.chunk_kind, [], outputs[0].adapter_digest)
+        return event(envelope | {"usage": usage(outputs, score_only)})
 
 
 class ChatFormat(_Format):
@@ -48,11 +92,20 @@ class ChatFormat(_Format):
 
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, response_id: str, model: str, texts: TokenTexts, token_ids: bool, tools: Tools | None):
-        super().__init__(response_id, model, texts, token_ids)
+    def __init__(
+        self,
+        response_id: str,
+        model: str,
+        texts: TokenTexts,
+        token_ids: bool,
+        usage_follows: bool,
+        tools: Tools | None,
+    ):
+        super().__init__(response_id, model, texts, token_ids, usage_follows)
         self._tools = tools
         self._parsers: dict[int, ToolParser] = {}  # by index of the choice
         self._calls: dict[int, int] = {}  # how many each choice has made
+        self._begun = False
 
     def whole(self, output: RequestOutput) -> dict[str, Any]:
         choices = [
@@ -88,7 +141,21 @@ class ChatFormat(_Format):
         called = self._calls.get(index) and self._tools is not None and self._tools.form != "forced_arguments"
         return "tool_calls" if reason == "stop" and called else reason
 
-    def first(self, output: RequestOutput) -> dict[str, Any]:
+    def events(self, pieces: Sequence[tuple[int, Delta]], outputs: Sequence[RequestOutput]) -> Iterator[bytes]:
+        if not self._begun:  # not before: which contents answer may only be known now
+            self._begun = True
+            yield self._event(self._first(outputs[0]))
+        yield from super().events(pieces, outputs)
+
+    def plain(self, prompt: int, delta: Delta) -> bytes | None:
+        # tokens without text are written without any content
+        return super().plain(prompt, delta) if delta.text or not self._token_ids else None
+
+    @property
+    def _repeats(self) -> bool:
+        return self._tools is None
+
+    def _first(self, output: RequestOutput) -> dict[str, Any]:
         """The chunk before any text, which names the speaker of every choice."""
         speaker = {"role": "assistant", "content": ""}
         choices = [
@@ -96,8 +163,7 @@ class ChatFormat(_Format):
         ]
         return self._envelope(self.chunk_kind, choices, output.adapter_digest)
 
-    def chunk(self, delta: Delta, output: RequestOutput) -> dict[str, Any] | None:
-        """None where there is nothing to say yet."""
+    def chunk(self, prompt: int, delta: Delta, output: RequestOutput) -> dict[str, Any] | None:
         added = self._said(delta.index, delta.text, delta.finish_reason is not None, True)
         if not (added or delta.logprobs or delta.finish_reason or self._token_ids):
             return None
@@ -128,11 +194,12 @@ class CompletionFormat(_Format):
         model: str,
         texts: TokenTexts,
         token_ids: bool,
+        usage_follows: bool,
         n: int,
         echoed: Sequence[str] | None,
         score_only: bool,
     ):
-        super().__init__(response_id, model, texts, token_ids)
+        super().__init__(response_id, model, texts, token_ids, usage_follows)
         self._n = n
         self._echoed = echoed
         self._score_only = score_only
@@ -149,10 +216,13 @@ class CompletionFormat(_Format):
         return envelope | {"usage": usage(outputs, self._score_only)}
 
     def chunk(self, prompt: int, delta: Delta, output: RequestOutput) -> dict[str, Any] | None:
-        """None where there is nothing to say yet."""
         if not (delta.text or delta.logprobs or delta.finish_reason or self._token_ids):
             return None
         return self._envelope(self.chunk_kind, [self._choice(prompt, delta, output)], output.adapter_digest)
+
+    @property
+    def _repeats(self) -> bool:
+        return not self._score_only
 
     def _choice(self, prompt: int, delta: Delta, output: RequestOutput) -> dict[str, Any]:
         """What a delta adds to its choice; the prompt comes with the first."""

@@ -10,11 +10,11 @@ from starlette.responses import Response
 
 from slora_jax.server.answering import Answers, choose_adapter, encode_chat, encode_prompts, tokenizer_of
 from slora_jax.server.depends import ServiceDep, TenantDep, log_field
-from slora_jax.server.events import DONE, EventStream, answer_unless_gone, event
+from slora_jax.server.events import DONE, EventStream, answer_unless_gone
 from slora_jax.server.logprobs import TokenTexts
 from slora_jax.server.openai_format import ChatFormat, CompletionFormat
 from slora_jax.server.sampling import chat_params, completion_params, room_for
-from slora_jax.server.schemas import ChatBody, CompletionBody, SamplingFields
+from slora_jax.server.schemas import ChatBody, CompletionBody
 from slora_jax.server.structured import structured_output
 from slora_jax.server.tool_choice import choose_tools
 
@@ -37,7 +37,8 @@ async def chat_completions(body: ChatBody, request: Request, service: ServiceDep
         form_param = "tools" if tools.structured else form_param
     answers = Answers(service, tenant, adapter, request, "chatcmpl")
     texts = TokenTexts(service.engine.model.tokenizer, body.return_tokens_as_token_ids)
-    written = ChatFormat(answers.id, body.model, texts, body.return_token_ids, tools)
+    usage_follows = bool(body.stream_options and body.stream_options.include_usage)
+    written = ChatFormat(answers.id, body.model, texts, body.return_token_ids, usage_follows, tools)
 
     async def whole() -> dict[str, Any]:
         async with answers:
@@ -45,22 +46,21 @@ async def chat_completions(body: ChatBody, request: Request, service: ServiceDep
             return written.whole((await answers.collect())[0])
 
     async def pieces() -> AsyncGenerator[bytes]:
-        begun = False
-        output = answers.outputs[0]
         async for batch in answers.pieces():
-            chunks = [written.chunk(delta, output) for _, delta in batch]
-            if not begun:  # not before: which contents answer may only be known now
-                chunks.insert(0, written.first(output))
-                begun = True
-            yield b"".join(event(_no_usage(body, chunk)) for chunk in chunks if chunk)
-        if body.stream_options and body.stream_options.include_usage:
-            yield event(written.usage_chunk([output]))
+            yield b"".join(written.events(batch, answers.outputs))
+        if usage_follows:
+            yield written.usage_event(answers.outputs)
         yield DONE
 
     if not body.stream:
         return await answer_unless_gone(request, whole())
     await answers.start([ids], params, form_param, streamed=True)
-    return EventStream(pieces(), service.config.write_seconds, answers.close)
+    return EventStream(
+        pieces(),
+        service.config.write_seconds,
+        answers.close,
+        begun=lambda writer: answers.write_through(writer, written.plain),
+    )
 
 
 @router.post("/v1/completions")
@@ -79,7 +79,10 @@ async def completions(body: CompletionBody, request: Request, service: ServiceDe
         echoed = [p if isinstance(p, str) else tokenizer.decode(ids) if tokenizer else "" for p, ids in given]
     answers = Answers(service, tenant, adapter, request, "cmpl")
     texts = TokenTexts(tokenizer, body.return_tokens_as_token_ids)
-    written = CompletionFormat(answers.id, body.model, texts, body.return_token_ids, params.n, echoed, score_only)
+    usage_follows = bool(body.stream_options and body.stream_options.include_usage)
+    written = CompletionFormat(
+        answers.id, body.model, texts, body.return_token_ids, usage_follows, params.n, echoed, score_only
+    )
 
     async def whole() -> dict[str, Any]:
         async with answers:
@@ -88,16 +91,20 @@ async def completions(body: CompletionBody, request: Request, service: ServiceDe
 
     async def pieces() -> AsyncGenerator[bytes]:
         async for batch in answers.pieces():
-            chunks = [written.chunk(index, delta, answers.outputs[index]) for index, delta in batch]
-            yield b"".join(event(_no_usage(body, chunk)) for chunk in chunks if chunk)
-        if body.stream_options and body.stream_options.include_usage:
-            yield event(written.usage_chunk(answers.outputs, score_only))
+            yield b"".join(written.events(batch, answers.outputs))
+        if usage_follows:
+            yield written.usage_event(answers.outputs, score_only)
         yield DONE
 
     if not body.stream:
         return await answer_unless_gone(request, whole())
     await answers.start(prompts, params, form_param, streamed=True)
-    return EventStream(pieces(), service.config.write_seconds, answers.close)
+    return EventStream(
+        pieces(),
+        service.config.write_seconds,
+        answers.close,
+        begun=lambda writer: answers.write_through(writer, written.plain),
+    )
 
 
 @router.get("/v1/models")
@@ -132,8 +139,3 @@ def _model(service: ServiceDep, name: str, root: str, parent: str | None) -> dic
         "parent": parent,
         "max_model_len": service.engine.max_model_len,
     }
-
-
-def _no_usage(body: SamplingFields, chunk: dict[str, Any]) -> dict[str, Any]:
-    """Where the usage comes in a chunk of its own, the others say that they have none."""
-    return chunk | {"usage": None} if body.stream_options and body.stream_options.include_usage else chunk

@@ -13,10 +13,13 @@ OPTIONS = """
 """
 
 
-def test_every_call_is_answered(tmp_path):
+@pytest.mark.parametrize("device", ["real", "simulated"])
+def test_every_call_is_answered(tmp_path, device):
     out = tmp_path / "out.json"
-    result = server_load.main([*OPTIONS.split(), "--json", str(out)])
-    assert result["server"]["outcome"] == {"complete": 30}
+    simulated = ["--simulated-step-ms", "2"] if device == "simulated" else []
+    result = server_load.main([*OPTIONS.split(), *simulated, "--json", str(out)])
+    assert result["server"]["outcome"] == {"complete": 30} and result["device"].startswith(device)
+    assert result["server"]["tokens_per_event"] >= 1 and result["server"]["event_loop_microseconds_per_token"] >= 0
     assert result["server"]["health_seconds"]["asked"] > 0
     assert json.loads(out.read_text())["share_of_bare_engine"] == result["share_of_bare_engine"] > 0
 

@@ -63,6 +63,39 @@ def test_a_reader_that_waits_is_woken(monkeypatch):
     asyncio.run(main())
 
 
+def test_pieces_are_diverted_only_while_the_reader_waits():
+    async def main():
+        deltas, _ = reader()
+        sink, diverted, takes = deltas.sink(0), [], True
+
+        def take(pieces) -> bool:
+            diverted.append("".join(d.text for _, d in pieces))
+            return takes
+
+        deltas.divert(take)
+        on_another_thread(lambda: sink(piece("a")))
+        await asyncio.sleep(0)
+        assert not diverted  # nobody waits yet
+        assert [d.text for _, d in await deltas.take()] == ["a"]
+        waiting = asyncio.create_task(deltas.take())
+        await asyncio.sleep(0)
+        on_another_thread(lambda: [sink(piece("b")), sink(piece("c"))])
+        await asyncio.sleep(0.01)
+        assert diverted == ["bc"] and not waiting.done()
+        takes = False
+        on_another_thread(lambda: sink(piece("d")))
+        assert [d.text for _, d in await waiting] == ["d"] and diverted == ["bc", "d"]
+        waiting = asyncio.create_task(deltas.take())
+        await asyncio.sleep(0)
+        deltas.close()
+        on_another_thread(lambda: sink(piece("late")))
+        await asyncio.sleep(0.01)
+        assert diverted == ["bc", "d"]
+        waiting.cancel()
+
+    asyncio.run(main())
+
+
 def test_ends_only_brings_the_last_piece_of_each_completion():
     async def main():
         deltas, _ = reader(ends_only=True)
