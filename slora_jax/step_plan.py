@@ -9,7 +9,9 @@ from slora_jax.sequence import Chunk, Sequence
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step. Chunks are in batch order: single tokens first, then longer chunks, each part grouped by adapter."""
+    """One step. Chunks are in batch order: single tokens first, then longer chunks, each part grouped by adapter, large
+    adapters first.
+    """
 
     chunks: list[Chunk]
     loads: list[Load]  # what must be written to adapters' pages before the step
@@ -66,6 +68,6 @@ class StepDraft:
     def in_batch_order(self) -> list[Chunk]:
         """The chunks of sequences that still run, as StepPlan wants them."""
         chunks = [c for c in self.chunks if c.seq.row >= 0] if self.preempted else self.chunks
-        chunks.sort(key=lambda c: c.seq.group)
-        chunks.sort(key=lambda c: c.length > 1)
+        # large adapters first: the LoRA kernels deal out their work in this order, and the last of it should be small
+        chunks.sort(key=lambda c: (c.length > 1, -c.seq.adapter.num_pages if c.seq.adapter else 0, c.seq.group))
         return chunks

@@ -12,7 +12,7 @@ from jax import numpy as jnp
 from pallas_kernels.geometry import GROUPS, Geometry
 from pallas_kernels.geometry import ceil_div as static_ceil_div
 from pallas_kernels.lora.config import LoraConfig
-from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, ceil_div
+from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, ceil_div, dealt, dealt_item
 from pallas_kernels.lora.plan import (
     BLOCK_GRANULES,
     NUM_TOKENS,
@@ -58,7 +58,7 @@ class ExpandItem:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpandItems:
-    """The items of a launch, numbered token block by token block; program `cta` takes every expand_ctas-th.
+    """The items of a launch, numbered token block by token block and dealt out to the programs.
 
     num_blocks: token blocks in use.
     """
@@ -99,14 +99,14 @@ class ExpandItems:
     def local(self, cta):
         """Items of program `cta`."""
         _, num_ranges, _ = self._cut()
-        return jnp.maximum(ceil_div(self.num_blocks * num_ranges - cta, self.config.expand_ctas), 0)
+        return dealt(self.num_blocks * num_ranges, cta, self.config.expand_ctas)
 
     def _place(self, cta, n):
         """Of item n of program `cta`: token block, (module, first range, output tiles, first tile of `out`), which
         range of all, and tiles of a range.
         """
         modules, num_ranges, range_tiles = self._cut()
-        index = cta + n * self.config.expand_ctas
+        index = dealt_item(cta, n, self.config.expand_ctas)
         block, part = lax.div(index, num_ranges), lax.rem(index, num_ranges)
         # A program without items describes one all the same.
         block = jnp.maximum(jnp.minimum(block, self.num_blocks - 1), 0)

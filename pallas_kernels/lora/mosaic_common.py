@@ -184,6 +184,17 @@ def ceil_div(a, b):
     return lax.div(a + b - 1, jnp.int32(b) if isinstance(b, int) else b)
 
 
+def dealt(total, cta, ctas: int):
+    """How many of `total` items program `cta` has, if they are dealt out in rounds, every other one backwards."""
+    rounds = lax.div(total, jnp.int32(ctas))
+    return rounds + jnp.where(dealt_item(cta, rounds, ctas) < total, 1, 0)
+
+
+def dealt_item(cta, n, ctas: int):
+    """Item n of program `cta`. Where items become smaller towards the end, no program has all the large ones."""
+    return n * ctas + jnp.where(lax.rem(n, jnp.int32(2)) == 1, ctas - 1 - cta, cta)
+
+
 def drain(barriers, uses, slots: int):
     """Waits until the last `uses` rounds of a ring of `slots` barriers have completed, as far as they are still
     unobserved.

@@ -14,7 +14,7 @@ from jax import numpy as jnp
 from pallas_kernels.geometry import GROUPS, Geometry
 from pallas_kernels.geometry import ceil_div as static_ceil_div
 from pallas_kernels.lora.config import LoraConfig
-from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, ceil_div
+from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, ceil_div, dealt, dealt_item
 from pallas_kernels.lora.plan import PAGE_START, TOKEN, group_fields
 
 
@@ -49,7 +49,7 @@ class ShrinkItem:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShrinkItems:
-    """The items of a launch; program `cta` takes every ctas-th. sides: splits in a set.
+    """The items of a launch, dealt out to the programs. sides: splits in a set.
 
     Rank blocks are the slowest to change: where an adapter has fewer than the largest, its items are empty.
     """
@@ -86,8 +86,7 @@ class ShrinkItems:
 
     def local(self, cta):
         """Items of program `cta`."""
-        items = self.num_blocks * self.rank_blocks * self._cut()[1]
-        return jnp.maximum(ceil_div(items - cta, self.ctas), 0)
+        return dealt(self.num_blocks * self.rank_blocks * self._cut()[1], cta, self.ctas)
 
     @property
     def signals(self):
@@ -97,7 +96,7 @@ class ShrinkItems:
     def _place(self, cta, n):
         """Of item n of program `cta`: token block, rank block and first set."""
         run, runs = self._cut()
-        item = cta + n * self.ctas
+        item = dealt_item(cta, n, self.ctas)
         rest = lax.div(item, runs)
         rank_block = lax.div(rest, jnp.maximum(self.num_blocks, 1))
         # A program without items describes one all the same.

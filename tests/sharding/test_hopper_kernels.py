@@ -156,7 +156,8 @@ def test_the_whole_step_lowers_to_cuda(lora, decode_only):
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     attention = 2 if decode_only else 3  # decode and the joining of its splits; prompt chunks
     between = 3 + 1 + 1  # norms, rotation and the writing of keys and values, SiLU·mul
-    assert text.count("@mosaic_gpu_v2") == 4 + 4 + between + attention
+    lora_launches = 4 if lora == "comm-free" else 4 + 4
+    assert text.count("@mosaic_gpu_v2") == lora_launches + between + attention
     assert "stablehlo.while" not in text
     collectives = re.findall(r'"stablehlo\.(all_reduce|all_gather)"', text)
     extra = 2 if lora == "s-lora" else 0
