@@ -51,6 +51,12 @@ class FakeModel:
         return sampled
 
 
+def batch_place(chunk):
+    """Single tokens come before longer chunks, and in each part large adapters first."""
+    adapter = chunk.seq.adapter
+    return chunk.length > 1, -adapter.num_pages if adapter else 0, adapter.digest if adapter else ""
+
+
 def serve(
     requests,
     num_pages,
@@ -102,7 +108,7 @@ def serve(
             done[drop.seq.seq_id] = None
         assert plan.chunks or pending or not scheduler.has_work(), "nothing was scheduled although there is work"
         assert plan.num_tokens <= max_step_tokens and len(plan.chunks) <= max_seqs
-        kinds = [(c.length > 1, c.seq.adapter.digest if c.seq.adapter else "") for c in plan.chunks]
+        kinds = [batch_place(c) for c in plan.chunks]
         assert kinds == sorted(kinds)
         assert len({id(c.seq) for c in plan.chunks}) == len(plan.chunks)
         ready = plan, model.run(plan, pool)
