@@ -1,10 +1,10 @@
-"""lora_shrink and lora_expand on one GPU against the bytes they must read, the XLA implementation and lax.ragged_dot.
+"""LoRA's ops on one GPU against the bytes they must read, the XLA implementation and lax.ragged_dot.
 
     python -m benchmarks.kernels.bench_lora --shape 7b_decode_64_distinct_r16_qkvo --json out.json
 
 Shapes are those of pallas_kernels/lora/arg_specs.py. A timing runs the op once for each layer of one pool in one
-compiled step, so that no layer's weights are left in the L2 cache, and divides by the layers; "pair" is shrink then
-expand, as a layer runs them.
+compiled step, so that no layer's weights are left in the L2 cache, and divides by the layers. "shrink" and "expand"
+are launches of their own; "pair" is lora_add, as a layer runs them.
 Floor: distinct weights of the batch, activations read and base outputs read and written, over the measured copy
 bandwidth.
 """
@@ -25,7 +25,7 @@ from pallas_kernels.geometry import GROUPS
 from pallas_kernels.lora import reference
 from pallas_kernels.lora.arg_specs import GEOMETRIES, SPECS, LoraSpec
 from pallas_kernels.lora.config import LoraConfig, default_config, shape_key
-from pallas_kernels.lora.kernel_sm90 import expand_sm90, shrink_sm90
+from pallas_kernels.lora.kernel_sm90 import Matrices, add_sm90, expand_sm90, shrink_sm90
 from pallas_kernels.lora.table import AdapterTable
 from pallas_kernels.tuning import keep
 
@@ -102,9 +102,11 @@ def steps(inputs: Inputs, group: str, num_layers: int, config: LoraConfig | None
         return out
 
     @jax.jit
-    def pair(x, out, *where):
+    def pair(x, out, pages, table, *segments):
+        both = Matrices(table=table, geometry=spec.geometry)
+        chosen = dict(group=group, max_rank=spec.max_rank, config=config)
         for i in layers:
-            out = expand_sm90(out, shrink_sm90(x, *where, layer=i, **options), *where, layer=i, **options)
+            out = add_sm90(out, x, pages, both, both, *segments, layer=i, **chosen)
         return out
 
     @jax.jit
@@ -156,10 +158,10 @@ _TUNED = {  # op of the table -> shapes whose times are multiplied
 def _candidates(op: str) -> list[LoraConfig]:
     """Configs that move work around, and no sum."""
     if op == "lora_short":
-        rings = ((2, 2, 2), (1, 4, 4), (2, 2, 1))  # shrink: programs a multiprocessor, stages, chunks in a stage
         return [
-            LoraConfig(shrink_ctas=132 * ctas, shrink_stages=stages, shrink_packed=packed, range_tiles=tiles)
-            for ctas, stages, packed in rings
+            LoraConfig(expand_stages=stages, shrink_packed=packed, range_tiles=tiles)
+            for stages in (3, 4)
+            for packed in (2, 4)
             for tiles in (16, 32, 64)
         ]
     long = default_config(SPECS["7b_prefill_2048_1_segments_r16"].geometry, 2048)

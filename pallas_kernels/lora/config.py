@@ -18,7 +18,7 @@ SHORT_SEGMENT = 16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Sizes of the shrink and expand kernels.
+    """Sizes of the kernels: of the one for short segments (blocks of eight tokens) and of the two for long ones.
 
     block_tokens: tokens of one segment that share a tensor-core instruction (its N).
     num_splits: *fixed*. Parts that the input width is cut into; each is summed on its own and the parts are added in
@@ -26,23 +26,25 @@ class LoraConfig:
     chunk_tiles: most tiles (1 KB each) that one bulk copy moves.
     range_tiles: output tiles (64 columns each) that one work item of expand covers; twice as many where there are
     enough items all the same, half as many where there are not enough for all multiprocessors.
-    shrink_stages, expand_stages: depth of the shared-memory ring, in stages of eight granule chunks.
+    shrink_stages, expand_stages: depth of the shared-memory ring, in stages of eight granule chunks; the kernel for
+    short segments has one ring, of expand_stages.
     shrink_packed: most chunks of columns that share a stage of shrink, where a rank block has few granules.
     expand_packed: most chunks of outputs that share a stage of expand, where a module has few granules.
-    out_slots: blocks of base output in flight in expand.
-    shrink_ctas, expand_ctas: size of the persistent grids: multiples of the multiprocessors.
+    out_slots: blocks of base output in flight in expand of long segments.
+    shrink_ctas, expand_ctas: size of the persistent grids: multiples of the multiprocessors. The kernel for short
+    segments has expand_ctas programs, which wait for each other: at most one a multiprocessor.
     """
 
     block_tokens: int = 8
     num_splits: int = 8
     chunk_tiles: int = 4
     range_tiles: int = 32
-    shrink_stages: int = 2
+    shrink_stages: int = 3
     expand_stages: int = 4
     shrink_packed: int = 4
     expand_packed: int = 4
     out_slots: int = 2
-    shrink_ctas: int = 2 * _NUM_SMS
+    shrink_ctas: int = _NUM_SMS
     expand_ctas: int = _NUM_SMS
 
     def __post_init__(self):
@@ -78,4 +80,4 @@ def default_config(geometry: Geometry, segment_tokens: int) -> LoraConfig:
         return LoraConfig(**found)
     if short:
         return LoraConfig()
-    return LoraConfig(block_tokens=64, shrink_packed=1, shrink_stages=3, expand_stages=2, shrink_ctas=_NUM_SMS)
+    return LoraConfig(block_tokens=64, shrink_packed=1, expand_stages=2)

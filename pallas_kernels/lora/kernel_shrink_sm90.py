@@ -1,6 +1,6 @@
-"""Hopper kernel of lora_shrink: ``y = x A^T`` on gathered weight tiles, with Mosaic GPU.
+"""Hopper kernel of lora_shrink for long segments: ``y = x A^T`` on gathered weight tiles, with Mosaic GPU.
 
-A persistent grid, two programs an SM. A producer warpgroup walks the work items of its program and fills a ring in
+A persistent grid. A producer warpgroup walks the work items of its program and fills a ring in
 shared memory, by bulk copies, with granule chunks and the matching columns of x; a consumer warpgroup multiplies. The
 stacked ranks are the M = 64 rows of wgmma and the tokens its N columns, so that a few tokens fill the instruction as
 well as many do. Where a rank block has few granules, a stage holds more than one chunk of columns, so that as many
