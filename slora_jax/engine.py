@@ -16,7 +16,7 @@ from slora_jax.adapters import AdapterReader
 from slora_jax.admission import Admission
 from slora_jax.core import EngineCore
 from slora_jax.delivery import Delivery
-from slora_jax.engine_adapters import EngineAdapters, read_contents
+from slora_jax.engine_adapters import EngineAdapters, check_settings, read_contents, refusals
 from slora_jax.engine_config import EngineConfig
 from slora_jax.engine_embeddings import EngineEmbeddings
 from slora_jax.engine_loop import EngineLoop
@@ -80,6 +80,9 @@ class Engine(EngineRequests, EngineAdapters, EngineEmbeddings):
         self._registry = AdapterRegistry()
         for name, adapter in adapters.items():
             self._registry.add(name, adapter)
+        named = {record.shape: name for name, record in self._registry.items()}
+        for shape, name in named.items():  # before anything is compiled for them
+            check_settings(name, shape, settings)
         if runner is None:
             runner = make_runner(
                 model,
@@ -125,7 +128,7 @@ class Engine(EngineRequests, EngineAdapters, EngineEmbeddings):
             overlap=settings.overlap,
         )
         try:
-            for shape, name in {record.shape: name for name, record in self._registry.items()}.items():
+            for shape, name in named.items():
                 self._check_shape(name, shape)
         except SloraError:
             loader.close()
@@ -158,9 +161,11 @@ class Engine(EngineRequests, EngineAdapters, EngineEmbeddings):
         reader = AdapterReader(architecture)
         read: Mapping[str, Contents]
         if isinstance(adapters, str | os.PathLike):
-            read, refused = reader.check_all(adapters)
-            for reason in refused.values():
+            found, refused = reader.check_all(adapters)
+            unfit = refusals(found, lambda name, shape: check_settings(name, shape, settings))
+            for reason in (refused | unfit).values():
                 logger.warning("not added: %s", reason)
+            read = {name: files for name, files in found.items() if name not in unfit}
         else:
             sources = adapters or {}
             read = {name: read_contents(name, source, reader, architecture) for name, source in sources.items()}

@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 
 from slora_jax.adapters import Adapter, AdapterFiles, AdapterReader, AdapterShape, read_adapter
 from slora_jax.core import EngineCore
-from slora_jax.engine_config import ResolvedConfig
+from slora_jax.engine_config import EngineConfig, ResolvedConfig
 from slora_jax.engine_loop import EngineLoop
 from slora_jax.errors import AdapterError, CapacityError
 from slora_jax.loading import LoadedModel
@@ -96,19 +96,15 @@ class EngineAdapters:
         self, found: Mapping[str, AdapterFiles], refused: dict[str, str]
     ) -> tuple[list[str], dict[str, str]]:
         """Registers what the engine can take. Returns the names, and all that was refused."""
-        fits: dict[AdapterShape, str | None] = {}
+        unfit = refusals(found, self._check_shape)
         replaced = []
-        for name, files in found.items():
-            if files.shape not in fits:
-                fits[files.shape] = _refusal(lambda: self._check_shape(name, files.shape))  # noqa: B023
-        if shapes := [shape for shape, reason in fits.items() if reason is None]:
+        if shapes := {files.shape for name, files in found.items() if name not in unfit}:
             rank = max(shape.max_rank for shape in shapes)
             groups = frozenset().union(*(shape.groups for shape in shapes))
             self._loop.call(lambda: self._core.runner.require_adapters(rank, groups))
         added = []
         for name, files in found.items():
-            if (reason := fits[files.shape]) is not None:
-                refused[name] = reason
+            if name in unfit:
                 continue
             record, old = self._registry.add(name, files)
             added.append(name)
@@ -116,7 +112,7 @@ class EngineAdapters:
                 replaced.append(old)
         if replaced:
             self._loop.call(lambda: self._core.tiers.release(*replaced))
-        return added, refused
+        return added, refused | unfit
 
     def remove_adapter(self, name: str, timeout: float | None = None) -> None:
         """Forgets an adapter: new requests are refused, those in flight are waited for, then its memory is freed.
@@ -206,17 +202,16 @@ class EngineAdapters:
         return sum(self._images.nbytes(record.shape) for record in pinned if record is not apart_from)
 
     def _check_shape(self, name: str, shape: AdapterShape) -> None:
-        """Raises if the pool or the host's memory cannot hold an adapter, or if its rank is over the limit."""
+        """Raises if the pool or the host's memory cannot hold an adapter, or if the settings refuse it."""
         need, num_pages = self._images.num_pages(shape), self._core.pool.num_pages
         if need >= num_pages:
             raise CapacityError(
                 f"adapter {name!r} needs {need} pages and the pool has {num_pages}: set page_pool_bytes higher"
             )
-        limit = self.settings.max_lora_rank
-        if self.settings.deterministic and limit is None:  # steps for a higher rank may give other bits
-            limit = self._core.runner.max_rank
-        if limit is not None and shape.max_rank > limit:
-            raise AdapterError(f"adapter {name!r} has rank {shape.max_rank}, max_lora_rank is {limit}; set it higher")
+        check_settings(name, shape, self.settings)
+        if self.settings.deterministic and self.settings.max_lora_rank is None:
+            # steps for a higher rank may give other bits
+            _check_rank(name, shape, self._core.runner.max_rank)
         nbytes = self._images.nbytes(shape)
         if nbytes > self.settings.host_adapter_bytes - self._pinned_bytes():
             raise CapacityError(
@@ -239,9 +234,33 @@ def read_contents(name: str, source: Any, reader: AdapterReader, config: ModelCo
         raise AdapterError(f"adapter {name!r}: {error}") from None
 
 
-def _refusal(check: Callable[[], None]) -> str | None:
-    try:
-        check()
-    except (AdapterError, CapacityError) as error:
-        return str(error)
-    return None
+def check_settings(name: str, shape: AdapterShape, settings: EngineConfig) -> None:
+    """Raises AdapterError if an adapter's rank or targets are not among those that the settings allow."""
+    if settings.max_lora_rank is not None:
+        _check_rank(name, shape, settings.max_lora_rank)
+    allowed = settings.lora_targets
+    if allowed is not None and (others := [module for module in shape.targets if module not in allowed]):
+        raise AdapterError(
+            f"adapter {name!r} targets {', '.join(others)}, lora_targets is {', '.join(allowed)}; "
+            "name there all that adapters may target"
+        )
+
+
+def _check_rank(name: str, shape: AdapterShape, limit: int) -> None:
+    if shape.max_rank > limit:
+        raise AdapterError(f"adapter {name!r} has rank {shape.max_rank}, max_lora_rank is {limit}; set it higher")
+
+
+def refusals(found: Mapping[str, AdapterFiles], check: Callable[[str, AdapterShape], None]) -> dict[str, str]:
+    """Why adapters are refused, by name. A shape that passes is checked once, however many adapters have it."""
+    fits: set[AdapterShape] = set()
+    refused = {}
+    for name, files in found.items():
+        if files.shape in fits:
+            continue
+        try:
+            check(name, files.shape)
+            fits.add(files.shape)
+        except (AdapterError, CapacityError) as error:
+            refused[name] = str(error)
+    return refused

@@ -1,6 +1,6 @@
 """Settings of an engine."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import dataclasses
 import os
 from pathlib import Path
@@ -10,6 +10,8 @@ import jax
 
 from pallas_kernels import Implementation
 from pallas_kernels.dispatch import hopper_available
+from pallas_kernels.geometry import MODULES
+from slora_jax.adapters.targets import MODULE_NAMES
 from slora_jax.errors import SloraError
 from slora_jax.policies import Quota, make_policy
 
@@ -23,6 +25,18 @@ def _free_host_bytes() -> int:
     """What host_adapter_bytes is by default."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(min(free // 2, 48 << 30), 1 << 30)
+
+
+def _modules(names: Iterable[str]) -> tuple[str, ...]:
+    """Modules by either of their names, in the order of MODULES."""
+    found = set()
+    for name in names:
+        if name not in MODULE_NAMES:
+            raise SloraError(f"lora_targets names {name!r}; modules are {', '.join(MODULES)}")
+        found.add(MODULE_NAMES[name])
+    if not found:
+        raise SloraError(f"lora_targets names no module; name some of {', '.join(MODULES)}")
+    return tuple(MODULES[index] for index in sorted(found))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +61,9 @@ class EngineConfig:
     max_lora_rank: largest rank that steps are compiled for; None follows the registered adapters, so that registering
         one of a higher rank than all before compiles the steps anew, as does the first that targets q, k or v, or o,
         or gate or up, or down.
+    lora_targets: modules that adapters may target (q, k, v, o, gate, up, down, or PEFT's names q_proj, ...): steps have
+        no launches for groups of projections of which none is named, and an adapter that targets others is refused.
+        None: any.
     policy: who goes first and who is given up: "fcfs", "cluster", "early-abort", "fair", "gather" or "priority";
         see slora_jax/policies. policy_options: arguments of the policy's class, for instance {"ttft": 6.0}.
     prompt_gap: steps in which nobody starts after one that started all it could, while at least half of max_seqs run:
@@ -87,6 +104,7 @@ class EngineConfig:
     adapter_chunk_bytes: int = 16 << 20
     adapter_step_bytes: int | None = 128 << 20
     max_lora_rank: int | None = None
+    lora_targets: tuple[str, ...] | None = None
     policy: str = "fcfs"
     policy_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     prompt_gap: int = 0
@@ -133,6 +151,8 @@ class EngineConfig:
                 raise SloraError(f"{name} must be one of {choices}, not {getattr(self, name)!r}")
         if self.max_lora_rank is not None and self.max_lora_rank > 512:
             raise SloraError(f"max_lora_rank must be at most 512, not {self.max_lora_rank}")
+        if self.lora_targets is not None:  # one spelling, so that everybody else may compare names
+            object.__setattr__(self, "lora_targets", _modules(self.lora_targets))
         make_policy(self.policy, self.policy_options)
 
     def resolved(self) -> "ResolvedConfig":

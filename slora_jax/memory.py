@@ -9,6 +9,7 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels import GROUPS
+from pallas_kernels.geometry import MODULES
 from slora_jax.adapters import AdapterShape
 from slora_jax.batch_builder import BatchBuilder
 from slora_jax.buckets import Buckets
@@ -129,12 +130,14 @@ def step_options(
     """What the compiled steps of an engine have in common.
 
     shapes: of the adapters that are known. They bound the rank, and groups of projections that none of them targets get
-    no LoRA launches. Where there are none, or settings.max_lora_rank announces others, steps take every group; in
-    deterministic mode as well, whose programs never change.
+    no LoRA launches. Where there are none, or settings.max_lora_rank announces others, steps take every group that
+    settings.lora_targets allows; in deterministic mode as well, whose programs never change.
     """
     max_rank = settings.max_lora_rank or max((shape.max_rank for shape in shapes), default=8)
     announced = settings.max_lora_rank is not None or settings.deterministic or not shapes
-    targeted = frozenset(GROUPS) if announced else frozenset().union(*(shape.groups for shape in shapes))
+    modules = settings.lora_targets or MODULES
+    allowed = frozenset(group for group, members in GROUPS.items() if any(MODULES[i] in modules for i in members))
+    targeted = allowed if announced else frozenset().union(*(shape.groups for shape in shapes))
     return StepOptions(
         config=config,
         dtype=jnp.dtype(settings.dtype),

@@ -36,6 +36,7 @@ from typing import Any
 
 from benchmarks.record import RESULTS, write_result
 from benchmarks.server_load.client import drive
+from benchmarks.server_load.progress import say
 from benchmarks.server_load.simulated import install
 from benchmarks.server_load.workload import Ask, engine_config, measured, serve_flags, warming, write_adapters
 from slora_jax import Engine, Request, SamplingParams
@@ -49,7 +50,7 @@ def run_server(args: argparse.Namespace, adapters: Path) -> dict[str, Any]:
     program = ["slora_jax"]
     if args.simulated_step_ms:
         program = ["benchmarks.server_load.simulated", str(args.simulated_step_ms)]
-    command = [sys.executable, "-m", *program, "serve", args.model, "--quiet", *own, *serve_flags(args)]
+    command = [sys.executable, "-m", *program, "serve", args.model, *own, *serve_flags(args)]
     with on_cpus(args.cpus):
         process = subprocess.Popen(command)
     try:
@@ -90,11 +91,13 @@ def run_bare(args: argparse.Namespace, adapters: Path) -> None:
     directory = adapters if args.adapters else None
     with Engine.from_pretrained(args.model, engine_config(args), directory) as engine:
         ready = time.monotonic() - began
+        say(f"the bare engine was ready after {ready:.1f} s; warming it up")
         for future in [engine.prefetch_adapter(name) for name in {r.adapter for r in asks if r.adapter}]:
             future.result()
         engine.generate([request(ask) for ask in warming(args)[: args.streams]])
         if args.distinct != 0:
             engine.generate(asks)
+        say(f"measuring {args.requests} requests")
         start, spent = time.monotonic(), time.process_time()
         engine.generate([asks[i % len(asks)] for i in range(args.requests)])
         elapsed, spent = time.monotonic() - start, time.process_time() - spent
@@ -116,7 +119,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
         return None
     with tempfile.TemporaryDirectory() as made:
         write_adapters(Path(made), args)
+        say(f"{args.adapters} adapters are written; starting the server")
         server = run_server(args, Path(made))
+        say(f"the server answered {server['requests_per_second']:.2f} requests/s; starting the bare engine")
         command = [sys.executable, "-m", "benchmarks.server_load", *given, "--bare", made]
         with on_cpus(args.cpus):
             bare_process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -124,6 +129,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     if bare_process.returncode:
         raise SystemExit(f"the bare engine ended with status {bare_process.returncode}")
     bare = json.loads(lines.splitlines()[-1])
+    say(f"the bare engine answered {bare['requests_per_second']:.2f} requests/s")
     result = dict(
         model=args.model,
         device="simulated: steps only take time, tokens are random" if args.simulated_step_ms else "real",

@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
+from benchmarks.server_load.progress import say, say_answered
 from benchmarks.server_load.workload import Ask, measured, warming
 
 
@@ -75,15 +76,19 @@ async def drive(args: argparse.Namespace, port: int, process: subprocess.Popen) 
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         await _until_ready(session, base, process)
         ready = time.monotonic() - began
+        say(f"the server was ready after {ready:.1f} s; warming it up")
         asks = measured(args)
         client = Client(session, base, args.name)
         await asyncio.gather(*(client.prefetch(name) for name in {a.adapter for a in asks if a.adapter}))
         answers = await asyncio.gather(*(client.ask(ask) for ask in warming(args)[: args.streams]))
         if bad := [answer for answer in answers if isinstance(answer, str)]:
             raise SystemExit(f"a request failed before the measurement: {bad[0]}")
+        if args.distinct != 0:
+            say(f"asking {len(asks)} requests alone")
         alone = None if args.distinct == 0 else [await client.ask(ask) for ask in asks]
         if bad := [answer for answer in alone or () if isinstance(answer, str)]:
             raise SystemExit(f"a request alone failed: {bad[0]}")
+        say(f"measuring {args.requests} requests in {args.streams} streams")
         return dict(seconds_until_ready=ready) | await _measure(args, Client(session, base, args.name), alone, process)
 
 
@@ -120,13 +125,17 @@ async def _measure(
 
     health, memory = list[float](), list[int]()
     with watch_health(int(client._base.rpartition(":")[2]), health):
-        watcher = asyncio.create_task(_watch_memory(process.pid, memory))
+        watchers = [
+            asyncio.create_task(_watch_memory(process.pid, memory)),
+            asyncio.create_task(say_answered(outcome, args.requests)),
+        ]
         main_thread = Path(f"/proc/{process.pid}/task/{process.pid}")  # runs the event loop
         start, spent, loop = time.monotonic(), cpu_seconds(process.pid), cpu_seconds_of(main_thread)
         await asyncio.gather(*(stream() for _ in range(args.streams)))
         elapsed = time.monotonic() - start
         spent, loop = cpu_seconds(process.pid) - spent, cpu_seconds_of(main_thread) - loop
-        watcher.cancel()
+        for watcher in watchers:
+            watcher.cancel()
     tenth = max(1, len(memory) // 10)
     return dict(
         seconds=elapsed,

@@ -104,15 +104,18 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         max_model_len=args.max_model_len,
         page_pool_bytes=args.page_pool,
         max_lora_rank=max(args.rank),
+        lora_targets=tuple(args.targets.split(",")),
         deterministic=args.deterministic,
         warm_up=True,
+        progress=True,
     )
 
 
 def serve_flags(args: argparse.Namespace) -> list[str]:
     options = {
         "--max-seqs": args.max_seqs, "--max-model-len": args.max_model_len, "--page-pool": args.page_pool,
-        "--max-lora-rank": max(args.rank), "--dtype": args.dtype, "--max-queue": args.streams,
+        "--max-lora-rank": max(args.rank), "--lora-targets": args.targets, "--dtype": args.dtype,
+        "--max-queue": args.streams,
     }  # fmt: skip
     flags = [str(part) for pair in options.items() if pair[1] is not None for part in pair]
     return [*flags, "--deterministic"] if args.deterministic else flags

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from pallas_kernels.geometry import MODULES
+from slora_jax.adapters.targets import MODULE_NAMES
 from slora_jax.adapters.tensors import Key, parse_names
 from slora_jax.errors import AdapterError
 from slora_jax.model_config import ModelConfig
 
 _LAYER = re.compile(r"(?:layers\.)?(\d{1,6})")
-_MODULES = {name: index for index, module in enumerate(MODULES) for name in (module, f"{module}_proj")}
 
 
 def flatten(arrays: Mapping[Any, Any], config: ModelConfig) -> dict[Key, tuple[str, np.ndarray]]:
@@ -34,7 +34,7 @@ def flatten(arrays: Mapping[Any, Any], config: ModelConfig) -> dict[Key, tuple[s
         if not all(isinstance(key, str) for key in arrays):
             raise AdapterError("the pytree mixes PEFT's tensor names with other keys; give one form only")
         return {key: (name, _host(arrays[name], name)) for key, name in parse_names(arrays, config).items()}
-    if all(key in _MODULES for key in arrays):
+    if all(key in MODULE_NAMES for key in arrays):
         return _stacked(arrays, config)
     return _nested(arrays, config)
 
@@ -54,7 +54,7 @@ def _nested(arrays: Mapping[Any, Any], config: ModelConfig) -> dict[Key, tuple[s
         for module, factors in modules.items():
             where = f"[{layer_key!r}][{module!r}]"
             for factor, array in enumerate(_factors(module, factors, where)):
-                key = (layer, _MODULES[module], factor)
+                key = (layer, MODULE_NAMES[module], factor)
                 if key in result:
                     raise AdapterError(f"{where} and {result[key][0]} stand for the same weight; give it once")
                 result[key] = (f"{where}[{'ab'[factor]!r}]", array)
@@ -72,7 +72,7 @@ def _stacked(arrays: Mapping[Any, Any], config: ModelConfig) -> dict[Key, tuple[
                     f"{config.num_layers} layers"
                 )
             for layer in range(config.num_layers):
-                key = (layer, _MODULES[module], factor)
+                key = (layer, MODULE_NAMES[module], factor)
                 if key in result:
                     raise AdapterError(f"{name} and {result[key][0]} stand for the same weight; give it once")
                 result[key] = (name, array[layer])
@@ -80,7 +80,7 @@ def _stacked(arrays: Mapping[Any, Any], config: ModelConfig) -> dict[Key, tuple[
 
 
 def _factors(module: Any, factors: Any, where: str) -> tuple[np.ndarray, np.ndarray]:
-    if module not in _MODULES:
+    if module not in MODULE_NAMES:
         raise AdapterError(f"{where} is not a projection; modules are {', '.join(MODULES)}")
     if not isinstance(factors, Mapping) or factors.keys() != {"a", "b"}:
         raise AdapterError(f'{where} must hold exactly "a" [rank, inputs] and "b" [outputs, rank]')

@@ -22,6 +22,9 @@ HF_MODULES = tuple(
 )
 """Name of each of MODULES inside a decoder layer of Hugging Face's models."""
 
+MODULE_NAMES = {name: index for index, module in enumerate(MODULES) for name in (module, f"{module}_proj")}
+"""Index into MODULES by a module's own name and by PEFT's."""
+
 # PEFT's choice for llama, mistral, qwen2 and qwen3 where target_modules is null.
 _DEFAULT_TARGETS = ("q_proj", "v_proj")
 _EMBEDDINGS = ("model.embed_tokens", "lm_head")

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import slora_jax
 from slora_jax.cli.options import SAMPLING, add_policy_option, byte_size, named_path, token_bias
-from slora_jax.cli.workload_options import TRACE_HELP, bench_options, simulate_options
+from slora_jax.cli.workload_options import TRACE_HELP, bench_options, many, simulate_options
 
 _MODEL = (
     "base model: a Hugging Face directory or id (org/name), a .gguf file, a directory written by slora-jax convert, "
@@ -166,6 +166,13 @@ def _serve(commands) -> None:
     )
     adapters.add_argument("--registry", metavar="FILE", help="remembers what was loaded and unloaded over HTTP")
     adapters.add_argument("--max-lora-rank", type=int, metavar="N", help="largest rank (default: as adapters come)")
+    adapters.add_argument(
+        "--lora-targets",
+        type=many(str),
+        metavar="NAMES",
+        help="modules that adapters may target, for instance q,k,v,o; fewer make faster steps and a shorter start "
+        "(default: all)",
+    )
     access = parser.add_argument_group("callers")
     access.add_argument(
         "--api-keys", metavar="FILE", help="API keys, see slora-jax key (default: none are needed on this machine)"

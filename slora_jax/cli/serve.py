@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
         policy=policy,
         policy_options=policy_options,
         max_lora_rank=args.max_lora_rank,
+        lora_targets=args.lora_targets,
         embeddings=args.embeddings,
         # else the adapters, which are read later, say up to which rank steps are compiled
         warm_up=config.warm_up and args.max_lora_rank is not None,

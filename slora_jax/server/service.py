@@ -69,9 +69,9 @@ class Service:
         try:
             await asyncio.to_thread(manager.restore)
             if self.config.warm_up:
-                await asyncio.to_thread(engine.warm_up, adapters=False)
-                if self.config.adapters or self.config.load_root:
-                    await asyncio.to_thread(engine.warm_up, adapters=True)
+                # in one call, because each call runs all steps that are compiled
+                adapters = bool(self.config.adapters or self.config.load_root)
+                await asyncio.to_thread(engine.warm_up, adapters=adapters)
         except BaseException:
             engine.close()
             raise

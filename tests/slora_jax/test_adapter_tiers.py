@@ -115,6 +115,24 @@ def test_the_same_answers_from_a_directory_given_at_the_start(directory, answers
         Engine.from_pretrained("random:tiny-gqa", config(), directory / "a0")
 
 
+def test_what_the_settings_refuse_is_left_out_of_a_directory_by_its_own_name(directory, caplog):
+    save_adapter(random_adapter(MODEL.config, 8, ["down"]), directory / "b0")
+    save_adapter(random_adapter(MODEL.config, 8, ["down"], seed=1), directory / "b1")
+    wrong = {name: f"adapter '{name}' targets down, lora_targets is q, v" for name in ("b0", "b1")}
+    for index in range(4):
+        save_adapter(random_adapter(MODEL.config, RANKS[index], ["q", "v"]), directory / f"a{index}")
+    settings = config(lora_targets=("q", "v"), max_lora_rank=12)
+    with Engine.from_pretrained("random:tiny-gqa", settings, directory) as engine:
+        assert [row["name"] for row in engine.list_adapters()] == ["a0", "a1", "a2"]
+        for reason in (*wrong.values(), "adapter 'a3' has rank 32, max_lora_rank is 12"):
+            assert f"not added: {reason}" in caplog.text
+    with Engine(MODEL, settings) as engine:
+        added = engine.add_adapter_directory(directory)
+        assert added.added == ["a0", "a1", "a2"] and set(added.refused) == {"a3", "b0", "b1"}
+        for name, reason in wrong.items():
+            assert added.refused[name].startswith(reason)
+
+
 def test_what_cannot_be_held_is_refused_and_the_others_are_added(directory):
     with Engine(MODEL, config(pages=PAGES[2] + 1)) as engine:
         added = engine.add_adapter_directory(directory)

@@ -60,6 +60,7 @@ def test_help_and_version_import_no_jax():
         (["generate", "/no/such/model", "hi", "--quiet"], "no model at /no/such/model"),
         (["generate", "random:tiny-gqa", "hi", "--adapter", "a=/no/dir"], "adapter 'a': /no/dir: no such directory"),
         (["generate", "random:tiny-gqa", "hi", "--max-seqs", "0"], "max_seqs must be at least 1"),
+        (["serve", "random:tiny-gqa", "--lora-targets", "q,x"], "lora_targets names 'x'; modules are q, k, v, o, gate"),
         (["demo", "--model", "random:tiny-gqa", "--adapters", "/no/dir"], "/no/dir is no directory"),
         (["demo", "--model", "random:tiny-gqa", "--adapters", "."], "holds no adapter"),
         (["convert", "random:none", "never-written"], "no model shape is called 'none'"),

@@ -336,6 +336,24 @@ def test_an_adapter_that_targets_what_none_before_did():
             assert got.token_ids[0] == llama_logits(model.config, model.params, PROMPT, adapter)[-1].argmax()
 
 
+def test_adapters_target_only_what_was_announced():
+    model, settings = config(lora_targets=("v_proj", "q"))
+    assert settings.lora_targets == settings.resolved().lora_targets == ("q", "v")
+    adapter, other = (random_adapter(model.config, 4, targets, scale=0.5) for targets in (["q", "v"], ["k", "q", "up"]))
+    message = "adapter 'other' targets k, up, lora_targets is q, v; name there all that adapters may target"
+    with pytest.raises(AdapterError, match=f"^{message}$"):
+        Engine(model, settings, {"other": other})
+    with Engine(model, settings) as engine:
+        programs = engine._core.runner.programs
+        assert programs.options.lora_groups == ("qkv",)
+        engine.add_adapter("qv", adapter)
+        with pytest.raises(AdapterError, match=f"^{message}$"):
+            engine.add_adapter("other", other)
+        assert [a["name"] for a in engine.list_adapters()] == ["qv"] and engine._core.runner.programs is programs
+        got = engine.generate([Request(None, "qv", greedy(1), PROMPT)])[0]
+        assert got.token_ids[0] == llama_logits(model.config, model.params, PROMPT, adapter)[-1].argmax()
+
+
 @pytest.mark.parametrize(
     "request_, error, words",
     [
@@ -383,6 +401,10 @@ def test_settings_are_checked():
         EngineConfig(max_seqs=8, max_step_tokens=64, token_buckets=(16,)).resolved()
     with pytest.raises(SloraError, match="max_lora_rank must be at most 512"):
         EngineConfig(max_lora_rank=1024)
+    with pytest.raises(SloraError, match="lora_targets names 'mlp'; modules are q, k, v, o, gate, up, down"):
+        EngineConfig(lora_targets=("q", "mlp"))
+    with pytest.raises(SloraError, match="lora_targets names no module; name some of q, k, v, o, gate, up, down"):
+        EngineConfig(lora_targets=())
 
 
 def test_an_adapter_that_overflows_fails_alone(engine):

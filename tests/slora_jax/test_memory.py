@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from slora_jax import CapacityError, Engine, EngineConfig, memory
+from slora_jax.adapters import random_adapter
 from slora_jax.buckets import Buckets
 from slora_jax.loading import random_params
 from slora_jax.runner import device_memory_errors
@@ -29,6 +30,24 @@ def test_the_pool_takes_what_the_weights_and_the_largest_step_leave(monkeypatch)
 def test_a_setting_overrides_the_measured_size(monkeypatch):
     size = memory.page_bytes(named_shape("tiny-llama"), "float32")
     assert pages(monkeypatch, 4 << 30, 0, page_pool_bytes=10 * size + 1) == 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "targets", "groups"),
+    [
+        (dict(max_lora_rank=8), None, ("qkv", "o", "gu", "down")),
+        (dict(max_lora_rank=8, lora_targets=("up_proj", "q")), None, ("qkv", "gu")),
+        (dict(max_lora_rank=8, lora_targets=("q", "o")), ["q"], ("qkv", "o")),
+        (dict(lora_targets=("q", "o")), ["q"], ("qkv",)),
+        (dict(lora_targets=("q", "o")), None, ("qkv", "o")),
+        (dict(lora_targets=("q", "o"), deterministic=True), ["q"], ("qkv", "o")),
+    ],
+)
+def test_steps_take_the_groups_that_adapters_have_or_may_have(settings, targets, groups):
+    """targets: of the adapter that is known, if there is one."""
+    config = named_shape("tiny-llama")
+    shapes = [random_adapter(config, 4, targets)] if targets else []
+    assert memory.step_options(config, EngineConfig(**settings).resolved(), shapes).lora_groups == groups
 
 
 def test_no_memory_left_is_said(monkeypatch):

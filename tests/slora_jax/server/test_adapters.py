@@ -1,6 +1,7 @@
 """Adapters that come, change and go, in the watched directory and through the API."""
 
 import asyncio
+import dataclasses
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import shutil
 import pytest
 
 from slora_jax import SloraError
+from slora_jax.adapters import random_adapter, save_adapter
 
 
 async def scan(service, times=2) -> None:
@@ -103,6 +105,27 @@ def test_bad_adapters_are_told_and_hurt_nobody(serving, adapters, make_adapter, 
             assert entries["cut"]["error"] is None
             assert await answer(client, "one") == good  # what was good is served on, and the error is told
             assert entries["one"]["error"] and entries["one"]["digest"] == entries["cut"]["digest"]
+
+    asyncio.run(main())
+
+
+def test_an_adapter_for_other_modules_than_announced_fails_alone(
+    serving, engine, adapters, make_adapter, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(engine, "settings", dataclasses.replace(engine.settings, lora_targets=("v",)))
+    save_adapter(random_adapter(engine.model.config, 4, ["v"]), adapters / "only-v")
+    make_adapter(tmp_path / "more" / "late")
+
+    async def main():
+        async with serving(load_root=tmp_path / "more") as (client, _):
+            entries = await listed(client)
+            assert entries["only-v"]["error"] is None and await answer(client, "only-v") != "404"
+            for name in ("one", "two"):
+                assert entries[name]["error"].startswith(f"adapter '{name}' targets q, lora_targets is v; ")
+                assert await answer(client, name) == "404"
+            refused = await load(client, "late", "late")
+            assert refused.status_code == 400
+            assert "adapter 'late' targets q, lora_targets is v" in refused.json()["error"]["message"]
 
     asyncio.run(main())
 
