@@ -158,6 +158,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", type=_lengths, default=(8, 32), help="prompt lengths: lowest, highest plus one")
     parser.add_argument("--answer", type=_lengths, default=(16, 17), help="tokens of every answer: one number, or two")
     parser.add_argument("--max-seqs", type=int, default=64)
+    for name in ("--seq-buckets", "--token-buckets"):
+        parser.add_argument(name, type=_numbers, help="sizes of steps, of the server and of the bare engine")
     parser.add_argument("--max-model-len", type=int)
     parser.add_argument("--page-pool", type=int, help="bytes")
     parser.add_argument("--dtype")

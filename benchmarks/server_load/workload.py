@@ -106,7 +106,9 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         max_lora_rank=max(args.rank),
         lora_targets=tuple(args.targets.split(",")),
         deterministic=args.deterministic,
-        warm_up=True,
+        seq_buckets=tuple(args.seq_buckets or ()) or None,
+        token_buckets=tuple(args.token_buckets or ()) or None,
+        warm_up="greedy",
         progress=True,
     )
 
@@ -115,7 +117,9 @@ def serve_flags(args: argparse.Namespace) -> list[str]:
     options = {
         "--max-seqs": args.max_seqs, "--max-model-len": args.max_model_len, "--page-pool": args.page_pool,
         "--max-lora-rank": max(args.rank), "--lora-targets": args.targets, "--dtype": args.dtype,
-        "--max-queue": args.streams,
+        "--max-queue": args.streams, "--warm-up": "greedy",
     }  # fmt: skip
     flags = [str(part) for pair in options.items() if pair[1] is not None for part in pair]
+    for flag, sizes in (("--seq-buckets", args.seq_buckets), ("--token-buckets", args.token_buckets)):
+        flags += [flag, ",".join(map(str, sizes))] if sizes else []
     return [*flags, "--deterministic"] if args.deterministic else flags

@@ -2,13 +2,15 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
 from slora_jax.cli.options import engine_options, require_server
 from slora_jax.engine import Engine
 from slora_jax.engine_config import EngineConfig
+
+_WARM_UP: dict[str, bool | Literal["greedy"]] = {"all": True, "greedy": "greedy", "none": False}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         max_loads_per_minute=args.max_loads_per_minute,
         max_queue=args.max_queue,
         max_answer_tokens=args.max_answer_tokens,
-        warm_up=not args.no_warm_up,
+        warm_up=_WARM_UP[args.warm_up],
         drain_seconds=args.drain_seconds,
         traces=args.traces,
     )
@@ -41,7 +43,9 @@ def run(args: argparse.Namespace) -> int:
         lora_targets=args.lora_targets,
         embeddings=args.embeddings,
         # else the adapters, which are read later, say up to which rank steps are compiled
-        warm_up=config.warm_up and args.max_lora_rank is not None,
+        warm_up=config.warm_up if args.max_lora_rank is not None else False,
+        seq_buckets=_sizes(args.seq_buckets),
+        token_buckets=_sizes(args.token_buckets),
     )
     if jax.distributed.is_initialized() and jax.process_index():  # only process 0 has callers
         Engine.from_pretrained(args.model, settings)  # runs its steps and ends this process after the last
@@ -65,6 +69,10 @@ def default_name(model: str) -> str:
     """The base model's name in the API: a Hub id as it is, of a path its last part, so that no path is shown."""
     path = Path(model)
     return path.resolve().name if path.exists() else model
+
+
+def _sizes(given: list[int] | None) -> tuple[int, ...] | None:
+    return tuple(given) if given else None
 
 
 def _path(text: str | None) -> Path | None:

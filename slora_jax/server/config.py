@@ -3,6 +3,7 @@
 import dataclasses
 import ipaddress
 from pathlib import Path
+from typing import Literal
 
 from slora_jax.errors import SloraError
 
@@ -24,7 +25,8 @@ class ServerConfig:
     max_queue: completions that wait for the engine, beyond what it runs at once, before callers are sent away with 429.
     max_adapters: adapters registered at the same time. max_loads_per_minute: calls that load an adapter, each of which
         reads one whole.
-    warm_up: compile every step shape after the adapters were read and before the first call is taken.
+    warm_up: compile every step shape after the adapters were read and before the first call is taken; "greedy": only
+        what requests that take the likeliest token need.
     traces: send OpenTelemetry traces.
     drain_seconds: how long a shutdown waits for answers in flight.
     """
@@ -49,7 +51,7 @@ class ServerConfig:
     max_queue: int = 256
     max_adapters: int = 200_000
     max_loads_per_minute: float = 600.0
-    warm_up: bool = False
+    warm_up: bool | Literal["greedy"] = False
     traces: bool = False
     drain_seconds: float = 30.0
 

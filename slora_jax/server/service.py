@@ -71,7 +71,8 @@ class Service:
             if self.config.warm_up:
                 # in one call, because each call runs all steps that are compiled
                 adapters = bool(self.config.adapters or self.config.load_root)
-                await asyncio.to_thread(engine.warm_up, adapters=adapters)
+                greedy = self.config.warm_up == "greedy"
+                await asyncio.to_thread(engine.warm_up, adapters=adapters, greedy_only=greedy)
         except BaseException:
             engine.close()
             raise
