@@ -70,7 +70,7 @@ def serve_options(parser: argparse.ArgumentParser) -> None:
             f"--{name}-buckets",
             type=many(int),
             metavar="N,N",
-            help=f"sizes that are compiled, of {of}; fewer make a shorter start and more padding (default: several)",
+            help=f"sizes that are compiled, of {of}, the largest last; fewer make a shorter start and more padding",
         )
     operation.add_argument(
         "--embeddings",
