@@ -16,7 +16,7 @@ from typing import Any
 from slora_jax.engine import Engine
 from slora_jax.errors import AdapterError, CapacityError, SloraError
 from slora_jax.server.config import ServerConfig
-from slora_jax.server.paths import Fingerprint, NameRefused, check_inside, check_name, confine, fingerprint
+from slora_jax.server.paths import Fingerprint, NameRefused, check_inside, check_name, confine, fingerprints
 from slora_jax.server.registry_file import RegistryFile, RegistryState
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class AdapterManager:
         if root is None:
             return
         try:
-            found = {p.name: fingerprint(p) for p in sorted(root.iterdir()) if not p.name.startswith(".")}
+            found = fingerprints(root)
         except OSError as error:  # gone for a moment, as when a volume is mounted anew: keep what there is
             logger.error("the adapters' directory cannot be read", extra={"fields": {"error": str(error.strerror)}})
             return

@@ -1,5 +1,7 @@
 """Names and paths that come from outside: what may name an adapter, and where its files may lie."""
 
+import errno
+import os
 from pathlib import Path, PurePosixPath
 import re
 import stat
@@ -72,3 +74,15 @@ def fingerprint(path: Path) -> Fingerprint | None:
                 return None
             seen.append(())
     return tuple(seen)
+
+
+def fingerprints(root: Path) -> dict[str, Fingerprint | None]:
+    """Of every adapter in a directory. OSError if it cannot be read, also if it goes away meanwhile, when its adapters
+    seem to be gone.
+    """
+    before = root.stat()
+    found = {p.name: fingerprint(p) for p in sorted(root.iterdir()) if not p.name.startswith(".")}
+    after = root.stat()
+    if (before.st_dev, before.st_ino) != (after.st_dev, after.st_ino):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(root))
+    return found

@@ -10,6 +10,7 @@ import pytest
 
 from slora_jax import SloraError
 from slora_jax.adapters import random_adapter, save_adapter
+from slora_jax.server import paths
 
 
 async def scan(service, times=2) -> None:
@@ -47,6 +48,28 @@ def test_a_directory_is_watched(serving, adapters, make_adapter):
             assert await answer(client, "one") == two != one
             assert await answer(client, "two") == "404"
             assert set(await listed(client)) == {"one", "three"}
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_directory_that_goes_away_during_a_scan_keeps_its_adapters(serving, adapters, monkeypatch, replaced):
+    elsewhere = adapters.with_name("elsewhere")
+    fingerprint = paths.fingerprint
+
+    def away(path):
+        if not elsewhere.exists():
+            os.rename(adapters, elsewhere)
+            if replaced:
+                os.mkdir(adapters)  # where a volume was mounted
+        return fingerprint(path)
+
+    async def main():
+        async with serving() as (client, service):
+            monkeypatch.setattr(paths, "fingerprint", away)
+            await scan(service, 1)
+            assert elsewhere.exists()
+            assert await answer(client, "one") != "404"
 
     asyncio.run(main())
 
