@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
         **engine_options(args),
         policy=policy,
         policy_options=policy_options,
+        prompt_gap=args.prompt_gap,
         max_lora_rank=args.max_lora_rank,
         lora_targets=args.lora_targets,
         embeddings=args.embeddings,

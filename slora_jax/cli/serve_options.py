@@ -52,9 +52,17 @@ def serve_options(parser: argparse.ArgumentParser) -> None:
     access.add_argument(
         "--policy",
         metavar="NAME",
-        help="who goes first: fcfs, cluster, early-abort, fair or priority (default: fair with --api-keys, else fcfs)",
+        help="who goes first: fcfs, cluster, early-abort, fair, gather or priority "
+        "(default: fair with --api-keys, else fcfs)",
     )
     add_policy_option(access)
+    access.add_argument(
+        "--prompt-gap",
+        type=int,
+        default=0,
+        metavar="N",
+        help="steps in which nobody starts after one that started all it could (default: 0)",
+    )
     operation = parser.add_argument_group("operation")
     operation.add_argument("--drain-seconds", type=float, default=30.0, metavar="X", help="longest wait at a shutdown")
     operation.add_argument("--traces", action="store_true", help="send OpenTelemetry traces (extra otel)")

@@ -22,7 +22,7 @@ def call(port: int, path: str, body: dict | None = None) -> http.client.HTTPResp
 
 def start(port: int, *args) -> subprocess.Popen:
     options = ["--port", port, "--max-seqs", 4, "--page-pool", "1M", "--warm-up", "none", "--quiet"]
-    options += ["--seq-buckets", "1,4", "--token-buckets", "16,256", *args]
+    options += ["--seq-buckets", "1,4", "--token-buckets", "16,256", "--prompt-gap", "2", *args]
     command = [sys.executable, "-W", "error", "-m", "slora_jax", "serve", "random:tiny-gqa", *map(str, options)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     deadline = time.monotonic() + 120
