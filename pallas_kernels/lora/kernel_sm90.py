@@ -167,7 +167,8 @@ def add_sm90(
     max_rank: int,
     config: LoraConfig | tuple[LoraConfig, LoraConfig] | None = None,
 ) -> Float[Array, "T c"]:
-    """`expand_sm90` of `shrink_sm90`, bit for bit, in one launch for short segments. shrink, expand: where A and B are.
+    """`expand_sm90` of `shrink_sm90` in one launch for short segments; with one geometry bit for bit. shrink, expand:
+    where A and B are.
 
     The GPU must have as many multiprocessors as the kernel has programs (`LoraConfig.expand_ctas`).
     """
