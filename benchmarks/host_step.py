@@ -24,7 +24,7 @@ from benchmarks.record import write_result
 from pallas_kernels.geometry import MODULES
 from slora_jax.adapter_loader import AdapterLoader
 from slora_jax.adapters import AdapterFiles, AdapterShape
-from slora_jax.batch import Output
+from slora_jax.batch import Batch, Output
 from slora_jax.batch_builder import BatchBuilder
 from slora_jax.buckets import Buckets
 from slora_jax.core import EngineCore
@@ -88,8 +88,14 @@ class _EmptyRunner(EmptyPrograms):
         self.builder = builder
         self.compiles = 0
 
-    def write_adapter(self, image, page_ids, start: int, stop: int) -> None:
+    def send(self, image, start: int, stop: int) -> list:
+        return []
+
+    def write_adapter(self, chunks, page_ids) -> None:
         pass
+
+    def put(self, batch: Batch) -> Batch:
+        return batch
 
     def fetch(self, output: Output | None, logits: jax.Array) -> Output | None:
         return jax.device_get(output)

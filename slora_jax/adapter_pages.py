@@ -59,28 +59,28 @@ class AdapterPages:
             return use.num_pages, 0
         return 0, use.num_pages if self._pool.is_idle(owner) else 0
 
-    def load(self, use: AdapterUse, limited: bool) -> None:
-        """Takes pages, which must be available, and begins to fill them. limited: see PageLoads."""
+    def load(self, use: AdapterUse, limited: bool, urgent: bool = False) -> None:
+        """Takes pages, which must be available, and begins to fill them. limited, urgent: see PageLoads."""
         owner = adapter_owner(use.digest)
         self._pool.allocate(owner, use.num_pages, use.reload_cost)
         if use.digest in self.pinned:
             self._pool.keep(owner, True)
-        self.loads.start(use, limited)
+        self.loads.start(use, limited, urgent)
 
-    def completes(self, use: AdapterUse | None, limited: bool) -> bool:
+    def completes(self, use: AdapterUse | None, limited: bool, urgent: bool = False) -> bool:
         """Whether an adapter that is not loading would be complete before this step if it were begun."""
-        return use is None or self._pool.holds(adapter_owner(use.digest)) or self.loads.completes(use, limited)
+        return use is None or self._pool.holds(adapter_owner(use.digest)) or self.loads.completes(use, limited, urgent)
 
-    def enter(self, use: AdapterUse, limited: bool) -> None:
-        """A sequence starts with it."""
+    def enter(self, use: AdapterUse, limited: bool, urgent: bool = False, missed: bool = False) -> None:
+        """A sequence starts with it. missed: after it was copied for that sequence."""
         owner = adapter_owner(use.digest)
-        if not self._pool.holds(owner):
-            self.load(use, limited)
-            self.misses += 1
-        else:
-            self.hits += 1
-            if self._pool.is_idle(owner):
-                self._pool.revive(owner)
+        missing = not self._pool.holds(owner)
+        if missing:
+            self.load(use, limited, urgent)
+        elif self._pool.is_idle(owner):
+            self._pool.revive(owner)
+        self.misses += missing or missed
+        self.hits += not (missing or missed)
         self._users[use.digest] += 1
 
     def leave(self, use: AdapterUse) -> None:
@@ -99,13 +99,13 @@ class AdapterPages:
                 break
             self.load(use, limited)
 
-    def take_loads(self) -> list[Load]:
-        """What is to be written before the step. Adapters that are complete with it, and that nobody uses, are idle."""
-        loads = self.loads.take()
+    def take_loads(self) -> tuple[list[Load], list[Load]]:
+        """See PageLoads.take. Adapters that are complete with this step, and that nobody uses, are idle."""
+        loads, sends = self.loads.take()
         for load in loads:
             if load.last and load.adapter.digest not in self._users:
                 self._pool.retire(adapter_owner(load.adapter.digest))
-        return loads
+        return loads, sends
 
     def pin(self, digest: str, pinned: bool) -> None:
         """Says whether an adapter leaves its pages only when no other idle owner is left."""

@@ -18,19 +18,24 @@ from slora_jax.jobs import Job
 from slora_jax.page_loads import Load
 from slora_jax.placement import HostImage
 from slora_jax.registry import AdapterRecord, AdapterRegistry
+from slora_jax.runner import Chunks
 from slora_jax.scheduler import Scheduler
 from slora_jax.sequence import AdapterUse
 
 _AHEAD = 64  # waiting sequences whose adapters are read ahead
 
-Write = Callable[[HostImage, Sequence[int], int, int], None]
-"""Writes pages `start` to `stop` of an image to their ids."""
+Send = Callable[[HostImage, int, int], Chunks]
+"""Begins to copy pages `start` to `stop` of an image to the device."""
+
+Write = Callable[[Chunks, Sequence[int]], None]
+"""Writes what was sent to the ids of all of its adapter's pages."""
 
 
 class AdapterTiers:
     """Owned by the engine's thread.
 
-    write: puts part of an image in its pages. end: ends a job that waits, with an error. page_seconds: to copy a page.
+    send, write: bring part of an image to its pages. end: ends a job that waits, with an error. page_seconds: to copy a
+    page.
     """
 
     def __init__(
@@ -38,6 +43,7 @@ class AdapterTiers:
         registry: AdapterRegistry,
         loader: AdapterLoader,
         scheduler: Scheduler,
+        send: Send,
         write: Write,
         end: Callable[[Job, str], None],
         page_seconds: float = 0.0,
@@ -46,6 +52,8 @@ class AdapterTiers:
         self.shapes: dict[str, AdapterShape] = {}  # digest -> of adapters that jobs in flight use
         self._registry = registry
         self._scheduler = scheduler
+        self._sent: dict[tuple[str, int], Chunks] = {}  # digest and first page -> what the next step's plan has written
+        self._send = send
         self._write = write
         self._end = end
         self._page_seconds = page_seconds
@@ -128,16 +136,25 @@ class AdapterTiers:
         later = [use.source for use in pages.prefetches.values()]
         self.loader.want(itertools.chain(copied, self._pinned, ahead, self._prefetched, later))
 
-    def write(self, loads: Sequence[Load]) -> None:
-        """Copies what a plan says to its pages, without waiting for the device."""
+    def send(self, loads: Sequence[Load]) -> None:
+        """Begins to copy to the device what the next plan says to write, without waiting for it."""
         for load in loads:
-            image = self.loader.image(load.adapter.source)
-            assert image is not None, "an image that is being copied was evicted"
-            pages = self._scheduler.pool.pages(adapter_owner(load.adapter.digest))
-            self._write(image, pages, load.start, load.stop)
+            self._sent[load.adapter.digest, load.start] = self._copy(load)
+
+    def write(self, loads: Sequence[Load]) -> None:
+        """Writes what a plan says to its pages, without waiting for the device."""
+        sent, self._sent = self._sent, {}  # what is not to be written any more is dropped
+        copies = [sent.get((load.adapter.digest, load.start)) or self._copy(load) for load in loads]
+        for load, chunks in zip(loads, copies, strict=True):
+            self._write(chunks, self._scheduler.pool.pages(adapter_owner(load.adapter.digest)))
             self.page_loads += load.last
             if load.last and load.adapter.source not in self._pinned:
                 self._pages.prefetches.pop(load.adapter.digest, None)
+
+    def _copy(self, load: Load) -> Chunks:
+        image = self.loader.image(load.adapter.source)
+        assert image is not None, "an image that is being copied was evicted"
+        return self._send(image, load.start, load.stop)
 
     def prefetch(self, record: AdapterRecord) -> "Future[None]":
         """Has an adapter read, and written to pages when some are free. The future ends when it is in host memory."""

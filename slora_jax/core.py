@@ -58,6 +58,7 @@ class EngineCore:
             registry,
             loader,
             scheduler,
+            runner.send,
             runner.write_adapter,
             lambda job, text: self.end(job, "error", text),
             page_seconds,
@@ -186,6 +187,7 @@ class EngineCore:
         self.tiers.look_ahead()
         self.times.mark("adapters")
         if not plan.chunks:
+            self.tiers.send(plan.sends)
             return None
         for seq in plan.admitted:
             generation = self._generations[seq]
@@ -203,6 +205,11 @@ class EngineCore:
             plan.chunks, self.pool, self.tiers.shapes, widest=special, decode_only=plan.decode_only, hidden=embeds
         )
         self.times.mark("build")
+        if plan.sends:
+            # the batch goes first: on the bus it would wait for all of the adapters, and the step for the batch
+            batch = self.runner.put(batch)
+            self.tiers.send(plan.sends)
+            self.times.mark("adapters")
         logits, hidden = self.runner.forward(batch)
         self.times.mark("dispatch")
         if embeds:

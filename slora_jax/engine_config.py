@@ -101,7 +101,7 @@ class EngineConfig:
     token_buckets: tuple[int, ...] | None = None
     page_pool_bytes: int | None = None
     host_adapter_bytes: int | None = None
-    adapter_chunk_bytes: int = 16 << 20
+    adapter_chunk_bytes: int = 64 << 20
     adapter_step_bytes: int | None = 128 << 20
     max_lora_rank: int | None = None
     lora_targets: tuple[str, ...] | None = None

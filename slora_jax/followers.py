@@ -15,7 +15,8 @@ import numpy as np
 from pallas_kernels import AdapterTable
 from sharding import Processes, ShardedTable, join
 from slora_jax.batch import Batch, Output, Sampling
-from slora_jax.runner import Runner
+from slora_jax.placement import HostImage
+from slora_jax.runner import Chunks, Runner
 
 
 class LeaderRunner(Runner):
@@ -38,6 +39,12 @@ class LeaderRunner(Runner):
     def require_adapters(self, rank: int, groups: Set[str]) -> bool:
         self._send("require_adapters", rank, groups)
         return super().require_adapters(rank, groups)
+
+    def send(self, image: HostImage, start: int, stop: int) -> Chunks:
+        return list(image.between(start, stop))  # they travel when they are written
+
+    def put(self, batch: Batch) -> Batch:
+        return batch  # it travels with its step
 
     def _write_chunk(self, page_ids: Sequence[int], chunk: jax.Array | np.ndarray) -> None:
         self._send("_write_chunk", list(page_ids), np.asarray(chunk))

@@ -24,6 +24,9 @@ from slora_jax.programs import Programs, Progress, StepOptions, StepShape
 from slora_jax.sampling_batch import build_sampling
 from slora_jax.step import Params
 
+Chunks = Sequence[tuple[int, jax.Array | np.ndarray]]
+"""Consecutive pages of an adapter's image, each piece with the number of its first page."""
+
 
 @contextlib.contextmanager
 def device_memory_errors(what: str, remedy: str):
@@ -54,7 +57,7 @@ class Runner:
         max_model_len: int,
         cache_dir: Path | None = None,
         deterministic: bool = False,
-        chunk_bytes: int = 16 << 20,
+        chunk_bytes: int = 64 << 20,
     ):
         self.params = params
         self.num_pages = num_pages
@@ -116,10 +119,18 @@ class Runner:
         specs = ShardedTable.specs() if self.parallel else jax.tree.map(lambda _: WHOLE, table)
         return jax.tree.map(self._put, table, specs)
 
-    def write_adapter(self, image: HostImage, page_ids: Sequence[int], start: int, stop: int) -> None:
-        """Writes pages `start` to `stop` of an adapter to their ids, without waiting for the device."""
-        for at, chunk in image.between(start, stop):
+    def send(self, image: HostImage, start: int, stop: int) -> Chunks:
+        """Begins to copy pages `start` to `stop` of an adapter to the device, for `write_adapter`; returns at once."""
+        return [(at, self.images.to_device(chunk)) for at, chunk in image.between(start, stop)]
+
+    def write_adapter(self, chunks: Chunks, page_ids: Sequence[int]) -> None:
+        """Writes what was sent of an adapter to its pages, which are all its ids, without waiting for the device."""
+        for at, chunk in chunks:
             self._write_chunk(page_ids[at : at + chunk.shape[0]], chunk)
+
+    def put(self, batch: Batch) -> Batch:
+        """Begins to copy a batch to the device. What is sent after it is behind it on the bus."""
+        return jax.tree.map(lambda leaf: self._put(leaf, WHOLE) if isinstance(leaf, np.ndarray) else leaf, batch)
 
     def _write_chunk(self, page_ids: Sequence[int], chunk: jax.Array | np.ndarray) -> None:
         args = (self.state, np.array(page_ids, np.int32), self.images.to_device(chunk))

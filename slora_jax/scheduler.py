@@ -160,8 +160,8 @@ class Scheduler:
         self.waiting.put_back(draft.preempted)
         chunks = draft.in_batch_order()
         self._advance(chunks)
-        loads = self.adapters.take_loads()
-        return StepPlan(chunks, loads, draft.preempted, dropped, draft.admitted, decode_only)
+        loads, sends = self.adapters.take_loads()
+        return StepPlan(chunks, loads, draft.preempted, sends, dropped, draft.admitted, decode_only)
 
     def complete(self, plan: StepPlan, seconds: float = 0.0) -> None:
         """Records that a plan's step has run. The caller then pushes the sampled tokens.
@@ -263,7 +263,8 @@ class Scheduler:
                 break
             victim, seq = pair
             pages, adapter = self.adapters, seq.adapter
-            if pages.is_loading(adapter) or not (pages.may_load(adapter) and pages.completes(adapter, limited=True)):
+            there = pages.may_load(adapter) and pages.completes(adapter, limited=True, urgent=True)
+            if pages.is_loading(adapter) or not there:
                 self.waiting.tried.append(seq)
                 break
             draft.discard(victim)
@@ -271,12 +272,12 @@ class Scheduler:
                 break
             settled.remove(victim)
             self._preempt(victim, draft)
-            if self._admit(seq, draft) and (length := draft.chunk_length(seq)):
+            if self._admit(seq, draft, urgent=True) and (length := draft.chunk_length(seq)):
                 draft.add(seq, length)
 
-    def _admit(self, seq: Sequence, draft: StepDraft) -> bool:
+    def _admit(self, seq: Sequence, draft: StepDraft, urgent: bool = False) -> bool:
         """Starts a waiting sequence if it fits; see Seats.enter."""
-        if not self._seats.enter(seq):
+        if not self._seats.enter(seq, urgent):
             return False
         self.waiting.remove(seq)
         self.quotas.admitted(seq)

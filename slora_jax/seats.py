@@ -43,10 +43,11 @@ class Seats:
         """Whether another sequence may fit, beside a spare page for each running one."""
         return len(self.running) < self.max_seqs and self._pool.available > len(self.running)
 
-    def enter(self, seq: Sequence) -> bool:
+    def enter(self, seq: Sequence, urgent: bool = False) -> bool:
         """Seats a waiting sequence if its adapter and its tokens fit beside a spare page for each running sequence.
 
-        If they fit, but the adapter has to be copied and takes more than this step, that is begun.
+        If they fit, but the adapter has to be copied and cannot be there before this step, that is begun. urgent: see
+        PageLoads.completes.
         """
         assert not seq.num_unknown, "a sequence cannot start while its last token is not known"
         # what was decoded is decoded again, and at least two tokens of a prompt are computed together
@@ -60,14 +61,16 @@ class Seats:
         missing, own = self._adapters.pages_needed(adapter)
         if need + missing + len(self.running) > available - own or self._adapters.is_loading(adapter):
             return False
-        if adapter is not None and not self._adapters.completes(adapter, limited):
+        if adapter is not None and not self._adapters.completes(adapter, limited, urgent):
             self._adapters.load(adapter, limited)
+            seq.missed = True
             return False
         if self._prefixes is not None:  # before anything is evicted to make room
             self._prefixes.take(seq, sequence_owner(seq), hits)
         seq.room = seq.num_computed  # of the pages that the cache gave
         if adapter is not None:
-            self._adapters.enter(adapter, limited)
+            self._adapters.enter(adapter, limited, urgent, seq.missed)
+        seq.missed = False
         self.make_room(seq, seq.num_computed + seq.num_pending)
         self.running[seq] = None
         seq.row = self._rows.pop()

@@ -28,7 +28,8 @@ class Sequence:
     run. Preemption sets it back to 0 and keeps the tokens. `num_unknown` tokens after `tokens` are being sampled: they
     count for lengths and pages, and only their values are not known on the host yet.
     row: of the running sequence in arrays with a row for each of them; -1 while it does not run. ticket: another one
-    each time it is started. room: tokens that its pages hold.
+    each time it is started. room: tokens that its pages hold. missed: whether its adapter had to be copied for
+    it, so that it could not start at once.
     adapter_name, tenant: whom policies and quotas count it for. priority: larger goes first, where the policy heeds it.
     arrival: seconds of the scheduler's clock, set when it is queued if not given. overtaken: how many sequences were
     admitted before it although its turn had come, because it did not fit.
@@ -51,6 +52,7 @@ class Sequence:
     row: int = -1
     ticket: int = 0
     room: int = 0
+    missed: bool = False
     page_keys: list[bytes] = dataclasses.field(default_factory=list, repr=False)  # see slora_jax/prefix_cache.py
     group: str = dataclasses.field(init=False, repr=False)  # sequences of one adapter stand together in a batch
 

@@ -16,6 +16,7 @@ class StepPlan:
     chunks: list[Chunk]
     loads: list[Load]  # what must be written to adapters' pages before the step
     preempted: list[Sequence]
+    sends: list[Load] = dataclasses.field(default_factory=list)  # to be sent to the device with it; see PageLoads
     dropped: list[Drop] = dataclasses.field(default_factory=list)  # given up by the policy; they are no longer queued
     admitted: list[Sequence] = dataclasses.field(default_factory=list)  # started, or started again
     decode_only: bool | None = None  # which of its two kinds the step is of, where kinds are not mixed

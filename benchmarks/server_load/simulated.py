@@ -74,8 +74,11 @@ class SimulatedRunner(Runner):
     def reset(self) -> None:
         self._ends.clear()
 
-    def _write_chunk(self, page_ids, chunk) -> None:
-        pass
+    def send(self, image, start: int, stop: int) -> list:
+        return []
+
+    def put(self, batch: Batch) -> Batch:
+        return batch
 
     def forward(self, batch: Batch) -> tuple[jax.Array, None]:
         size = len(batch.tokens) / self.builder.buckets.max_seqs

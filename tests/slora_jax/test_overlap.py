@@ -130,6 +130,22 @@ def test_the_next_step_is_dispatched_before_the_results_of_the_last_are_taken(en
     assert seen == ["forward", "fetch", "forward", "fetch", "forward", "fetch"]  # each needs the tokens before it
 
 
+def test_an_adapter_crosses_the_bus_beside_a_step_and_behind_its_batch(engines, monkeypatch):
+    engine, seen = engines[0], []
+    digests, pages = [row["digest"] for row in engine.list_adapters()], engine._core.scheduler.adapters
+    engine._loop.call(lambda: [pages.forget(digest) for digest in digests if digest])
+    runner, tiers = engine._core.runner, engine._core.tiers
+    for owner, name in ((runner, "put"), (tiers, "_send"), (tiers, "_write"), (runner, "forward")):
+        call = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, name=name, call=call: (seen.append(name), call(*args))[1])
+    running = engine.stream(Request(None, None, greedy(60), PROMPT, request_id="long"))
+    next(running)
+    engine.generate([Request(None, "a0", greedy(2), PROMPT)])
+    at = seen.index("put")
+    assert seen[at : at + 5] == ["put", "_send", "forward", "_write", "forward"]
+    running.close()
+
+
 def test_pages_are_free_when_abort_returns(engines):
     engine = engines[0]
     stream = engine.stream(Request(None, "a0", greedy(60), PROMPT, request_id="long"))

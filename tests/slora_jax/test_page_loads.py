@@ -20,25 +20,31 @@ def test_chunks_cover_the_pages_and_are_few_sizes(num_pages, bits):
     assert all(sizes.count(size) == 1 for size in sizes if size < 1 << bits)
 
 
+def parts(loads):
+    return [(load.adapter.digest, load.start, load.stop) for load in loads]
+
+
 def take(loads):
-    return [(load.adapter.digest, load.start, load.stop) for load in loads.take()]
+    """What is written before the step, and what is sent with it."""
+    return tuple(map(parts, loads.take()))
 
 
 def test_a_step_in_which_somebody_runs_copies_so_much_and_no_more():
     loads = PageLoads(chunk_pages=2, step_pages=4)
     a, b, c = AdapterUse("a", 7), AdapterUse("b", 2), AdapterUse("c", 1)
     loads.begin_step(limited=True)
-    assert not loads.completes(a, True) and loads.completes(b, True) and loads.completes(a, False)
+    assert not loads.completes(b, True) and loads.completes(a, False)
     loads.start(a, True)
     loads.start(b, True)
-    assert take(loads) == [("a", 0, 4)] and loads.under_way("a") and loads.under_way("b")
+    assert take(loads) == ([], [("a", 0, 4)]) and loads.under_way("a") and loads.under_way("b")
     loads.begin_step(limited=True)
-    assert not loads.completes(c, True)  # b is before it
-    assert take(loads) == [("a", 4, 7)] and not loads.under_way("a")
+    assert take(loads) == ([("a", 0, 4)], [("a", 4, 7)]) and loads.under_way("a")
     loads.begin_step(limited=True)
-    assert loads.completes(c, True)
+    assert not loads.under_way("a")
     loads.start(c, True)
-    assert take(loads) == [("b", 0, 2), ("c", 0, 1)] and not loads
+    assert take(loads) == ([("a", 4, 7)], [("b", 0, 2), ("c", 0, 1)])
+    loads.begin_step(limited=True)
+    assert not loads and take(loads) == ([("b", 0, 2), ("c", 0, 1)], [])
 
 
 def test_where_nobody_runs_an_adapter_is_copied_at_once():
@@ -46,9 +52,32 @@ def test_where_nobody_runs_an_adapter_is_copied_at_once():
     loads.begin_step(limited=True)
     for name in "ab":
         loads.start(AdapterUse(name, 5), True)
-    assert take(loads) == [("a", 0, 2)]
+    assert take(loads) == ([], [("a", 0, 2)])
     loads.begin_step(limited=False)
-    assert take(loads) == [("a", 2, 5), ("b", 0, 5)] and not loads
+    assert take(loads) == ([("a", 0, 2), ("a", 2, 5), ("b", 0, 5)], []) and not loads
+
+
+def test_what_is_urgent_holds_up_a_step_if_it_is_small_and_nothing_is_before_it():
+    loads = PageLoads(chunk_pages=1, step_pages=4)
+    loads.begin_step(limited=True)
+    assert not loads.completes(AdapterUse("large", 5), True, urgent=True)
+    assert loads.completes(AdapterUse("a", 4), True, urgent=True)
+    loads.start(AdapterUse("a", 4), True, urgent=True)
+    assert not loads.completes(AdapterUse("b", 1), True, urgent=True)
+    loads.start(AdapterUse("b", 1), True)
+    assert take(loads) == ([("a", 0, 4)], []) and loads.under_way("b")
+
+
+def test_what_was_sent_for_nobody_is_not_written():
+    loads = PageLoads(chunk_pages=1, step_pages=4)
+    loads.begin_step(limited=True)
+    for name in "ab":
+        loads.start(AdapterUse(name, 2), True)
+    assert take(loads) == ([], [("a", 0, 2), ("b", 0, 2)])
+    loads.cancel("a")
+    loads.start(AdapterUse("a", 2), True)  # again, from its beginning
+    loads.begin_step(limited=True)
+    assert take(loads) == ([("b", 0, 2)], [("a", 0, 2)])
 
 
 def make_scheduler(num_pages=40, ready=None, step_pages=None, **options):
@@ -111,11 +140,12 @@ def test_running_requests_go_on_while_an_adapter_is_copied_part_by_part():
     add(scheduler, "cold", AdapterUse("a", 5))
     add(scheduler, "small", AdapterUse("b", 1))
     parts = []
-    for wanted in ([], [], ["cold", "small"]):
+    for wanted in ([], [], [], ["cold", "small"]):
         plan = step(scheduler)
         parts += [(load.adapter.digest, load.start, load.stop) for load in plan.loads]
         assert started(plan) == wanted and any(c.seq.seq_id == "base" for c in plan.chunks)
     assert parts == [("a", 0, 2), ("a", 2, 4), ("a", 4, 5), ("b", 0, 1)]
+    assert (scheduler.adapters.hits, scheduler.adapters.misses) == (0, 2)
 
 
 def test_adapters_of_waiting_requests_go_to_free_pages_ahead_of_their_turn():
@@ -157,7 +187,7 @@ def test_what_was_copied_for_somebody_who_left_becomes_idle():
     scheduler.remove(cold)
     scheduler.remove(base)
     assert scheduler.has_work()  # the rest of the copy
-    assert [load.num_pages for load in step(scheduler).loads] == [4]
+    assert [load.num_pages for load in step(scheduler).loads] == [1, 4]
     assert used_pages(scheduler.pool)["idle_adapter"] == 5 and not scheduler.has_work()
 
 

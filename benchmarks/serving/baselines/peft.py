@@ -33,7 +33,7 @@ def measure(args: argparse.Namespace, setting: Setting) -> Iterator[dict[str, An
     count = max((r.adapter + 1 for _, trace in named for r in trace if r.adapter is not None), default=0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = _model(torch, named_shape(setting.shape), setting, bool(count), device)
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode, whose tensors could not be trained, which PEFT insists on
         warm_up = [TraceRequest(0.0, 0 if count else None, 4, 2)]
         _serve(torch, model, setting, warm_up, [[3, 4, 5, 6]], False, "warm-up")
         for what, trace in named:
@@ -125,7 +125,7 @@ def _add_missing(torch: Any, model: Any, setting: Setting, adapter: int | None) 
     """Makes an adapter that is not there yet. Returns the seconds that it took."""
     began = time.monotonic()
     if adapter is not None and f"adapter-{adapter}" not in model.peft_config:
-        with torch.inference_mode(False), _made_on(torch, model.device.type):
+        with _made_on(torch, model.device.type):
             model.add_adapter(f"adapter-{adapter}", _lora(setting, adapter))
         _ready(model)
     return time.monotonic() - began
