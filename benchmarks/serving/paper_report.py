@@ -27,7 +27,10 @@ _OF = {
             ("S1", 2000, 384),
         )
     },
-    "mixed ranks, 24 GiB, unified": ("mixed ranks, 24 GiB, 32 fixed slots", "mixed ranks, 24 GiB, 64 fixed slots"),
+    **{
+        f"mixed {kind}, 24 GiB, unified": tuple(f"mixed {kind}, 24 GiB, {n} fixed slots" for n in (32, 64))
+        for kind in ("ranks", "load")
+    },
 }
 """Parts and those whose throughput theirs is compared with."""
 
