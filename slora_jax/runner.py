@@ -72,6 +72,7 @@ class Runner:
         self.images = HostImages(self.config, self.dtype, self.chunk_pages, self.parallel)
         self._write = jax.jit(make_write(self.parallel), donate_argnums=0)
         self._writers: dict[int, jax.stages.Compiled] = {}  # by pages
+        self._fence = jax.jit(lambda x: x + 1)
         self._cache_dir = cache_dir
         self._options = options
         self._compiles = 0  # of programs that were given up
@@ -129,8 +130,16 @@ class Runner:
             self._write_chunk(page_ids[at : at + chunk.shape[0]], chunk)
 
     def put(self, batch: Batch) -> Batch:
-        """Begins to copy a batch to the device. What is sent after it is behind it on the bus."""
-        return jax.tree.map(lambda leaf: self._put(leaf, WHOLE) if isinstance(leaf, np.ndarray) else leaf, batch)
+        """Begins to copy a batch to the device, and holds back what is sent from then on until it is there."""
+        placed = jax.tree.map(lambda leaf: self._put(leaf, WHOLE) if isinstance(leaf, np.ndarray) else leaf, batch)
+        self._hold_back()
+        return placed
+
+    def _hold_back(self) -> None:
+        """Dispatches something that waits for what has been put. A copy may begin when what was dispatched before it
+        is done: a batch and adapters sent after it would begin together, and the large ones be done first.
+        """
+        self._fence(self._put(np.zeros(1, np.int32), WHOLE))
 
     def _write_chunk(self, page_ids: Sequence[int], chunk: jax.Array | np.ndarray) -> None:
         args = (self.state, np.array(page_ids, np.int32), self.images.to_device(chunk))
@@ -189,6 +198,7 @@ class Runner:
                     self.fetch(self.sample(logits, build_sampling([], shape.rows), nobody), logits)
                 jax.block_until_ready(logits)
         if adapters:  # the programs that copy adapters to pages; ids past the end are dropped
+            self._hold_back()
             compiles, size = self._compiles, self.chunk_pages
             while size:
                 if size <= self.num_pages:
