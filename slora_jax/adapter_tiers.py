@@ -53,6 +53,7 @@ class AdapterTiers:
         self._registry = registry
         self._scheduler = scheduler
         self._sent: dict[tuple[str, int], Chunks] = {}  # digest and first page -> what the next step's plan has written
+        self._written: list[Chunks] = []
         self._send = send
         self._write = write
         self._end = end
@@ -150,6 +151,9 @@ class AdapterTiers:
             self.page_loads += load.last
             if load.last and load.adapter.source not in self._pinned:
                 self._pages.prefetches.pop(load.adapter.digest, None)
+        # The space of what was written is free when the next step has its own. If it were before, that step's temporary
+        # memory would take it, and lie elsewhere in each step: then XLA updates all of the step's command buffers.
+        self._written = copies
 
     def _copy(self, load: Load) -> Chunks:
         image = self.loader.image(load.adapter.source)
