@@ -21,6 +21,7 @@ from slora_jax.adapters import clone, random_adapter
 from slora_jax.loading import LoadedModel, load_model
 
 _RANKS = (8, 16, 32, 64)
+_TARGETS = ("q", "k", "v", "o")
 
 
 def _requests(args: argparse.Namespace, vocab_size: int, seed: int) -> list[Request]:
@@ -46,11 +47,13 @@ def _measure(model: LoadedModel, adapters: dict, args: argparse.Namespace, deter
     settings = EngineConfig(
         max_model_len=2 * args.longest,
         max_lora_rank=max(_RANKS),
+        lora_targets=_TARGETS,
         page_pool_bytes=int(args.page_pool_gib * 2**30),
         max_seqs=args.max_seqs,
         max_step_tokens=args.max_step_tokens,
         **({} if deterministic else dict(seq_buckets=args.seqs, token_buckets=args.tokens)),
         deterministic=deterministic,
+        progress=True,
     )
     others, requests = (_requests(args, model.config.vocab_size, seed) for seed in (1, 0))
     with Engine(model, settings, adapters) as engine:
@@ -96,16 +99,17 @@ def main() -> None:
     args = parser.parse_args()
     model = load_model(args.model)
     dtype = model.params["embed"].dtype
-    first = [random_adapter(model.config, rank, ("q", "k", "v", "o"), seed=rank, dtype=dtype) for rank in _RANKS]
+    first = [random_adapter(model.config, rank, _TARGETS, seed=rank, dtype=dtype) for rank in _RANKS]
     adapters = {f"adapter-{i}": clone(first[i % len(first)], i) for i in range(args.adapters)}
     result = {}
     for mode in (False, True):
-        result["deterministic" if mode else "default"] = _measure(model, adapters, args, mode)
+        name = "deterministic" if mode else "default"
+        result[name] = _measure(model, adapters, args, mode)
+        print(f"{name:14} {result[name]}", flush=True)
         gc.collect()  # the engine's pool
     cost = 1 - result["deterministic"]["requests_per_second"] / result["default"]["requests_per_second"]
     result = dict(result, arguments={k: str(v) for k, v in vars(args).items()}, cost=round(cost, 3))
-    for name, value in result.items():
-        print(f"{name:14} {value}")
+    print(f"cost           {cost:.3f} of requests/s")
     if args.json:
         write_result(args.json, result)
     if result["deterministic"]["answers_with_other_bits"]:

@@ -2,7 +2,10 @@
 
 import json
 
-from benchmarks import adapter_loading, register_adapters, soak
+import pytest
+
+from benchmarks import adapter_loading, register_adapters, soak, soak_twin
+from slora_jax import prefix_cache
 
 
 def test_adapter_loading(tmp_path):
@@ -24,6 +27,22 @@ def test_soak(tmp_path):
     result = soak.main([*arguments, "--json", str(tmp_path / "soak.json")])
     assert result["wrong"] == {} and result["leaked_pages"] == result["host_bytes_left"] == 0
     assert result["finished"] > 0 and result["actions"]["add"] > 0
+
+
+def test_soak_on_the_twin(tmp_path):
+    out = tmp_path / "soak.json"
+    result = soak_twin.main(["--minutes", "0.5", "--json", str(out)])
+    assert result["leaked_pages"] == 0 and json.loads(out.read_text())["finished"] == result["finished"] > 100
+    assert min(result[what] for what in ("preemptions", "cancelled", "failed_as_they_must", "adapter_evictions")) > 0
+
+
+def test_the_twin_notices_pages_of_another_adapter(monkeypatch):
+    def blind(seq, count):
+        return [repr(seq.tokens[: 16 * i + 16]).encode() for i in range(count)]
+
+    monkeypatch.setattr(prefix_cache, "page_keys", blind)
+    with pytest.raises(AssertionError, match="own past|solo run"):
+        soak_twin.main(["--minutes", "0.5"])
 
 
 def test_register_adapters(tmp_path):
