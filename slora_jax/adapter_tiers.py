@@ -151,8 +151,8 @@ class AdapterTiers:
             self.page_loads += load.last
             if load.last and load.adapter.source not in self._pinned:
                 self._pages.prefetches.pop(load.adapter.digest, None)
-        # The space of what was written is free when the next step has its own. If it were before, that step's temporary
-        # memory would take it, and lie elsewhere in each step: then XLA updates all of the step's command buffers.
+        # Kept until the step has its memory: in the space of what was written its temporary memory would lie elsewhere
+        # each time, and XLA updates command buffers whose addresses have changed. Expected, not measured.
         self._written = copies
 
     def _copy(self, load: Load) -> Chunks:

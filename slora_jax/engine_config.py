@@ -55,7 +55,8 @@ class EngineConfig:
         least recently used leave. None: half of what the host has free, at most 48 GiB (JAX pins up to 64 unless
         XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB says otherwise).
     adapter_chunk_bytes: of an adapter that one copy to the device moves. adapter_step_bytes: that are copied at most
-        before a step in which other requests run; None: any number. 128 MiB take 3 ms at the 43 GB/s of an H200.
+        beside a step in which other requests run, to be there for the next; None: any number, before the step. 128 MiB
+        take 3 ms at the 43 GB/s of an H200.
     page_pool_bytes: memory for KV cache and adapters; None takes what the GPU has free after the weights and the
         compiled steps' own need, or 1 GiB on a CPU.
     max_lora_rank: largest rank that steps are compiled for; None follows the registered adapters, so that registering

@@ -112,13 +112,13 @@ def engine_group(parser: argparse.ArgumentParser) -> None:
         "--adapter-chunk-bytes",
         type=byte_size,
         metavar="SIZE",
-        help="of an adapter that one copy to the device moves (default: 16M)",
+        help="of an adapter that one copy to the device moves (default: 64M)",
     )
     group.add_argument(
         "--adapter-step-bytes",
         type=byte_size,
         metavar="SIZE",
-        help="of adapters that are copied at most before a step in which other requests run (default: 128M)",
+        help="of adapters that are copied at most beside a step in which other requests run (default: 128M)",
     )
     group.add_argument(
         "--deterministic", action="store_true", help="the same answers bit for bit whatever else runs; slower"
