@@ -32,6 +32,7 @@ from slora_jax.delivery import Event
 from slora_jax.jobs import Generation, Job
 from slora_jax.model_config import ModelConfig
 from slora_jax.page_pool import PagePool
+from slora_jax.placement import HostImage
 from slora_jax.registry import AdapterRecord, AdapterRegistry
 from slora_jax.requests import Completion, Request, RequestOutput, Timings
 from slora_jax.sampling_params import SamplingParams
@@ -76,7 +77,7 @@ def _loader(registry: AdapterRegistry) -> AdapterLoader:
     loader = AdapterLoader(1 << 60, _Images(), None, lambda: None)  # type: ignore[arg-type]
     for digest, record in registry.items():
         loader.tier.reserve(digest, loader.images.nbytes(record.shape), ())
-        loader.tier.fill(digest, digest, record)
+        loader.tier.fill(digest, digest, HostImage((), 0))
     return loader
 
 

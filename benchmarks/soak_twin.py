@@ -27,7 +27,7 @@ from slora_jax.page_pool import PagePool
 from slora_jax.policies import make_policy
 from slora_jax.scheduler import Scheduler
 from slora_jax.seats import sequence_owner
-from slora_jax.sequence import AdapterUse, Sequence
+from slora_jax.sequence import AdapterUse, Chunk, Sequence
 from slora_jax.shapes import named_shape
 from slora_jax.step_plan import StepPlan
 from slora_jax.twin import ideal_cost, step_work
@@ -66,7 +66,7 @@ class Memory:
                 self._adapters[pages[i]] = load.adapter.digest, i
         return [token for chunk in plan.chunks for token in self._compute(chunk)]
 
-    def _compute(self, chunk: Any) -> list[tuple[Sequence, int]]:
+    def _compute(self, chunk: Chunk) -> list[tuple[Sequence, int]]:
         seq = chunk.seq
         pages = self._pool.pages(sequence_owner(seq))
         if seq.adapter:
@@ -123,7 +123,6 @@ class TwinSoak:
         self._images: dict[str, float] = {}  # digest -> when it is in host memory, oldest use first
         self._users: dict[str, set[Sequence]] = {}  # by digest, in flight
         self._cancels: list[tuple[float, int, Sequence]] = []
-        self._first: dict[Sequence, float] = {}
 
     def run(self, seconds: float) -> None:
         """Acts at random for so many simulated seconds, and then until all is answered."""
@@ -155,7 +154,6 @@ class TwinSoak:
         for use in list(self.names.values()):
             self.scheduler.forget_adapter(use.digest)
         assert self.scheduler.prefixes is not None
-        self.scheduler.forget_adapter("")  # nothing is kept under it
         self.scheduler.prefixes.forget(None)
         self.pool.check_integrity()
         third = self.resident[len(self.resident) // 3 :]

@@ -28,7 +28,7 @@ Send = Callable[[HostImage, int, int], Chunks]
 """Begins to copy pages `start` to `stop` of an image to the device."""
 
 Write = Callable[[Chunks, Sequence[int]], None]
-"""Writes what was sent to the ids of all of its adapter's pages."""
+"""Writes pieces of an image, sent or not, to the ids of all of its adapter's pages."""
 
 
 class AdapterTiers:
@@ -53,7 +53,6 @@ class AdapterTiers:
         self._registry = registry
         self._scheduler = scheduler
         self._sent: dict[tuple[str, int], Chunks] = {}  # digest and first page -> what the next step's plan has written
-        self._written: list[Chunks] = []
         self._send = send
         self._write = write
         self._end = end
@@ -140,25 +139,24 @@ class AdapterTiers:
     def send(self, loads: Sequence[Load]) -> None:
         """Begins to copy to the device what the next plan says to write, without waiting for it."""
         for load in loads:
-            self._sent[load.adapter.digest, load.start] = self._copy(load)
+            self._sent[load.adapter.digest, load.start] = self._send(self._image(load), load.start, load.stop)
 
     def write(self, loads: Sequence[Load]) -> None:
-        """Writes what a plan says to its pages, without waiting for the device."""
+        """Writes what a plan says to its pages, sent or not, without waiting for the device."""
         sent, self._sent = self._sent, {}  # what is not to be written any more is dropped
-        copies = [sent.get((load.adapter.digest, load.start)) or self._copy(load) for load in loads]
-        for load, chunks in zip(loads, copies, strict=True):
+        for load in loads:
+            chunks = sent.pop((load.adapter.digest, load.start), None)
+            if chunks is None:
+                chunks = list(self._image(load).between(load.start, load.stop))
             self._write(chunks, self._scheduler.pool.pages(adapter_owner(load.adapter.digest)))
             self.page_loads += load.last
             if load.last and load.adapter.source not in self._pinned:
                 self._pages.prefetches.pop(load.adapter.digest, None)
-        # Kept until the step has its memory: in the space of what was written its temporary memory would lie elsewhere
-        # each time, and XLA updates command buffers whose addresses have changed. Expected, not measured.
-        self._written = copies
 
-    def _copy(self, load: Load) -> Chunks:
+    def _image(self, load: Load) -> HostImage:
         image = self.loader.image(load.adapter.source)
         assert image is not None, "an image that is being copied was evicted"
-        return self._send(image, load.start, load.stop)
+        return image
 
     def prefetch(self, record: AdapterRecord) -> "Future[None]":
         """Has an adapter read, and written to pages when some are free. The future ends when it is in host memory."""

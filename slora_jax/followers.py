@@ -15,8 +15,7 @@ import numpy as np
 from pallas_kernels import AdapterTable
 from sharding import Processes, ShardedTable, join
 from slora_jax.batch import Batch, Output, Sampling
-from slora_jax.placement import HostImage
-from slora_jax.runner import Chunks, Runner
+from slora_jax.runner import Runner
 
 
 class LeaderRunner(Runner):
@@ -40,8 +39,8 @@ class LeaderRunner(Runner):
         self._send("require_adapters", rank, groups)
         return super().require_adapters(rank, groups)
 
-    def send(self, image: HostImage, start: int, stop: int) -> Chunks:
-        return list(image.between(start, stop))  # they travel when they are written
+    def _place(self, chunk: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+        return chunk  # it travels when it is written
 
     def put(self, batch: Batch) -> Batch:
         return batch  # it travels with its step

@@ -122,12 +122,28 @@ class Runner:
 
     def send(self, image: HostImage, start: int, stop: int) -> Chunks:
         """Begins to copy pages `start` to `stop` of an adapter to the device, for `write_adapter`; returns at once."""
-        return [(at, self.images.to_device(chunk)) for at, chunk in image.between(start, stop)]
+        return [(at, self._place(chunk)) for at, chunk in image.between(start, stop)]
 
     def write_adapter(self, chunks: Chunks, page_ids: Sequence[int]) -> None:
-        """Writes what was sent of an adapter to its pages, which are all its ids, without waiting for the device."""
+        """Writes pieces of an adapter's image to its pages, which are all its ids, without waiting for the device. They
+        were sent, or lie in host memory still: then the next is on its way while one is written, and no more, so that
+        an adapter of any size takes the device's memory for two.
+        """
+        before: tuple[int, jax.Array | np.ndarray] | None = None
         for at, chunk in chunks:
-            self._write_chunk(page_ids[at : at + chunk.shape[0]], chunk)
+            placed = at, self._place(chunk)
+            if before:
+                self._write_piece(page_ids, *before)
+            before = placed
+        if before:
+            self._write_piece(page_ids, *before)
+
+    def _place(self, chunk: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+        """Begins to copy a piece to the device, if it is not there."""
+        return self.images.to_device(chunk)
+
+    def _write_piece(self, page_ids: Sequence[int], at: int, chunk: jax.Array | np.ndarray) -> None:
+        self._write_chunk(page_ids[at : at + chunk.shape[0]], chunk)
 
     def put(self, batch: Batch) -> Batch:
         """Begins to copy a batch to the device, and holds back what is sent from then on until it is there."""

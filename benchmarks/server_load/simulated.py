@@ -77,6 +77,9 @@ class SimulatedRunner(Runner):
     def send(self, image, start: int, stop: int) -> list:
         return []
 
+    def write_adapter(self, chunks, page_ids) -> None:
+        pass
+
     def put(self, batch: Batch) -> Batch:
         return batch
 

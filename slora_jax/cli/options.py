@@ -120,8 +120,8 @@ def token_bias(text: str) -> tuple[int, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not ID=BIAS, for instance 42=-100") from None
 
 
-def add_policy_option(group: argparse._ArgumentGroup) -> None:
-    """--policy-option, a list of (name, value)."""
+def add_policy_options(group: argparse._ArgumentGroup) -> None:
+    """--policy-option, a list of (name, value), and --prompt-gap."""
     group.add_argument(
         "--policy-option",
         type=_policy_option,
@@ -129,6 +129,13 @@ def add_policy_option(group: argparse._ArgumentGroup) -> None:
         default=[],
         metavar="NAME=VALUE",
         help="of the policy, for instance ttft=6; repeat for more",
+    )
+    group.add_argument(
+        "--prompt-gap",
+        type=int,
+        default=0,
+        metavar="N",
+        help="steps in which nobody starts after one that started all it could, while many run (default: 0)",
     )
 
 

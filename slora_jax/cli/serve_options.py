@@ -2,7 +2,7 @@
 
 import argparse
 
-from slora_jax.cli.options import add_policy_option, byte_size
+from slora_jax.cli.options import add_policy_options, byte_size
 from slora_jax.cli.workload_options import many
 
 
@@ -55,14 +55,7 @@ def serve_options(parser: argparse.ArgumentParser) -> None:
         help="who goes first: fcfs, cluster, early-abort, fair, gather or priority "
         "(default: fair with --api-keys, else fcfs)",
     )
-    add_policy_option(access)
-    access.add_argument(
-        "--prompt-gap",
-        type=int,
-        default=0,
-        metavar="N",
-        help="steps in which nobody starts after one that started all it could (default: 0)",
-    )
+    add_policy_options(access)
     operation = parser.add_argument_group("operation")
     operation.add_argument("--drain-seconds", type=float, default=30.0, metavar="X", help="longest wait at a shutdown")
     operation.add_argument("--traces", action="store_true", help="send OpenTelemetry traces (extra otel)")

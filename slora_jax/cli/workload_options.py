@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from slora_jax.cli.options import add_policy_option, byte_size
+from slora_jax.cli.options import add_policy_options, byte_size
 
 TRACE_HELP = (
     "A row of a trace is an object with arrival (seconds), prompt_len, output_len (tokens) and adapter (an index,\n"
@@ -169,14 +169,7 @@ def _engine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     engine.add_argument(
         "--policy", default="fcfs", metavar="NAME", help="fcfs, cluster, early-abort, fair, gather or priority"
     )
-    add_policy_option(engine)
-    engine.add_argument(
-        "--prompt-gap",
-        type=int,
-        default=0,
-        metavar="N",
-        help="steps in which nobody starts after one that started all it could, while many run (default: 0)",
-    )
+    add_policy_options(engine)
     engine.add_argument("--no-prefix-caching", action="store_true", help="keep no keys and values for later requests")
     return engine
 
