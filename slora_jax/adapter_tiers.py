@@ -53,6 +53,7 @@ class AdapterTiers:
         self._registry = registry
         self._scheduler = scheduler
         self._sent: dict[tuple[str, int], Chunks] = {}  # digest and first page -> what the next step's plan has written
+        self._written: list[Chunks] = []  # what the last steps' loads took of the device's memory
         self._send = send
         self._write = write
         self._end = end
@@ -137,7 +138,13 @@ class AdapterTiers:
         self.loader.want(itertools.chain(copied, self._pinned, ahead, self._prefetched, later))
 
     def send(self, loads: Sequence[Load]) -> None:
-        """Begins to copy to the device what the next plan says to write, without waiting for it."""
+        """Begins to copy to the device what the next plan says to write, without waiting for it.
+
+        The memory of what was written is given back only now, for this to take: otherwise the step's own temporary
+        memory would, and move, and every CUDA graph with it (see slora_jax/staging.py).
+        """
+        if loads:
+            self._written.clear()
         for load in loads:
             self._sent[load.adapter.digest, load.start] = self._send(self._image(load), load.start, load.stop)
 
@@ -148,6 +155,8 @@ class AdapterTiers:
             chunks = sent.pop((load.adapter.digest, load.start), None)
             if chunks is None:
                 chunks = list(self._image(load).between(load.start, load.stop))
+            else:
+                self._written.append(chunks)
             self._write(chunks, self._scheduler.pool.pages(adapter_owner(load.adapter.digest)))
             self.page_loads += load.last
             if load.last and load.adapter.source not in self._pinned:

@@ -205,11 +205,10 @@ class EngineCore:
             plan.chunks, self.pool, self.tiers.shapes, widest=special, decode_only=plan.decode_only, hidden=embeds
         )
         self.times.mark("build")
-        if plan.sends:
-            # the batch goes first: on the bus it would wait for all of the adapters, and the step for the batch
-            batch = self.runner.put(batch)
-            self.tiers.send(plan.sends)
-            self.times.mark("adapters")
+        batch = self.runner.put(batch)
+        self.times.mark("dispatch")
+        self.tiers.send(plan.sends)
+        self.times.mark("adapters")
         logits, hidden = self.runner.forward(batch)
         self.times.mark("dispatch")
         if embeds:

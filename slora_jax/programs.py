@@ -169,7 +169,7 @@ class Programs:
         self._step = jax.jit(step, out_shardings=plain, **common)
         self._hidden_step = jax.jit(step, out_shardings=hidden, **common)
         self._sample = jax.jit(
-            _named(_into_last_tokens(make_sample(options.parallel)), name), out_shardings=self._whole
+            _named(_into_last_tokens(make_sample(options.parallel)), name), donate_argnums=2, out_shardings=self._whole
         )
 
     def forward(
@@ -189,7 +189,7 @@ class Programs:
     def sample(
         self, logits: jax.Array, sampling: Sampling, last: jax.Array, rows: np.ndarray
     ) -> tuple[Output, jax.Array]:
-        """Tokens for rows of logits, and `last` with those of `rows` in their places."""
+        """Tokens for rows of logits, and `last`, which is donated, with those of `rows` in their places."""
         shape = SampleShape.of(sampling)
         program = self._samplers.get(shape)
         if program is None:

@@ -22,6 +22,7 @@ from slora_jax.memory import page_bytes
 from slora_jax.placement import HostImage, HostImages, make_write, new_state
 from slora_jax.programs import Programs, Progress, StepOptions, StepShape
 from slora_jax.sampling_batch import build_sampling
+from slora_jax.staging import Staging
 from slora_jax.step import Params
 
 Chunks = Sequence[tuple[int, jax.Array | np.ndarray]]
@@ -72,7 +73,8 @@ class Runner:
         self.images = HostImages(self.config, self.dtype, self.chunk_pages, self.parallel)
         self._write = jax.jit(make_write(self.parallel), donate_argnums=0)
         self._writers: dict[int, jax.stages.Compiled] = {}  # by pages
-        self._fence = jax.jit(lambda x: x + 1)
+        whole = NamedSharding(self.parallel.mesh, WHOLE) if self.parallel else None
+        self._staging = Staging(lambda array: self._put(array, WHOLE), whole)
         self._cache_dir = cache_dir
         self._options = options
         self._compiles = 0  # of programs that were given up
@@ -118,7 +120,7 @@ class Runner:
 
     def _put_table(self, table: Table) -> Table:
         specs = ShardedTable.specs() if self.parallel else jax.tree.map(lambda _: WHOLE, table)
-        return jax.tree.map(self._put, table, specs)
+        return self._staging.move(jax.tree.map(self._put, table, specs))
 
     def send(self, image: HostImage, start: int, stop: int) -> Chunks:
         """Begins to copy pages `start` to `stop` of an adapter to the device, for `write_adapter`; returns at once."""
@@ -146,16 +148,13 @@ class Runner:
         self._write_chunk(page_ids[at : at + chunk.shape[0]], chunk)
 
     def put(self, batch: Batch) -> Batch:
-        """Begins to copy a batch to the device, and holds back what is sent from then on until it is there."""
-        placed = jax.tree.map(lambda leaf: self._put(leaf, WHOLE) if isinstance(leaf, np.ndarray) else leaf, batch)
-        self._hold_back()
-        return placed
-
-    def _hold_back(self) -> None:
-        """Dispatches something that waits for what has been put. A copy may begin when what was dispatched before it
-        is done: a batch and adapters sent after it would begin together, and the large ones be done first.
+        """Begins to copy a batch to the device. What is sent after it arrives after it: a copy may begin when what was
+        dispatched before is done, so adapters would otherwise begin with the batch, and hold up its step.
         """
-        self._fence(self._put(np.zeros(1, np.int32), WHOLE))
+        return self._stage(batch)
+
+    def _stage(self, batch: Batch) -> Batch:
+        return dataclasses.replace(self._staging.put(dataclasses.replace(batch, adapters=None)), adapters=batch.adapters)
 
     def _write_chunk(self, page_ids: Sequence[int], chunk: jax.Array | np.ndarray) -> None:
         args = (self.state, np.array(page_ids, np.int32), self.images.to_device(chunk))
@@ -169,6 +168,8 @@ class Runner:
         """Dispatches a step and returns its logits, and its rows' hidden states if the batch asks for them, still on
         the device. Tokens of the batch that are negative, -1 - row, are those that `sample` chose last for that row.
         """
+        if isinstance(batch.tokens, np.ndarray):
+            batch = self._stage(batch)
         self.state, logits, hidden = self.programs.forward(self.params, self.state, self.last_tokens, batch)
         return logits, hidden
 
@@ -205,6 +206,8 @@ class Runner:
         """
         wanted = dict(adapters=adapters, base=base, embeddings=embeddings, greedy_only=greedy_only)
         self.programs.compile_ahead(**wanted, progress=progress)
+        for shape in self.programs.compiled_steps():  # first, as XLA drops its CUDA graphs when it loads a program
+            self._stage(self.programs.padding(shape))
         for shape in self.programs.compiled_steps():
             remedy = "set max_step_tokens, max_seqs or page_pool_bytes lower"
             with device_memory_errors(f"a {shape}", remedy):
@@ -214,7 +217,6 @@ class Runner:
                     self.fetch(self.sample(logits, build_sampling([], shape.rows), nobody), logits)
                 jax.block_until_ready(logits)
         if adapters:  # the programs that copy adapters to pages; ids past the end are dropped
-            self._hold_back()
             compiles, size = self._compiles, self.chunk_pages
             while size:
                 if size <= self.num_pages:

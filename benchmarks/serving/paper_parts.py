@@ -116,11 +116,14 @@ def _load(setting: str, adapters: int, family: str = "7b", **changes: Any) -> Pa
     )
 
 
+_GATHER: dict[str, Any] = dict(policy="gather", options=dict(oldest=8), prompt_gap=4)
+"""The policy and the gap that give the most requests/s in the twin. Without adapters, or with few, the gap alone makes
+a difference.
+"""
+
+
 def _gathered(setting: str, adapters: int, max_seqs: int, family: str = "7b") -> Part:
-    """A load under the policy and the gap that give the most requests/s in the twin. Without adapters, or with few, the
-    gap alone makes a difference.
-    """
-    return _load(setting, adapters, family, max_seqs=max_seqs, policy="gather", options=dict(oldest=8), prompt_gap=4)
+    return _load(setting, adapters, family, max_seqs=max_seqs, **_GATHER)
 
 
 def _mixed(slots: int) -> Part:
@@ -129,10 +132,10 @@ def _mixed(slots: int) -> Part:
     )
 
 
-def _mixed_load(slots: int) -> Part:
+def _mixed_load(slots: int, **changes: Any) -> Part:
     """More than any of these systems serves, for its throughput; `_mixed` has the first tokens."""
     load = dict(kind="load", rate=40.0, requests=1120, until=28.0, window=(12.0, 28.0), seconds=34.0)
-    return dataclasses.replace(_mixed(slots), **load)
+    return dataclasses.replace(_mixed(slots), **load, **changes)
 
 
 PARTS = {
@@ -178,6 +181,9 @@ PARTS = {
     "mixed load, 24 GiB, unified": _mixed_load(0),
     "mixed load, 24 GiB, 32 fixed slots": _mixed_load(32),
     "mixed load, 24 GiB, 64 fixed slots": _mixed_load(64),
+    "mixed load, 24 GiB, unified, gather": _mixed_load(0, **_GATHER),
+    "mixed load, 24 GiB, 32 fixed slots, gather": _mixed_load(32, **_GATHER),
+    "mixed load, 24 GiB, 64 fixed slots, gather": _mixed_load(64, **_GATHER),
     "load S4 n=100": _load("S4", 100, "13b"),
     "load S4 n=1000": _load("S4", 1000, "13b"),
     "load S4 n=1000, 256 running, gather": _gathered("S4", 1000, 256, "13b"),
