@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 import numpy as np
 
-from pallas_kernels import write_adapter
+from pallas_kernels import Implementation, write_adapter
 from sharding import ADAPTER_IMAGE, POOL, WHOLE
 from slora_jax.adapters import Adapter, AdapterShape
 from slora_jax.adapters.shards import shard_adapter, shard_image
@@ -151,11 +151,13 @@ class HostImages:
             return part
 
 
-def make_write(parallel: Parallel | None = None) -> Callable[[State, jax.Array, jax.Array], State]:
+def make_write(
+    parallel: Parallel | None = None, implementation: Implementation = "auto"
+) -> Callable[[State, jax.Array, jax.Array], State]:
     """Makes ``write(state, page_ids, images) -> state``: puts an adapter's images into its pages. To be jitted."""
 
     def write(state: State, page_ids: jax.Array, image: jax.Array) -> State:
-        return State(pages=write_adapter(state.pages, page_ids, image))
+        return State(pages=write_adapter(state.pages, page_ids, image, implementation=implementation))
 
     if parallel is None:
         return write

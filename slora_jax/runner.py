@@ -71,7 +71,7 @@ class Runner:
         self.page_bytes = page_bytes(self.config, self.dtype, self.parallel)
         self.chunk_pages = 1 << (max(1, chunk_bytes // self.page_bytes).bit_length() - 1)
         self.images = HostImages(self.config, self.dtype, self.chunk_pages, self.parallel)
-        self._write = jax.jit(make_write(self.parallel), donate_argnums=0)
+        self._write = jax.jit(make_write(self.parallel, options.implementation), donate_argnums=0)
         self._writers: dict[int, jax.stages.Compiled] = {}  # by pages
         whole = NamedSharding(self.parallel.mesh, WHOLE) if self.parallel else None
         self._staging = Staging(lambda array: self._put(array, WHOLE), whole)
