@@ -1,5 +1,6 @@
 """The engine's compiled programs: steps and samplers, one for each padded shape, compiled ahead on several threads."""
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 import dataclasses
@@ -260,6 +261,22 @@ class Programs:
             assert analysis is not None, "the backend does not tell how much memory a program needs"
             need = max(need, analysis.temp_size_in_bytes)
         return need
+
+    def buffers(self, most_tokens: int) -> Counter[int]:
+        """Memory that steps of up to `most_tokens` tokens and samplers allocate on a device and give back: bytes -> how
+        many buffers of them are alive at a time. Logits of one step are, while the next one's are written.
+        """
+        parallel = self.options.parallel
+        columns = (local_config(self.options.config, parallel.layout) if parallel else self.options.config).vocab_size
+        small = {shape: program for shape, program in self._steps.items() if shape.tokens <= most_tokens}
+        found: Counter[int] = Counter()
+        for program in [*small.values(), *self._samplers.values()]:
+            analysis = program.memory_analysis()
+            if analysis is not None:
+                found[analysis.temp_size_in_bytes] = 1
+        for rows in {shape.rows for shape in self._steps}:
+            found[rows * columns * 4] += 2
+        return found
 
     def compile(self, shape: StepShape) -> None:
         """Compiles one step."""

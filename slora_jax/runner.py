@@ -18,12 +18,16 @@ from slora_jax.batch import Batch, Output, Sampling
 from slora_jax.batch_builder import BatchBuilder
 from slora_jax.buckets import Buckets
 from slora_jax.errors import CapacityError
-from slora_jax.memory import page_bytes
+from slora_jax.free_places import keep_free
+from slora_jax.memory import device_memory, page_bytes
 from slora_jax.placement import HostImage, HostImages, make_write, new_state
 from slora_jax.programs import Programs, Progress, StepOptions, StepShape
 from slora_jax.sampling_batch import build_sampling
 from slora_jax.staging import Staging
 from slora_jax.step import Params
+
+_SMALL_STEP = 256
+"""Tokens of steps that end before a host could have entered all their kernels into a CUDA graph anew."""
 
 Chunks = Sequence[tuple[int, jax.Array | np.ndarray]]
 """Consecutive pages of an adapter's image, each piece with the number of its first page."""
@@ -74,6 +78,7 @@ class Runner:
         self._write = jax.jit(make_write(self.parallel, options.implementation), donate_argnums=0)
         self._writers: dict[int, jax.stages.Compiled] = {}  # by pages
         whole = NamedSharding(self.parallel.mesh, WHOLE) if self.parallel else None
+        self._guards: list[jax.Array] = []
         self._staging = Staging(lambda array: self._put(array, WHOLE), whole)
         self._cache_dir = cache_dir
         self._options = options
@@ -154,7 +159,8 @@ class Runner:
         return self._stage(batch)
 
     def _stage(self, batch: Batch) -> Batch:
-        return dataclasses.replace(self._staging.put(dataclasses.replace(batch, adapters=None)), adapters=batch.adapters)
+        arrays: dict[str, Any] = {name: value for name, value in vars(batch).items() if isinstance(value, np.ndarray)}
+        return dataclasses.replace(batch, **self._staging.put(arrays))
 
     def _write_chunk(self, page_ids: Sequence[int], chunk: jax.Array | np.ndarray) -> None:
         args = (self.state, np.array(page_ids, np.int32), self.images.to_device(chunk))
@@ -223,8 +229,25 @@ class Runner:
                     self._write_chunk([self.num_pages] * size, self.images.zeros(size))
                 size //= 2
             self._compiles = compiles
+        self._keep_free(adapters)
         gc.collect()
         gc.freeze()
+
+    def _keep_free(self, adapters: bool) -> None:
+        """See slora_jax/free_places.py. Memory is taken from what the pool left for fragmentation."""
+        self._guards = []
+        memory = device_memory()
+        if memory is None or jax.process_count() > 1:
+            return
+        limit, used = memory
+        wanted = self.programs.buffers(_SMALL_STEP)
+        if adapters:  # pieces that are written, and those that are sent meanwhile
+            size = self.chunk_pages
+            while size:
+                wanted[size * self.page_bytes] += 2
+                size //= 2
+        budget = min(limit // 64, (limit - used - self.programs.temp_bytes()) // 2)
+        self._guards = keep_free(wanted, budget, lambda array: self._put(array, WHOLE))
 
     def close(self) -> None:
         """Ends what steps need; a Runner on its own needs nothing."""

@@ -41,9 +41,7 @@ class Staging:
         self._put = put
         self._places: dict[Any, list[jax.Array]] = {}
         # all in one copy over the bus, as each takes as long as a launch, and the device waits for the last
-        self._unpack = jax.jit(
-            _unpack, donate_argnums=0, keep_unused=True, in_shardings=whole, out_shardings=whole
-        )
+        self._unpack = jax.jit(_unpack, donate_argnums=0, keep_unused=True, in_shardings=whole, out_shardings=whole)
         self._copy = jax.jit(_copy, donate_argnums=0, keep_unused=True)
         self._tables: dict[Any, Any] = {}
 
@@ -62,5 +60,7 @@ class Staging:
         """A pytree of arrays on the device or devices, which have a place of their own each."""
         key = jax.tree.structure(tree)
         place = self._tables.pop(key, None)
-        self._tables[key] = placed = tree if place is None else self._copy(place, tree)
+        if place is None:
+            place = jax.tree.map(jnp.copy, tree)
+        self._tables[key] = placed = self._copy(place, tree)
         return placed

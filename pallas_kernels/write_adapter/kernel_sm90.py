@@ -4,7 +4,6 @@ import functools
 
 import jax
 from jax import lax
-from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
