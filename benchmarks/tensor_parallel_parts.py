@@ -160,9 +160,8 @@ def serve(subject: Subject, layout: str, count: int) -> dict[str, Any]:
         runner.programs = programs  # compiled already, for all bursts of this layout
         if key in subject.images:
             runner.images.make = subject.images[key].make  # type: ignore[method-assign]
+        engine.warm_up(adapters=bool(adapters), base=not adapters, greedy_only=True)
         check(engine.generate(first))
-        gc.collect()
-        gc.freeze()  # as after Engine.warm_up
         before, ready = engine.stats(), time.perf_counter() - start
         ended: list[RequestOutput] = []
         with ThreadPoolExecutor(1) as waiting:
