@@ -157,6 +157,9 @@ PARTS = {
     "rate 10 S2 n=2000": Part(
         family="7b", setting=SETTINGS["S2"], adapters=2000, kind="rate", rate=10.0, requests=250, seconds=38.0
     ),
+    "rate 30 S2 n=100": Part(  # the trace that PEFT was measured with
+        family="7b", setting=SETTINGS["S2"], adapters=100, kind="rate", rate=30.0, requests=900, seconds=48.0
+    ),
     "load base": _load("S2", 0),
     "load S1 n=2000": _load("S1", 2000),
     "load S1 n=5": _load("S1", 5),
