@@ -43,7 +43,7 @@ class LeaderRunner(Runner):
         return chunk  # it travels when it is written
 
     def put(self, batch: Batch) -> Batch:
-        return batch  # it travels with its step
+        return batch  # as it is, it travels with its step
 
     def _write_chunk(self, page_ids: Sequence[int], chunk: jax.Array | np.ndarray) -> None:
         self._send("_write_chunk", list(page_ids), np.asarray(chunk))
@@ -51,7 +51,7 @@ class LeaderRunner(Runner):
 
     def forward(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
         self._send("forward", batch)
-        return super().forward(batch)
+        return super().forward(super().put(batch))
 
     def sample(self, logits: jax.Array, sampling: Sampling, rows: np.ndarray) -> Output:
         self._send("sample", sampling, rows)  # of the logits of the last step
@@ -83,7 +83,7 @@ def follow(processes: Processes, runner: Runner) -> None:
     while (message := processes.receive((Batch, Sampling, AdapterTable, ShardedTable))) is not None:
         method, args = message
         if method == "forward":
-            logits, _ = runner.forward(*args)
+            logits, _ = runner.forward(runner.put(*args))
         elif method == "sample":
             assert logits is not None, "a step comes before its sampling"
             runner.sample(logits, *args)

@@ -153,12 +153,11 @@ class Runner:
         self._write_chunk(page_ids[at : at + chunk.shape[0]], chunk)
 
     def put(self, batch: Batch) -> Batch:
-        """Begins to copy a batch to the device. What is sent after it arrives after it: a copy may begin when what was
-        dispatched before is done, so adapters would otherwise begin with the batch, and hold up its step.
-        """
-        return self._stage(batch)
+        """Begins to copy a batch to the device, in place of the last one of its shape, which no step may need any more.
 
-    def _stage(self, batch: Batch) -> Batch:
+        What is sent after it arrives after it: a copy may begin when what was dispatched before is done, so adapters
+        would otherwise begin with the batch, and hold up its step.
+        """
         arrays: dict[str, Any] = {name: value for name, value in vars(batch).items() if isinstance(value, np.ndarray)}
         return dataclasses.replace(batch, **self._staging.put(arrays))
 
@@ -174,8 +173,6 @@ class Runner:
         """Dispatches a step and returns its logits, and its rows' hidden states if the batch asks for them, still on
         the device. Tokens of the batch that are negative, -1 - row, are those that `sample` chose last for that row.
         """
-        if isinstance(batch.tokens, np.ndarray):
-            batch = self._stage(batch)
         self.state, logits, hidden = self.programs.forward(self.params, self.state, self.last_tokens, batch)
         return logits, hidden
 
@@ -213,11 +210,11 @@ class Runner:
         wanted = dict(adapters=adapters, base=base, embeddings=embeddings, greedy_only=greedy_only)
         self.programs.compile_ahead(**wanted, progress=progress)
         for shape in self.programs.compiled_steps():  # first, as XLA drops its CUDA graphs when it loads a program
-            self._stage(self.programs.padding(shape))
+            self.put(self.programs.padding(shape))
         for shape in self.programs.compiled_steps():
             remedy = "set max_step_tokens, max_seqs or page_pool_bytes lower"
             with device_memory_errors(f"a {shape}", remedy):
-                logits, _ = self.forward(self.programs.padding(shape))
+                logits, _ = self.forward(self.put(self.programs.padding(shape)))
                 if shape.rows <= self.builder.buckets.max_seqs:
                     nobody = np.full(shape.rows, self.builder.buckets.max_seqs, np.int32)
                     self.fetch(self.sample(logits, build_sampling([], shape.rows), nobody), logits)
