@@ -11,6 +11,7 @@ their lower quartile: other work on the machine can only add.
 import argparse
 from collections import defaultdict
 from collections.abc import Callable
+import dataclasses
 import json
 from pathlib import Path
 import time
@@ -39,6 +40,7 @@ from slora_jax.sampling_params import SamplingParams
 from slora_jax.scheduler import Scheduler
 from slora_jax.sequence import AdapterUse, Sequence
 from slora_jax.shapes import named_shape
+from slora_jax.staging import Staging
 from slora_jax.text_stream import TextStream
 
 _PAGES = 13_000  # of Llama-2-7B beside its weights on an H200
@@ -88,6 +90,7 @@ class _EmptyRunner(EmptyPrograms):
         super().__init__(builder.buckets.max_seqs)
         self.builder = builder
         self.compiles = 0
+        self._staging = Staging(jax.device_put)
 
     def send(self, image, start: int, stop: int) -> list:
         return []
@@ -96,7 +99,8 @@ class _EmptyRunner(EmptyPrograms):
         pass
 
     def put(self, batch: Batch) -> Batch:
-        return batch
+        arrays: dict[str, Any] = {name: value for name, value in vars(batch).items() if isinstance(value, np.ndarray)}
+        return dataclasses.replace(batch, **self._staging.put(arrays))
 
     def fetch(self, output: Output | None, logits: jax.Array) -> Output | None:
         return jax.device_get(output)
@@ -167,7 +171,7 @@ def measure(seqs: int, num_adapters: int, steps: int, temperature: float) -> dic
     plain = scheduler.schedule
     scheduler.schedule = _timed(seconds, "schedule", schedule)  # type: ignore[method-assign]
     builder.build = _timed(seconds, "build", builder.build)  # type: ignore[method-assign]
-    for name in ("forward", "sample", "fetch"):
+    for name in ("put", "forward", "sample", "fetch"):
         setattr(runner, name, _timed(seconds, name, getattr(runner, name)))
     delivery = 0.0
     decode: dict[str, list[float]] = defaultdict(list)

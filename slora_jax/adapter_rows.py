@@ -46,6 +46,7 @@ class AdapterRows:
         else:
             self._fields |= table_rows([], layout, size)
         self._table: Table | None = None
+        self._looked_up: tuple[PagePool, int] | None = None  # and its owners_made, when all pages were last looked up
 
     def place(
         self, digests: Sequence[str], pool: PagePool, adapters: Mapping[str, AdapterShape]
@@ -53,6 +54,10 @@ class AdapterRows:
         """Row of each adapter, and the table. All of them must have their pages in the pool. Arrays of a table that was
         given out never change.
         """
+        state = pool, pool.owners_made
+        if self._looked_up == state and self._table is not None and self._row.keys() >= set(digests):
+            return self._row, self._table
+        self._looked_up = state
         for digest in digests:
             row = self._row.get(digest)
             pages = pool.pages(adapter_owner(digest))

@@ -195,7 +195,7 @@ class EngineCore:
             timings.scheduled = timings.scheduled or now
             self._sampling.set(seq.row, generation.job.params, generation.seed, seq.prompt_len)
         self.counters["prompt_tokens"] += sum(
-            min(c.length, c.seq.prompt_len - c.start) for c in plan.chunks if c.start < c.seq.prompt_len
+            [min(c.length, c.seq.prompt_len - c.start) for c in plan.chunks if c.start < c.seq.prompt_len]
         )
         sampled = np.fromiter((c.seq.row for c in plan.chunks if c.samples), np.int32)
         # samplers that know penalties and biases are for the largest batch only

@@ -71,14 +71,15 @@ class Generation:
 
     def advance(self, token: int) -> tuple[str | None, str | None]:
         """Takes a sampled token into the sequence. Returns (reason, error) as in Event. On the engine's thread."""
-        self.seq.push(token)
-        if self.constraint is not None and (error := self.constraint.advance(token)):
+        seq, constraint = self.seq, self.constraint
+        seq.push(token)
+        if constraint is not None and (error := constraint.advance(token)):
             return "error", error
         if token in self.end_ids:
             return "stop", None
-        if self.constraint is not None and self.constraint.done:
+        if constraint is not None and constraint.done:
             return "complete", None
-        return ("length" if len(self.seq.tokens) >= self.max_length else None), None
+        return ("length" if len(seq.tokens) >= self.max_length else None), None
 
     def take(
         self,

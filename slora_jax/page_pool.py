@@ -36,7 +36,8 @@ class PagePool:
     is cheap to reload, large or long unused leaves before what is costly, small or popular. Of equals the one that has
     been idle longest goes first.
 
-    on_evict: called with the owner after its pages were taken away.
+    on_evict: called with the owner after its pages were taken away. owners_made: how often somebody who owned nothing
+    got pages; while it stays, no owner's list of pages is another than before.
     """
 
     def __init__(self, num_pages: int, on_evict: Callable[[Owner], None] | None = None):
@@ -44,6 +45,7 @@ class PagePool:
             raise ValueError(f"num_pages must be at least 1, not {num_pages}")
         self.num_pages = num_pages
         self.on_evict = on_evict
+        self.owners_made = 0
         self._free = list(range(num_pages - 1, -1, -1))
         self._refs = [0] * num_pages
         self._entries: dict[Owner, _Entry] = {}
@@ -91,7 +93,7 @@ class PagePool:
         while len(self._free) < count:
             self._evict_one()
         if entry is None:
-            entry = self._entries[owner] = _Entry([], reload_cost)
+            entry = self._make(owner, reload_cost)
         new = [self._free.pop() for _ in range(count)]
         for page in new:
             self._refs[page] = 1
@@ -106,12 +108,18 @@ class PagePool:
         for page in pages:
             if not self._refs[page]:
                 raise ValueError(f"page {page} is free and cannot be shared")
-        entry = self._entries.setdefault(owner, _Entry([], reload_cost))
+        if entry is None:
+            entry = self._make(owner, reload_cost)
         for page in pages:
             if self._idle_refs.get(page, 0) == self._refs[page]:
                 self._evictable -= 1
             self._refs[page] += 1
         entry.pages.extend(pages)
+
+    def _make(self, owner: Owner, reload_cost: float) -> _Entry:
+        self.owners_made += 1
+        entry = self._entries[owner] = _Entry([], reload_cost)
+        return entry
 
     def release(self, owner: Owner) -> None:
         """Takes all pages from `owner`; those nobody else holds become free."""

@@ -132,9 +132,10 @@ class Scheduler:
         prompts: list[Sequence] = []
         for seq in self.running:
             if self.deterministic:
-                (decoding if seq.num_computed >= seq.prompt_len else prompts).append(seq)
+                single = seq.num_computed >= seq.prompt_len
             else:
-                (decoding if seq.num_pending == 1 else prompts).append(seq)
+                single = len(seq.tokens) + seq.num_unknown - seq.num_computed == 1  # num_pending, without the call
+            (decoding if single else prompts).append(seq)
         draft = StepDraft(self.max_step_tokens, self.max_prompt_rows, self.deterministic)
         # kinds that are not mixed take turns
         decode_only = self._prompts_last and bool(decoding) if self.deterministic else None
@@ -174,7 +175,7 @@ class Scheduler:
                 self.quotas.charge(chunk.seq, chunk.length, now)
         for chunk in plan.chunks:
             end = chunk.start + chunk.length
-            if end // PAGE_TOKENS > chunk.start // PAGE_TOKENS and chunk.seq in self.running:
+            if end % PAGE_TOKENS < chunk.length and chunk.seq in self.running:  # a page was filled
                 self._seats.publish(chunk.seq, end)
         self.policy.completed(plan.chunks, seconds)
 

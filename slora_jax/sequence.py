@@ -6,6 +6,8 @@ from typing import Any
 
 from pallas_kernels.geometry import PAGE_TOKENS, ceil_div
 
+_MOST_PAGES = (1 << 32) - 1  # of an adapter
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AdapterUse:
@@ -55,16 +57,22 @@ class Sequence:
     missed: bool = False
     page_keys: list[bytes] = dataclasses.field(default_factory=list, repr=False)  # see slora_jax/prefix_cache.py
     group: str = dataclasses.field(init=False, repr=False)  # sequences of one adapter stand together in a batch
+    place: str = dataclasses.field(init=False, repr=False)  # orders groups in a batch
 
     def __post_init__(self):
         assert 0 < self.prompt_len <= len(self.tokens)
-        self.group = self.adapter.digest if self.adapter else ""
+        self._set_group()
 
     def name_adapter(self, digest: str) -> None:
         """The digest of the adapter's contents turned out. The sequence must not have run."""
         assert self.adapter is not None
         self.adapter = dataclasses.replace(self.adapter, digest=digest)
-        self.group = digest
+        self._set_group()
+
+    def _set_group(self) -> None:
+        self.group = self.adapter.digest if self.adapter else ""
+        # large adapters first: the LoRA kernels deal out their work in this order, and the last of it should be small
+        self.place = f"{_MOST_PAGES - (self.adapter.num_pages if self.adapter else 0):08x} {self.group}"
 
     @property
     def length(self) -> int:
@@ -93,7 +101,7 @@ class Sequence:
         return pages + (self.adapter.num_pages if self.adapter else 0)
 
 
-@dataclasses.dataclass(eq=False, slots=True)
+@dataclasses.dataclass(eq=False, slots=True, init=False)
 class Chunk:
     """Tokens ``start`` to ``start + length`` of a sequence, to be computed in one step. Not to be changed.
 
@@ -104,7 +112,8 @@ class Chunk:
     seq: Sequence
     start: int
     length: int
-    samples: bool = dataclasses.field(init=False)
+    samples: bool
 
-    def __post_init__(self):
-        self.samples = self.start + self.length == self.seq.length
+    def __init__(self, seq: Sequence, start: int, length: int):
+        self.seq, self.start, self.length = seq, start, length
+        self.samples = start + length == len(seq.tokens) + seq.num_unknown

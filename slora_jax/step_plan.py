@@ -1,10 +1,13 @@
 """A step as it is planned, chunk by chunk. Pure host code, no jax."""
 
 import dataclasses
+import operator
 
 from slora_jax.page_loads import Load
 from slora_jax.policies import Drop
 from slora_jax.sequence import Chunk, Sequence
+
+_place = operator.attrgetter("seq.place")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,6 +72,8 @@ class StepDraft:
     def in_batch_order(self) -> list[Chunk]:
         """The chunks of sequences that still run, as StepPlan wants them."""
         chunks = [c for c in self.chunks if c.seq.row >= 0] if self.preempted else self.chunks
-        # large adapters first: the LoRA kernels deal out their work in this order, and the last of it should be small
-        chunks.sort(key=lambda c: (c.length > 1, -c.seq.adapter.num_pages if c.seq.adapter else 0, c.seq.group))
-        return chunks
+        single = [c for c in chunks if c.length == 1]
+        longer = [c for c in chunks if c.length > 1]
+        single.sort(key=_place)
+        longer.sort(key=_place)
+        return single + longer

@@ -141,8 +141,8 @@ def test_an_adapter_crosses_the_bus_beside_a_step_and_behind_its_batch(engines, 
     running = engine.stream(Request(None, None, greedy(60), PROMPT, request_id="long"))
     next(running)
     engine.generate([Request(None, "a0", greedy(2), PROMPT)])
-    at = seen.index("put")
-    assert seen[at : at + 5] == ["put", "_send", "forward", "_write", "forward"]
+    at = seen.index("_send")
+    assert seen[at - 1 : at + 5] == ["put", "_send", "forward", "_write", "put", "forward"]
     running.close()
 
 
