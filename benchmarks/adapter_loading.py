@@ -26,6 +26,7 @@ from slora_jax import Engine, EngineConfig, Request, SamplingParams
 from slora_jax.adapters import random_adapter
 from slora_jax.loading import load_model
 
+_PATIENCE = 30.0  # seconds
 HOST_TO_DEVICE = 43e9  # bytes a second from pinned memory, measured on an H200
 
 
@@ -149,7 +150,10 @@ def measure_steps(
         done = tiers.page_loads
         for name in names:
             engine.prefetch_adapter(name)
+        limit = time.perf_counter() + _PATIENCE
         while tiers.page_loads < done + len(names):
+            if time.perf_counter() > limit:
+                raise SystemExit(f"{len(names)} adapters did not come to their pages in {_PATIENCE:.0f} s")
             time.sleep(0.0005)
 
     work = dict(quiet=lambda: time.sleep(seconds), loading=load)

@@ -38,7 +38,7 @@ from benchmarks.tensor_parallel_profile import collectives, profile
 from benchmarks.tensor_parallel_report import OutOfTime, Report
 from benchmarks.tensor_parallel_subject import LAYOUTS, MODELS, Subject
 from sharding import collective_timer
-from slora_jax.programs import StepShape
+from slora_jax.program_shapes import StepShape
 
 NCCL_ONLY: dict[str, bool | str] = {"xla_gpu_experimental_use_collective_kernels": ""}
 """Without XLA's own all-reduce kernels for small arrays."""

@@ -27,7 +27,8 @@ from slora_jax.model_config import ModelConfig, param_specs
 from slora_jax.page_pool import PagePool
 from slora_jax.parallel import Parallel
 from slora_jax.placement import adapter_pages
-from slora_jax.programs import Programs, StepShape
+from slora_jax.program_shapes import StepShape
+from slora_jax.programs import Programs
 from slora_jax.sampling_batch import build_sampling
 from slora_jax.seats import sequence_owner
 from slora_jax.sequence import AdapterUse, Chunk

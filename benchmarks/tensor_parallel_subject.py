@@ -30,7 +30,8 @@ from slora_jax.memory import device_memory, page_bytes, step_options, weight_byt
 from slora_jax.model_config import param_specs
 from slora_jax.parallel import Parallel, make_parallel, param_shards
 from slora_jax.placement import HostImage, HostImages, adapter_pages
-from slora_jax.programs import Programs, StepShape
+from slora_jax.program_shapes import StepShape
+from slora_jax.programs import Programs
 from slora_jax.shapes import named_shape
 from slora_jax.step import compiler_options
 from slora_jax.traces import SETTINGS, Setting

@@ -38,7 +38,8 @@ def places(wanted: Mapping[int, int], budget: int) -> list[int]:
 
 
 def keep_free(wanted: Mapping[int, int], budget: int, put: Callable[[np.ndarray], jax.Array]) -> list[jax.Array]:
-    """Makes free blocks and returns what keeps them apart, which must be held as long as they are wanted.
+    """Makes free blocks and returns what keeps them apart, which must be held as long as they are wanted. Where memory
+    runs out, because no gap is large enough, there are fewer.
 
     put: brings an array to the device, or a copy of it to each.
     """
@@ -47,15 +48,19 @@ def keep_free(wanted: Mapping[int, int], budget: int, put: Callable[[np.ndarray]
         return jax.block_until_ready(put(np.empty(size, np.uint8)))
 
     blocks, guards, strays = [], [], []
-    for size in places(wanted, budget):
-        block = allocate(size)
-        blocks.append(block)
-        for _ in range(_TRIES):
-            guard = allocate(GUARD_BYTES)
-            if _address(guard) == _address(block) + size:
-                guards.append(guard)
-                break
-            strays.append(guard)
+    try:
+        for size in places(wanted, budget):
+            block = allocate(size)
+            blocks.append(block)
+            for _ in range(_TRIES):
+                guard = allocate(GUARD_BYTES)
+                if _address(guard) == _address(block) + size:
+                    guards.append(guard)
+                    break
+                strays.append(guard)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
     for array in blocks + strays:
         array.delete()
     return guards

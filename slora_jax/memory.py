@@ -17,7 +17,8 @@ from slora_jax.engine_config import ResolvedConfig
 from slora_jax.errors import CapacityError
 from slora_jax.model_config import ModelConfig, param_specs
 from slora_jax.parallel import Parallel, local_config
-from slora_jax.programs import Programs, StepOptions, StepShape
+from slora_jax.program_shapes import StepOptions, StepShape
+from slora_jax.programs import Programs
 from slora_jax.step import Params
 
 _CPU_POOL_BYTES = 1 << 30

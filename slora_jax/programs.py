@@ -8,21 +8,20 @@ import functools
 import os
 from pathlib import Path
 import threading
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from jax import numpy as jnp
 from jax.sharding import NamedSharding
 import numpy as np
 
-from pallas_kernels import GROUPS, Implementation
 from sharding import LOGITS, WHOLE, ShardedTable
 from slora_jax.batch import Batch, Output, Sampling, State
 from slora_jax.batch_builder import BatchBuilder
 from slora_jax.executable_cache import ExecutableCache
 from slora_jax.kernel_names import unify_kernel_names
-from slora_jax.model_config import ModelConfig
-from slora_jax.parallel import Parallel, local_config
+from slora_jax.parallel import local_config
+from slora_jax.program_shapes import SampleShape, StepOptions, StepShape
 from slora_jax.sampling_batch import sampling_shapes
 from slora_jax.step import Forward, Params, compiler_options, make_forward, make_sample
 
@@ -33,71 +32,6 @@ _COLLECTIVE_KERNEL_TOKENS = 128
 but each all-reduce of each program keeps memory that is not XLA's pool's: megabytes, 161 times in a step of 80 layers.
 On four H200s there was none left after ten such programs.
 """
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepOptions:
-    """What all programs of an engine have in common. See EngineConfig and make_batch_step."""
-
-    config: ModelConfig
-    dtype: jnp.dtype
-    max_rank: int
-    lora_groups: tuple[str, ...] = tuple(GROUPS)
-    implementation: Implementation
-    loop: Literal["unroll", "scan"]
-    parallel: Parallel | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class StepShape:
-    """Padded sizes of a step: sequences, tokens, rows of logits; whether each sequence has one token only; whether some
-    sequence has an adapter; whether the rows' hidden states are wanted, too.
-    """
-
-    seqs: int
-    tokens: int
-    rows: int
-    decode_only: bool
-    use_adapters: bool
-    hidden: bool = False
-
-    @classmethod
-    def of(cls, batch: Batch) -> "StepShape":
-        sizes = (len(batch.kv_lens), len(batch.tokens), len(batch.logit_rows))
-        return cls(*sizes, batch.max_query == 1, batch.use_adapters, batch.return_hidden)
-
-    def __str__(self) -> str:
-        kind = "decode" if self.decode_only else "prompt"
-        hidden = " for embeddings" if self.hidden else ""
-        return f"{kind} step of {self.tokens} tokens{hidden}{'' if self.use_adapters else ' without adapters'}"
-
-
-@dataclasses.dataclass(frozen=True)
-class SampleShape:
-    """What a sampler is compiled for: see Sampling."""
-
-    rows: int
-    mode: str
-    logprobs: bool
-    top_logprobs: int
-    history: int
-    biases: int
-    mask_words: int
-
-    @classmethod
-    def of(cls, s: Sampling) -> "SampleShape":
-        return cls(
-            len(s.temperature),
-            s.mode,
-            s.logprobs,
-            s.top_logprobs,
-            s.history.shape[1],
-            s.bias_ids.shape[1],
-            s.allowed.shape[1],
-        )
-
-    def __str__(self) -> str:
-        return f"sampler of {self.rows} rows"
 
 
 def _with_last_tokens(forward: Forward) -> Callable[..., tuple[State, Any]]:

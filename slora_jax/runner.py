@@ -21,7 +21,8 @@ from slora_jax.errors import CapacityError
 from slora_jax.free_places import keep_free
 from slora_jax.memory import device_memory, page_bytes
 from slora_jax.placement import HostImage, HostImages, make_write, new_state
-from slora_jax.programs import Programs, Progress, StepOptions, StepShape
+from slora_jax.program_shapes import StepOptions, StepShape
+from slora_jax.programs import Programs, Progress
 from slora_jax.sampling_batch import build_sampling
 from slora_jax.staging import Staging
 from slora_jax.step import Params

@@ -11,7 +11,7 @@ from slora_jax.errors import CapacityError, SloraError
 from slora_jax.followers import make_runner as make_leader
 from slora_jax.loading import LoadedModel
 from slora_jax.memory import choose_num_pages, device_memory, fitting_pages, steps_dir
-from slora_jax.programs import StepOptions
+from slora_jax.program_shapes import StepOptions
 from slora_jax.progress import progress_bar
 from slora_jax.runner import Runner
 

@@ -3,6 +3,7 @@
 import dataclasses
 import random
 
+import jax
 import numpy as np
 import pytest
 
@@ -115,3 +116,17 @@ def test_the_arrays_that_are_made(addresses):
     guards = keep_free({8 * MIB: 1}, 100 * MIB, put)
     assert set(made) == {8 * MIB, GUARD_BYTES}
     assert sorted(allocator.used) == sorted(guard.at for guard in guards)
+
+
+def test_where_memory_runs_out_there_are_fewer(addresses):
+    allocator = Allocator([45 * MIB])
+
+    def put(array: np.ndarray):
+        try:
+            return Array(allocator, allocator.allocate(array.nbytes))
+        except ValueError:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory") from None
+
+    guards = keep_free({20 * MIB: 2}, 100 * MIB, put)
+    assert len(guards) == 1
+    assert sorted(allocator.used) == [guards[0].at]

@@ -14,7 +14,8 @@ from slora_jax.batch_builder import BatchBuilder
 from slora_jax.buckets import Buckets
 from slora_jax.loading import random_params
 from slora_jax.placement import new_state
-from slora_jax.programs import Programs, SampleShape, StepOptions, StepShape
+from slora_jax.program_shapes import SampleShape, StepOptions, StepShape
+from slora_jax.programs import Programs
 from slora_jax.sampling_batch import RowSampling, build_sampling, sampling_shapes, with_all_features
 from slora_jax.shapes import named_shape
 
