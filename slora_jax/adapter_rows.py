@@ -52,7 +52,7 @@ class AdapterRows:
         self, digests: Sequence[str], pool: PagePool, adapters: Mapping[str, AdapterShape]
     ) -> tuple[dict[str, int], Table]:
         """Row of each adapter, and the table. All of them must have their pages in the pool. Arrays of a table that was
-        given out never change.
+        given out never change; `put` may delete them when the next one comes.
         """
         state = pool, pool.owners_made
         if self._looked_up == state and self._table is not None and self._row.keys() >= set(digests):

@@ -126,7 +126,7 @@ class Runner:
 
     def _put_table(self, table: Table) -> Table:
         specs = ShardedTable.specs() if self.parallel else jax.tree.map(lambda _: WHOLE, table)
-        return self._staging.move(jax.tree.map(self._put, table, specs))
+        return self._staging.table(jax.tree.map(self._put, table, specs))
 
     def send(self, image: HostImage, start: int, stop: int) -> Chunks:
         """Begins to copy pages `start` to `stop` of an adapter to the device, for `write_adapter`; returns at once."""
@@ -154,13 +154,13 @@ class Runner:
         self._write_chunk(page_ids[at : at + chunk.shape[0]], chunk)
 
     def put(self, batch: Batch) -> Batch:
-        """Begins to copy a batch to the device, in place of the last one of its shape, which no step may need any more.
+        """Begins to copy a batch to the device, in place of the last one of its shape, whose step must have been
+        dispatched.
 
         What is sent after it arrives after it: a copy may begin when what was dispatched before is done, so adapters
         would otherwise begin with the batch, and hold up its step.
         """
-        arrays: dict[str, Any] = {name: value for name, value in vars(batch).items() if isinstance(value, np.ndarray)}
-        return dataclasses.replace(batch, **self._staging.put(arrays))
+        return self._staging.batch(batch)
 
     def _write_chunk(self, page_ids: Sequence[int], chunk: jax.Array | np.ndarray) -> None:
         args = (self.state, np.array(page_ids, np.int32), self.images.to_device(chunk))

@@ -1,18 +1,33 @@
-"""Arrays that steps take keep their places."""
+"""Batches and adapter tables keep their places."""
+
+import dataclasses
 
 import jax
 import numpy as np
+import pytest
 
+from pallas_kernels import AdapterTable
+from slora_jax.batch import Batch
 from slora_jax.staging import Staging
 
+NAMES = [field.name for field in dataclasses.fields(Batch) if field.default is dataclasses.MISSING]
 
-def batch(rng, rows):
-    return dict(
-        tokens=rng.integers(-9, 9, rows).astype(np.int32),
-        table=rng.integers(0, 9, (rows, 3)).astype(np.int32),
-        seeds=rng.integers(0, 2**32, rows, dtype=np.uint32),
-        scaling=rng.standard_normal((2, rows)).astype(np.float32),
+
+def a_table(rng):
+    granules = rng.integers(0, 9, (3, 2, 7)).astype(np.int32)
+    return AdapterTable(
+        pages=rng.integers(0, 9, 12).astype(np.int32),
+        page_start=np.arange(3, dtype=np.int32),
+        tile_start=rng.integers(0, 9, (3, 2)).astype(np.int32),
+        granules=granules,
+        scaling=rng.standard_normal(granules.shape).astype(np.float32),
     )
+
+
+def a_batch(rng, rows):
+    arrays = {name: rng.integers(-9, 9, rows + i).astype(np.int32) for i, name in enumerate(NAMES)}
+    arrays["page_tables"] = rng.integers(0, 9, (rows, 3)).astype(np.int32)
+    return Batch(**arrays | dict(adapters=jax.device_put(a_table(rng))))
 
 
 def addresses(tree):
@@ -25,28 +40,38 @@ def assert_equal(got, want):
         np.testing.assert_array_equal(np.asarray(a), b)
 
 
-def test_batches_of_a_shape_follow_one_another_in_one_place():
-    staging, rng = Staging(jax.device_put), np.random.default_rng(0)
-    first = {rows: addresses(staging.put(batch(rng, rows))) for rows in (4, 8)}
+@pytest.fixture
+def staging():
+    return Staging(jax.device_put)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def test_batches_of_a_shape_follow_one_another_in_one_place(staging, rng):
+    where = lambda batch: addresses(dataclasses.replace(batch, adapters=None))  # noqa: E731
+    first = {rows: where(staging.batch(a_batch(rng, rows))) for rows in (4, 8)}
     for rows in (8, 4, 4, 8):
-        given = batch(rng, rows)
-        placed = staging.put(given)
+        given = a_batch(rng, rows)
+        placed = staging.batch(given)
+        assert placed.adapters is given.adapters
         assert_equal(placed, given)
-        assert addresses(placed) == first[rows]
+        assert where(placed) == first[rows]
 
 
-def test_tables_stay_as_well():
-    staging, rng = Staging(jax.device_put), np.random.default_rng(0)
-    first = addresses(staging.move(jax.device_put(batch(rng, 5))))
+def test_tables_stay_as_well(staging, rng):
+    first = addresses(staging.table(jax.device_put(a_table(rng))))
     for _ in range(3):
-        given = batch(rng, 5)
-        placed = staging.move(jax.device_put(given))
+        given = a_table(rng)
+        placed = staging.table(jax.device_put(given))
         assert_equal(placed, given)
         assert addresses(placed) == first
 
 
-def test_what_was_there_is_gone():
-    staging, rng = Staging(jax.device_put), np.random.default_rng(0)
-    old = staging.put(batch(rng, 4))
-    staging.put(batch(rng, 4))
-    assert old["tokens"].is_deleted()
+def test_what_was_there_is_gone(staging, rng):
+    old, table = staging.batch(a_batch(rng, 4)), staging.table(jax.device_put(a_table(rng)))
+    staging.batch(a_batch(rng, 4))
+    staging.table(jax.device_put(a_table(rng)))
+    assert old.tokens.is_deleted() and table.pages.is_deleted()
