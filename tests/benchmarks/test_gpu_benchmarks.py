@@ -6,7 +6,13 @@ import sys
 import jax
 import pytest
 
-NAMES = ["decode_step", "kernels.bench_attention", "kernels.bench_fused", "kernels.bench_lora"]
+NAMES = [
+    "decode_step",
+    "kernels.bench_attention",
+    "kernels.bench_fused",
+    "kernels.bench_lora",
+    "kernels.bench_write_adapter",
+]
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is one")
