@@ -143,7 +143,7 @@ def lora_add(
         max_rank=max_rank,
         implementation=implementation,
     )
-    if implementation == "mosaic" and kernel_sm90.one_launch():
+    if implementation == "mosaic":
         a = kernel_sm90.Matrices(table=shrink, geometry=shrink_geometry)
         b = kernel_sm90.Matrices(table=expand, geometry=expand_geometry)
         return kernel_sm90.add_sm90(out, x, pages, a, b, seg_start, seg_adapter, **options)

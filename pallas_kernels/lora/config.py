@@ -10,6 +10,11 @@ from pallas_kernels.geometry import TILE_COLS, Geometry
 from pallas_kernels.tuning import measured
 
 _NUM_SMS = 132
+CLUSTER = 2
+"""Thread blocks that share an item where one launch shrinks and expands. Two are neighbours on any GPU; of clusters of
+four, an H200 runs no more than thirty at a time.
+"""
+CLUSTERS = _NUM_SMS // CLUSTER
 SHORT_STEP = 1024
 """Steps up to this many tokens use blocks of eight for all segments: a second pair of launches costs more."""
 SHORT_SEGMENT = 16
@@ -31,8 +36,7 @@ class LoraConfig:
     shrink_packed: most chunks of columns that share a stage of shrink, where a rank block has few granules.
     expand_packed: most chunks of outputs that share a stage of expand, where a module has few granules.
     out_slots: blocks of base output in flight in expand of long segments.
-    shrink_ctas, expand_ctas: size of the persistent grids: multiples of the multiprocessors. The kernel for short
-    segments has expand_ctas programs, which wait for each other: at most one a multiprocessor.
+    shrink_ctas, expand_ctas: size of the persistent grids: multiples of the multiprocessors.
     """
 
     block_tokens: int = 8

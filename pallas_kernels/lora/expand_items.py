@@ -12,7 +12,15 @@ from jax import numpy as jnp
 from pallas_kernels.geometry import GROUPS, Geometry
 from pallas_kernels.geometry import ceil_div as static_ceil_div
 from pallas_kernels.lora.config import LoraConfig
-from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, ceil_div, dealt, dealt_item
+from pallas_kernels.lora.mosaic_common import (
+    STAGE_CHUNKS,
+    ceil_div,
+    dealt,
+    dealt_item,
+    over_chunks,
+    stage_chunks,
+    stage_height,
+)
 from pallas_kernels.lora.plan import (
     BLOCK_GRANULES,
     NUM_TOKENS,
@@ -32,8 +40,8 @@ class ExpandItem:
 
     section: first tile of the module's B; pages: ids of its page and the next. first_tile: of the item.
     height: granules that a chunk of outputs takes in a stage (2, 4 or 8). packed: chunks of outputs in a stage.
-    rank_tiles: stages that a chunk of outputs needs, more than 1 only where packed is 1. width: output tiles of the
-    module.
+    groups: sets of chunks that share a stage. rank_tiles: stages that such a set needs, more than 1 only where packed
+    is 1. width: output tiles of the module.
     """
 
     block: Any
@@ -52,6 +60,7 @@ class ExpandItem:
     height: Any
     packed: Any
     rank_tiles: Any
+    groups: Any
     num_stages: Any
     out_tile: Any
 
@@ -118,6 +127,9 @@ class ExpandItems:
     def fetch(self, cta, n) -> list:
         """What `describe` needs of item n's record."""
         block, (module, *_), _, _ = self._place(cta, n)
+        return self.fetch_of(block, module)
+
+    def fetch_of(self, block, module) -> list:
         field, page = module_field(module), module_pages(module)
         fields = (TOKEN, OFFSET, NUM_TOKENS, PAGE_START, field, field + 1, field + 2, page, page + 1)
         return [self.records[block, self.layer, i] for i in fields]
@@ -125,15 +137,19 @@ class ExpandItems:
     def describe(self, cta, n, fetched) -> ExpandItem:
         """Item n of program `cta`."""
         block, (module, first_range, width, out_tile), part, range_tiles = self._place(cta, n)
+        most = lax.div(range_tiles, jnp.int32(self.chunk))
+        return self.item(block, module, width, out_tile, (part - first_range) * most, most, fetched)
+
+    def item(self, block, module, width, out_tile, chunk0, most, fetched) -> ExpandItem:
+        """Of a module with `width` output tiles, the first of them `out_tile` of `out`: up to `most` chunks of outputs
+        from `chunk0` on.
+        """
         token, offset, num_tokens, page_start, section, granules, y_row, *pages = fetched
-        range_chunks = lax.div(range_tiles, jnp.int32(self.chunk))
-        chunk0 = (part - first_range) * range_chunks
-        length = jnp.minimum(range_chunks, lax.div(width, jnp.int32(self.chunk)) - chunk0)
+        length = jnp.clip(lax.div(width, jnp.int32(self.chunk)) - chunk0, 0, most)
         length = jnp.where(granules > 0, length, 0)
-        # granules that a chunk of outputs takes in a stage
-        height = jnp.where(granules > 4, 8, jnp.where(granules > 2, 4, 2))
-        height = jnp.maximum(height, STAGE_CHUNKS // self.config.expand_packed)
-        packed = lax.div(jnp.int32(STAGE_CHUNKS), height)
+        height = stage_height(granules, self.config.expand_packed)
+        packed = stage_chunks(height)
+        groups = over_chunks(length, packed)
         rank_tiles = jnp.maximum(ceil_div(granules, STAGE_CHUNKS), 1)
         return ExpandItem(
             block=block,
@@ -152,7 +168,8 @@ class ExpandItems:
             height=height,
             packed=packed,
             rank_tiles=rank_tiles,
-            num_stages=ceil_div(length, packed) * rank_tiles,
+            groups=groups,
+            num_stages=groups * rank_tiles,
             out_tile=out_tile + chunk0 * self.chunk,
         )
 

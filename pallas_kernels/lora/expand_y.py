@@ -1,52 +1,115 @@
 """What stands between shrink and expand: y as the operand of expand's products, prepared one item ahead of them."""
 
 from collections.abc import Callable
+import dataclasses
 import functools
+from typing import Any
 
-import jax
 from jax import lax
 from jax import numpy as jnp
+from jax._src.lib.mlir.dialects import arith, llvm
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.geometry import TILE_RANKS
 from pallas_kernels.lora.expand_items import ExpandItem, ExpandItems
-from pallas_kernels.lora.mosaic_common import STAGE_ROWS, drain, for_items
+from pallas_kernels.lora.lanes import Lane, i32, one_of, scalars
+from pallas_kernels.lora.mosaic_common import OPERAND, STAGE_ROWS, drain, for_items
 
 _WGMMA = plgpu.Layout.WGMMA
 _TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 
 
-def prepare_y(
-    items: ExpandItems,
-    num_items,
-    fetch,
-    describe,
-    y_ref,
-    scaling,
-    shifted,
-    y_smem,
-    full,
-    empty,
-    *,
-    rank_tiles: int,
-    by_rows: bool,
-    ready: Callable[[ExpandItem], None] | None = None,
-):
-    """The role of one warpgroup: for every item sums y's splits in order, scales, and lays y out as wgmma's B operand,
-    a tile for each 64 ranks or packed chunk.
+def total_of(item: ExpandItem, rank_tile, scale, parts: list, dtype):
+    """Sum of the splits of 64 ranks in order, scaled; zero past the module's own ranks."""
+    total = functools.reduce(jnp.add, parts)
+    row = plgpu.broadcasted_iota(jnp.int32, total.shape, 0, layout=_WGMMA)
+    live = row < item.granules * TILE_RANKS - rank_tile * STAGE_ROWS
+    return jnp.where(live, total * scale, 0.0).astype(dtype)
 
-    by_rows: in blocks of eight tokens, a tile holds the copies for all packed chunks side by side. ready: waits until
-    an item's y is there. shifted: shared memory [rows, tokens]; y_smem: two buffers of tiles, handed over by the
-    barriers full and empty.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowTiles:
+    """Of blocks of eight tokens: a tile [8 n, 64] has y once for each of the n chunks of outputs that share a stage,
+    where that chunk's ranks are in the stage, and zero elsewhere.
     """
-    zero = jnp.int32(0)
-    shape = (STAGE_ROWS, shifted.shape[1])
-    shift_rows = shifted.shape[0] - STAGE_ROWS
-    packed_limit = y_smem.shape[2] // TILE_RANKS if by_rows else 0
-    row_index = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_WGMMA)
-    shifted[:STAGE_ROWS] = plgpu.layout_cast(jnp.zeros(shape, shifted.dtype), _WGMMA)
-    plgpu.commit_smem()
+
+    y_smem: Any
+    interpret: bool
+
+    def lay_out(self, item: ExpandItem, buffer, rank_tile, scale, parts: list) -> None:
+        total = total_of(item, rank_tile, scale, parts, self.y_smem.dtype)
+        target = self.y_smem.at[buffer, rank_tile]
+        copies = target.shape[0] // TILE_RANKS
+        # What is rolled around is past the ranks of one chunk and so zero.
+        shift = item.height * TILE_RANKS
+        if self.interpret:
+            for i in range(copies):
+                rolled = plgpu.layout_cast(jnp.roll(total, i * shift, axis=0), _TRANSPOSED)
+                target.at[pl.ds(i * TILE_RANKS, TILE_RANKS)].T[...] = rolled
+        else:
+            _scatter_copies(total, shift, target, copies)
+        plgpu.commit_smem()
+
+
+def _scatter_copies(total, shift, target, copies: int) -> None:
+    @plgpu.inline_mgpu(arg_types=(_WGMMA, plgpu.Layout.WG_SPLAT, plgpu.RefType(OPERAND)))
+    def run(ctx, total, shift, target):
+        # Token t of copy i is row t of tile i, 64 ranks of two bytes, whose 16-byte parts are swizzled by the row's
+        # number.
+        del ctx
+        lane, base, (shift,) = Lane.here(), mgpu.utils.memref_ptr(target), scalars(shift)
+        for h, pair in enumerate(total.registers.reshape(2)):
+            for i in range(copies):
+                rank = arith.addi(lane.row, arith.addi(i32(8 * h), arith.muli(shift, i32(i))))
+                rank = arith.andi(rank, i32(STAGE_ROWS - 1))
+                part, within = arith.divui(rank, i32(8)), arith.remui(rank, i32(8))
+                for j in range(2):
+                    row = arith.addi(lane.column, i32(j))
+                    place = arith.addi(arith.muli(arith.xori(part, row), i32(8)), within)
+                    place = arith.addi(place, arith.addi(arith.muli(row, i32(STAGE_ROWS)), i32(512 * i)))
+                    value = one_of(pair, j)
+                    llvm.store(value, mgpu.utils.getelementptr(base, [place], value.type))
+
+    run(total, shift, target)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedTiles:
+    """Of longer blocks: a tile for each chunk of outputs that shares a stage. shifted: shared memory [rows, tokens]."""
+
+    y_smem: Any
+    shifted: Any
+
+    @classmethod
+    def start(cls, y_smem, shifted) -> "PackedTiles":
+        shape = (STAGE_ROWS, shifted.shape[1])
+        shifted[:STAGE_ROWS] = plgpu.layout_cast(jnp.zeros(shape, shifted.dtype), _WGMMA)
+        plgpu.commit_smem()
+        return cls(y_smem=y_smem, shifted=shifted)
+
+    def lay_out(self, item: ExpandItem, buffer, rank_tile, scale, parts: list) -> None:
+        shifted, shift_rows = self.shifted, self.shifted.shape[0] - STAGE_ROWS
+        shifted[pl.ds(shift_rows, STAGE_ROWS)] = total_of(item, rank_tile, scale, parts, shifted.dtype)
+        plgpu.commit_smem()
+
+        def tile_body(i, _):
+            shift = i * item.height * TILE_RANKS
+            tile = plgpu.load(shifted.at[pl.ds(shift_rows - shift, STAGE_ROWS)], layout=_WGMMA)
+            self.y_smem.at[buffer, rank_tile + i].T[...] = plgpu.layout_cast(tile, _TRANSPOSED)
+            return ()
+
+        lax.fori_loop(0, item.packed, tile_body, ())
+        plgpu.commit_smem()  # before `shifted` is written again
+
+
+def prepare_y(items: ExpandItems, num_items, fetch, describe, y_ref, scaling, tiles, full, empty, *, ahead: bool):
+    """The role of one warpgroup, where y comes from global memory: lays out every item's, and hands the two buffers
+    over by the barriers full and empty. ahead: load an item's y while another one is laid out, if the registers can
+    hold it.
+    """
+    zero, rank_tiles = jnp.int32(0), tiles.y_smem.shape[1]
 
     def load_scale(item: ExpandItem):
         return scaling[item.block, items.layer, item.module]
@@ -56,45 +119,13 @@ def prepare_y(
         parts = (y_ref.at[item.block, s, window] for s in range(y_ref.shape[1]))
         return [plgpu.load(part, layout=_WGMMA, optimized=False) for part in parts]
 
-    def lay_out(item: ExpandItem, buffer, rank_tile, scale, parts):
-        """Writes the tiles of y of 64 ranks: one, or one for each packed chunk."""
-        total = functools.reduce(jnp.add, parts or load_parts(item, rank_tile))
-        live = row_index < item.granules * TILE_RANKS - rank_tile * STAGE_ROWS
-        total = jnp.where(live, total * scale, 0.0)
-        shifted[pl.ds(shift_rows, STAGE_ROWS)] = total.astype(shifted.dtype)
-        plgpu.commit_smem()
-        if by_rows:
-            # All copies, needed or not: side by side they take no longer than one.
-            shifts = [jnp.minimum(i * item.height * TILE_RANKS, shift_rows) for i in range(packed_limit)]
-            tiles = [plgpu.load(shifted.at[pl.ds(shift_rows - shift, STAGE_ROWS)], layout=_WGMMA) for shift in shifts]
-            for i, tile in enumerate(tiles):
-                columns = pl.ds(i * TILE_RANKS, TILE_RANKS)
-                y_smem.at[buffer, rank_tile, columns].T[...] = plgpu.layout_cast(tile, _TRANSPOSED)
-            plgpu.commit_smem()  # before `shifted` is written again
-            return
-
-        def tile_body(i, _):
-            shift = i * item.height * TILE_RANKS
-            tile = plgpu.load(shifted.at[pl.ds(shift_rows - shift, STAGE_ROWS)], layout=_WGMMA)
-            y_smem.at[buffer, rank_tile + i].T[...] = plgpu.layout_cast(tile, _TRANSPOSED)
-            return ()
-
-        lax.fori_loop(0, item.packed, tile_body, ())
-        plgpu.commit_smem()  # before `shifted` is written again
-
     def parts_of(item: ExpandItem):
-        """On their way while another item is laid out, where the registers can hold them."""
-        if not by_rows:
-            return []
-        if ready is not None:
-            ready(item)
-        return load_parts(item, 0)
+        return load_parts(item, 0) if ahead else []
 
     def item_body(item: ExpandItem, following: Callable[[], ExpandItem], carry):
         prepared, scale, parts = carry
         buffer = lax.rem(prepared, 2)
-        # Who has to wait for y should not keep back the item that is at hand.
-        next_parts = [] if ready is not None else parts_of(following())
+        next_parts = parts_of(following())
 
         @pl.when(item.length > 0)
         def _():
@@ -102,19 +133,16 @@ def prepare_y(
             def _():
                 plgpu.barrier_wait(empty.at[buffer])
 
-            with jax.named_scope("lay_out_y"):
-                lay_out(item, buffer, 0, scale, parts)
+            tiles.lay_out(item, buffer, 0, scale, parts or load_parts(item, 0))
 
             def rank_body(rank_tile, _):
-                lay_out(item, buffer, rank_tile, scale, [])
+                tiles.lay_out(item, buffer, rank_tile, scale, load_parts(item, rank_tile))
                 return ()
 
             if rank_tiles > 1:
                 lax.fori_loop(1, item.rank_tiles, rank_body, ())
             plgpu.barrier_arrive(full.at[buffer])
 
-        if ready is not None:
-            next_parts = parts_of(following())
         return prepared + jnp.where(item.length > 0, 1, 0), load_scale(following()), next_parts
 
     @pl.when(num_items > 0)

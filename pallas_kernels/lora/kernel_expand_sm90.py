@@ -23,7 +23,7 @@ from pallas_kernels.geometry import ceil_div as static_ceil_div
 from pallas_kernels.lora.any_rows import any_rows
 from pallas_kernels.lora.config import LoraConfig
 from pallas_kernels.lora.expand_items import ExpandItem, ExpandItems
-from pallas_kernels.lora.expand_y import prepare_y
+from pallas_kernels.lora.expand_y import PackedTiles, prepare_y
 from pallas_kernels.lora.mosaic_common import (
     OPERAND,
     PLAN_ROWS,
@@ -201,12 +201,10 @@ def _launch(
                 describe,
                 y_ref,
                 scaling,
-                shifted,
-                y_smem,
+                PackedTiles.start(y_smem, shifted),
                 y_full,
                 y_empty,
-                rank_tiles=rank_tiles,
-                by_rows=False,
+                ahead=False,
             )
 
         @pl.when(wg < consumers)

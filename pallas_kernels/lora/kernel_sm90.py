@@ -6,7 +6,6 @@ large step is served by two pairs of launches, one for short segments (decoding)
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -15,10 +14,11 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry
 from pallas_kernels.lora.config import SHORT_STEP, LoraConfig, chunk_tiles, default_config
+from pallas_kernels.lora.kernel_add_sm90 import add
 from pallas_kernels.lora.kernel_expand_sm90 import expand
-from pallas_kernels.lora.kernel_short_sm90 import Half, short
+from pallas_kernels.lora.kernel_short_sm90 import short
 from pallas_kernels.lora.kernel_shrink_sm90 import shrink
-from pallas_kernels.lora.plan import by_length, make_plan
+from pallas_kernels.lora.plan import Half, by_length, make_plan
 from pallas_kernels.lora.table import AdapterTable
 
 _WHOLE_ROWS = 8
@@ -31,8 +31,7 @@ _STATIC = ("group", "geometry", "config", "chunk", "max_rank", "interpret")
 _shrink = jax.jit(shrink, static_argnames=_STATIC)
 _expand = jax.jit(expand, static_argnames=_STATIC)
 _make_plan = jax.jit(make_plan, static_argnames=("num_tokens", "geometry", "block_tokens"))
-
-
+_add = jax.jit(add, static_argnames=("group", "config", "chunk", "max_rank"))
 _short = jax.jit(short, static_argnames=("phase", "group", "config", "chunk", "max_rank", "interpret"))
 
 
@@ -52,13 +51,6 @@ def unsupported(tokens: jax.Array, pages: jax.Array, *, group: str, geometry: Ge
     if group not in GROUPS:
         return f"there is no group {group!r}"
     return None
-
-
-@functools.cache
-def one_launch() -> bool:
-    """Whether shrink and expand may share a launch: its programs wait for each other, so all must run at once."""
-    device = jax.devices()[0]
-    return device.platform != "gpu" or device.core_count >= LoraConfig().expand_ctas
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +106,7 @@ def shrink_sm90(
         chunk = chunk_tiles(geometry, one.chunk_tiles)
         options: dict[str, Any] = dict(group=group, config=one, chunk=chunk, max_rank=max_rank, interpret=interpret)
         if _is_short(one):
-            found.append(_short("shrink", pages, where, shrink=half, x=x, **options))
+            found.append(_short("shrink", pages, where, half, x=x, **options))
         else:
             found.append(_shrink(x, pages, table.pages, half.plan, where, geometry=geometry, **options))
     return tuple(found)
@@ -147,7 +139,7 @@ def expand_sm90(
         chunk = chunk_tiles(geometry, one.chunk_tiles)
         options: dict[str, Any] = dict(group=group, config=one, chunk=chunk, max_rank=max_rank, interpret=interpret)
         if _is_short(one):
-            out = _short("expand", pages, where, expand=half, out=out, y=part, **options)
+            out = _short("expand", pages, where, half, out=out, y=part, **options)
         else:
             out = _expand(out, part, pages, table.pages, half.plan, where, geometry=geometry, **options)
     return out[:num_tokens]
@@ -169,8 +161,6 @@ def add_sm90(
 ) -> Float[Array, "T c"]:
     """`expand_sm90` of `shrink_sm90` in one launch for short segments; with one geometry bit for bit. shrink, expand:
     where A and B are.
-
-    The GPU must have as many multiprocessors as the kernel has programs (`LoraConfig.expand_ctas`).
     """
     where = jnp.asarray(layer, jnp.int32).reshape(1)
     num_tokens = out.shape[0]
@@ -178,10 +168,11 @@ def add_sm90(
     for one, adapters in _pairs(num_tokens, seg_start, seg_adapter, shrink.geometry, config):
         a, b = (matrices.half(seg_start, adapters, num_tokens, one) for matrices in (shrink, expand))
         chunk = min(chunk_tiles(half.geometry, one.chunk_tiles) for half in (a, b))
-        options: dict[str, Any] = dict(group=group, config=one, chunk=chunk, max_rank=max_rank, interpret=None)
+        options: dict[str, Any] = dict(group=group, config=one, chunk=chunk, max_rank=max_rank)
         if _is_short(one):
-            out = _short("both", pages, where, shrink=a, expand=b, x=x, out=out, **options)
+            out = _add(pages, where, a, b, x=x, out=out, **options)
         else:
+            options["interpret"] = None
             y = _shrink(x, pages, a.page_ids, a.plan, where, geometry=a.geometry, **options)
             out = _expand(out, y, pages, b.page_ids, b.plan, where, geometry=b.geometry, **options)
     return out[:num_tokens]

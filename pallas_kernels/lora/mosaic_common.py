@@ -175,6 +175,22 @@ def capacity(least: int, rows: int) -> int:
     return max(least, 1 << (rows - 1).bit_length())
 
 
+def stage_height(granules, packed_limit: int):
+    """Granules that a chunk of columns or outputs takes in a stage, where an adapter has so many: 2, 4 or 8."""
+    height = jnp.where(granules > 4, 8, jnp.where(granules > 2, 4, 2))
+    return jnp.maximum(height, STAGE_CHUNKS // packed_limit)
+
+
+def stage_chunks(height):
+    """Chunks of columns or outputs in a stage: eight by the height. A division by a scalar takes a hundred cycles."""
+    return jnp.where(height == 8, 1, jnp.where(height == 4, 2, 4))
+
+
+def over_chunks(count, packed):
+    """`count` over the chunks in a stage, rounded up."""
+    return jnp.where(packed == 4, (count + 3) >> 2, jnp.where(packed == 2, (count + 1) >> 1, count))
+
+
 def tile_columns(tile):
     return pl.ds(pl.multiple_of(tile * TILE_COLS, TILE_COLS), TILE_COLS)
 

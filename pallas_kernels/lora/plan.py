@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
 from pallas_kernels.geometry import GROUPS, MODULES, Geometry, ceil_div
-from pallas_kernels.lora.config import SHORT_SEGMENT
+from pallas_kernels.lora.config import CLUSTERS, SHORT_SEGMENT
 from pallas_kernels.lora.table import AdapterTable, section_starts
 
 BLOCK_GRANULES = 8
@@ -53,8 +53,7 @@ def module_pages(module):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """counts: number of token blocks, then for each group the most rank blocks that any of them has in any layer.
-    records: TOKEN is a block's first row, of which the block's own tokens begin OFFSET rows on. tickets, done: counters
-    for each layer and group, and for each block in it, for block_signals; zero at first.
+    records: TOKEN is a block's first row, of which the block's own tokens begin OFFSET rows on.
 
     Records past the last token block are unspecified.
     """
@@ -62,8 +61,16 @@ class Plan:
     counts: Int[Array, "5"]
     records: Int[Array, "NT L R"]
     scaling: Float[Array, "NT L 7"]
-    tickets: Int[Array, "L 4"]
-    done: Int[Array, "NT L 4"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Half:
+    """Where one of the two matrices of every adapter lies, in a step."""
+
+    page_ids: jax.Array
+    plan: Plan
+    geometry: Geometry = dataclasses.field(metadata=dict(static=True))
 
 
 def max_token_blocks(num_tokens: int, num_segments: int, block_tokens: int) -> int:
@@ -132,7 +139,8 @@ def make_plan(
 ) -> Plan:
     """The plan of a step of `num_tokens` tokens."""
     num_segments = seg_adapter.shape[0]
-    limit = max_token_blocks(num_tokens, num_segments, block_tokens)
+    # A record for each cluster of thread blocks: none waits to know how many are in use before it fetches its first.
+    limit = max(max_token_blocks(num_tokens, num_segments, block_tokens), CLUSTERS)
     lengths = seg_start[1:] - seg_start[:-1]
     first_block = token_blocks(seg_start, seg_adapter, block_tokens)
     index = jnp.arange(limit, dtype=jnp.int32)
@@ -157,11 +165,8 @@ def make_plan(
     rank_blocks = -(-jnp.sum(granules * groups, axis=3, dtype=jnp.int32) // BLOCK_GRANULES)
     used = (index < first_block[-1])[:, None, None]
     counts = jnp.max(jnp.where(used, rank_blocks, 0), axis=(0, 1))
-    zero = jnp.minimum(first_block[-1], 0)  # computed, so that it is no constant: the kernels count there
     return Plan(
         counts=jnp.concatenate([first_block[-1:], counts]),
         records=jnp.concatenate([records, page_ids], axis=2),
         scaling=table.scaling[adapter],
-        tickets=jnp.broadcast_to(zero, (records.shape[1], len(GROUPS))),
-        done=jnp.broadcast_to(zero, (*records.shape[:2], len(GROUPS))),
     )

@@ -2,8 +2,7 @@
 
 A slot holds eight chunks of weights and, at its side, four blocks of eight tokens: of activations while the kernel
 shrinks, of base outputs while it expands. A block is as large as a chunk, so all of it is one array: first the slots'
-chunks, then their sides. What wgmma reads past the last slot's chunks (64 rows from wherever a chunk begins) is then
-inside the ring; those rows of a product are never used.
+chunks, then their sides.
 """
 
 import dataclasses
@@ -11,12 +10,16 @@ from typing import Any
 
 from jax import lax
 from jax import numpy as jnp
+from jax._src.lib.mlir.dialects import arith, llvm
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.geometry import TILE_COLS, TILE_RANKS
 from pallas_kernels.lora.bulk_copy import expect
-from pallas_kernels.lora.mosaic_common import OPERAND, STAGE_CHUNKS, SWIZZLED, ChunkSource
+from pallas_kernels.lora.lanes import Lane, i32
+from pallas_kernels.lora.mosaic_common import OPERAND, STAGE_CHUNKS, STAGE_ROWS, SWIZZLED, ChunkSource
+from pallas_kernels.vectors_sm90 import WARPGROUP
 
 SIDE_BLOCKS = 4
 WARPS = 4
@@ -39,7 +42,9 @@ def ring_type(source: ChunkSource, stages: int, dtype):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShortRing:
-    """operand, chunks, rows: the ring's views. full, empty: barriers of the slots."""
+    """operand, chunks, rows: the ring's views. full, empty: barriers of the slots. Who waits for `full` must do so for
+    every stage that is announced on it.
+    """
 
     source: ChunkSource
     stages: int
@@ -71,8 +76,24 @@ class ShortRing:
             return self.chunks.at[pl.ds(self._unit(slot, block), 1)]
         return self.operand.at[pl.ds(self.side_row(slot, block), TILE_RANKS)]
 
-    def side_operand(self, slot, block):
-        return self.operand.at[pl.ds(pl.multiple_of(self.side_row(slot, block), TILE_RANKS), TILE_RANKS)]
+    def clear_side(self, slot, block):
+        """Of the multiplying warpgroup: zeros in a block at a slot's side."""
+        rows = pl.ds(pl.multiple_of(self.side_row(slot, block), TILE_RANKS), TILE_RANKS)
+        target = self.operand.at[rows]
+        if self.source.whole:
+            _clear(target, self.unit_bytes // WARPGROUP)
+        else:
+            target[...] = jnp.zeros(target.shape, target.dtype)
+        plgpu.commit_smem()
+
+    def weights(self, slot):
+        """A slot's chunks as an operand, [64, columns]."""
+        return self.operand.at[pl.ds(pl.multiple_of(slot * STAGE_ROWS, STAGE_ROWS), STAGE_ROWS)]
+
+    def sides(self, slot):
+        """All blocks at a slot's side as an operand, [32, columns]."""
+        rows = SIDE_BLOCKS * TILE_RANKS
+        return self.operand.at[pl.ds(pl.multiple_of(self.side_row(slot, 0), TILE_RANKS), rows)]
 
     def expect(self, slot, num_bytes):
         """Announces what a warp copies to a slot (in interpret mode every copy announces itself)."""
@@ -85,3 +106,26 @@ class ShortRing:
         @pl.when(issued >= self.stages)
         def _():
             plgpu.barrier_wait(self.empty.at[lax.rem(issued, jnp.int32(self.stages))])
+
+
+def _clear(target, thread_bytes: int) -> None:
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(OPERAND),))
+    def run(ctx, target):
+        del ctx
+        base, zero, thread = mgpu.utils.memref_ptr(target), i32(0), Lane.here().thread
+        for i in range(thread_bytes // 4):
+            place = arith.addi(thread, i32(i * WARPGROUP))
+            llvm.store(zero, mgpu.utils.getelementptr(base, [place], zero.type))
+
+    run(target)
+
+
+def sync_warpgroup() -> None:
+    """Threads of a warpgroup see what each of them wrote to shared memory; bulk copies and wgmma need commit_smem."""
+
+    @plgpu.inline_mgpu()
+    def run(ctx):
+        del ctx
+        mgpu.utils.warpgroup_barrier()
+
+    run()

@@ -1,4 +1,6 @@
-"""How the LoRA kernel for short segments cuts its work: every chunk is copied once and multiplied once, in order."""
+"""How the LoRA kernels for short segments cut their work: every chunk is copied once and multiplied once, in order."""
+
+import functools
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,10 +9,13 @@ from jax import numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.geometry import GROUPS
 from pallas_kernels.lora.arg_specs import LLAMA2_7B
-from pallas_kernels.lora.config import LoraConfig
+from pallas_kernels.lora.cluster_items import AddItems
+from pallas_kernels.lora.config import CLUSTER, CLUSTERS, LoraConfig
+from pallas_kernels.lora.expand_items import ExpandItems
 from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, dealt, dealt_item
-from pallas_kernels.lora.plan import RECORD, group_fields
+from pallas_kernels.lora.plan import RECORD, group_fields, module_field
 from pallas_kernels.lora.short_items import ShrinkItems, split_chunks
 
 CTAS = 5
@@ -30,16 +35,15 @@ def test_items_that_become_smaller_are_dealt_out_evenly():
     assert max(loads) == min(loads)
 
 
-def _items(granules: list[int], sides: int, packed: int) -> ShrinkItems:
+def _items(granules: list[int], packed: int, geometry=LLAMA2_7B, group="o") -> ShrinkItems:
     """Of token blocks whose adapters have so many granules in the group."""
     records = np.zeros((len(granules), 1, RECORD), np.int32)
-    records[:, 0, group_fields("o")[1]] = granules
+    records[:, 0, group_fields(group)[1]] = granules
     return ShrinkItems(
-        geometry=LLAMA2_7B,
-        group="o",
+        geometry=geometry,
+        group=group,
         config=LoraConfig(expand_ctas=CTAS, shrink_packed=packed),
         chunk=4,
-        sides=sides,
         num_blocks=jnp.int32(len(granules)),
         rank_blocks=jnp.int32(max(-(-g // STAGE_CHUNKS) for g in granules)),
         records=jnp.asarray(records),
@@ -47,41 +51,99 @@ def _items(granules: list[int], sides: int, packed: int) -> ShrinkItems:
     )
 
 
-@pytest.mark.parametrize("sides, packed", [(1, 4), (2, 4), (2, 2), (2, 1)])
+@pytest.mark.parametrize("group, packed", [("o", 4), ("o", 2), ("o", 1), ("down", 4)])  # down: 43 chunks in 8 splits
 @pytest.mark.parametrize("granules", [[3], [1, 0, 20], [8, 5, 2, 12, 1, 4]])
-def test_every_chunk_is_copied_and_multiplied_once(granules, sides, packed):
-    items = _items(granules, sides, packed)
-    total, per_split, splits = split_chunks(LLAMA2_7B, "o", items.config, 4)
+def test_every_chunk_is_copied_and_multiplied_once(granules, group, packed):
+    items = _items(granules, packed, group=group)
+    total, per_split, splits = split_chunks(LLAMA2_7B, group, items.config, 4)
     copied, sums = set(), {}
     describe = jax.jit(lambda cta, n: items.describe(cta, n, items.fetch(cta, n)))
-    at = jax.jit(lambda item, number, stage, sub: items.column(item, number, sub)(stage))
-    mine, stages = jax.jit(items.mine), jax.jit(items.stages)
-    ended = dict.fromkeys(range(len(granules)), 0)
+    columns = jax.jit(lambda item, number, place, stage: items.columns(item, number, place)(stage))
+    split_of, place_of, stages = jax.jit(items.split), jax.jit(items.place), jax.jit(items.stages)
     for cta in range(CTAS):
         for n in range(int(items.local(cta))):
             item = describe(cta, n)
-            ended[int(item.block)] += sides
-            assert int(items.block(cta, n)) == int(item.block)
-            for number in range(int(item.first_set), int(item.first_set) + int(item.num_sets)):
+            where = int(item.block), int(item.first_granule) // STAGE_CHUNKS
+            assert int(item.height) * int(item.packed) == STAGE_CHUNKS
+            places = [tuple(int(v) for v in place_of(item, s)) for s in range(STAGE_CHUNKS)]
+            for number in range(int(items.sets(item))):
                 for stage in range(int(stages(item, number))):
-                    valid = {}
-                    for s in range(STAGE_CHUNKS):
-                        sub = int(items.sub(item, s))
-                        tile, wanted = at(item, number, stage, sub)
-                        if wanted:
-                            key = int(item.block), int(item.rank_block), s - sub * int(item.granules), int(tile)
-                            assert key not in copied
-                            copied.add(key)
-                            valid[sub] = int(tile) // 4
-                    for side in range(sides):
-                        first, count = (int(v) for v in mine(item, number, stage, side))
-                        split = number * sides + side
-                        chunks = [valid.pop(sub) for sub in range(first, first + count)]
-                        sums.setdefault((int(item.block), int(item.rank_block), split), []).extend(chunks)
-                    assert not valid, "chunks that nobody multiplies"
+                    for place in range(int(item.packed)):
+                        tile, valid, new = columns(item, number, place, stage)
+                        if not valid:
+                            continue
+                        split = int(split_of(item, number, place)[0])
+                        assert split * per_split <= int(tile) // 4 < min((split + 1) * per_split, total)
+                        if not new:
+                            continue  # repeated, to be multiplied by zeros
+                        sums.setdefault((*where, split), []).append(int(tile) // 4)
+                        for p, granule in places:
+                            if p == place and granule < int(item.granules):
+                                key = *where, granule, int(tile)
+                                assert key not in copied
+                                copied.add(key)
     assert len(copied) == sum(granules) * total
-    assert all(count == int(items.signals) for count in ended.values())
     for (block, rank_block, split), chunks in sums.items():
         assert granules[block] > rank_block * STAGE_CHUNKS
         assert chunks == list(range(split * per_split, min((split + 1) * per_split, total)))
     assert len(sums) == splits * sum(-(-g // STAGE_CHUNKS) for g in granules)
+
+
+@pytest.mark.parametrize("group, blocks", [("qkv", 1), ("o", 3), ("gu", 20), ("qkv", 64), ("down", 70)])
+def test_clusters_share_all_items(group, blocks):
+    """Every output chunk of every token block and module is in one item of one thread block, with all splits shrunk
+    by the item's cluster.
+    """
+    rng = np.random.default_rng(blocks)
+    records = np.zeros((max(blocks, CLUSTERS), 1, RECORD), np.int32)
+    modules = GROUPS[group]
+    granules = rng.integers(0, 12, (blocks, len(modules)))
+    for i, m in enumerate(modules):
+        records[:blocks, 0, module_field(m) + 1] = granules[:, i]
+        records[:blocks, 0, module_field(m) + 2] = 8 * granules[:, :i].sum(axis=1)
+    known = dict(
+        geometry=LLAMA2_7B,
+        group=group,
+        config=LoraConfig(),
+        chunk=4,
+        num_blocks=jnp.int32(blocks),
+        records=jnp.asarray(records),
+        layer=0,
+    )
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def describe(cluster, part, n):
+        items = AddItems(
+            shrink=ShrinkItems(rank_blocks=None, **known), expand=ExpandItems(**known), cluster=cluster, part=part
+        )
+        item = items.describe(n, items.fetch(n))
+        tiles = [items.shrink_of(item, k) for k in range(2)]
+        return items.count, item, tiles, items.shrink_stages(item)
+
+    splits = split_chunks(LLAMA2_7B, group, LoraConfig(), 4)[2]
+    outputs, shrunk = {}, {}
+    for cluster in range(CLUSTERS):
+        n, count = 0, 1
+        while n < count:
+            for part in range(CLUSTER):
+                count, item, tiles, stages = jax.tree.map(int, describe(cluster, part, n))
+                if n >= count:
+                    break
+                expand, module = item.expand, modules.index(item.expand.module)
+                own = int(granules[expand.block, module])
+                assert item.rank_tiles == -(-own // STAGE_CHUNKS)
+                assert (stages > 0) == (own > 0)
+                for k, tile in enumerate(tiles[: item.rank_tiles]):
+                    assert tile.first_granule == granules[expand.block, :module].sum() + k * STAGE_CHUNKS
+                    assert tile.granules == min(own - k * STAGE_CHUNKS, STAGE_CHUNKS)
+                shrunk.setdefault((cluster, n), []).extend(
+                    range(item.shrink.first_split, item.shrink.first_split + item.shrink.num_splits)
+                )
+                for chunk in range(expand.length):
+                    key = expand.block, expand.out_tile + 4 * chunk
+                    assert key not in outputs
+                    outputs[key] = own
+            n += 1
+    wide = sum(LLAMA2_7B.out_tiles(m) * int((granules[:, i] > 0).sum()) for i, m in enumerate(modules))
+    assert len(outputs) == wide // 4
+    assert all(sorted(found) == list(range(splits)) for found in shrunk.values())
