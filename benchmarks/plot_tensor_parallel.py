@@ -85,11 +85,21 @@ def markdown(runs: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, default=RESULTS / "tensor_parallel.json")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        nargs="+",
+        default=[RESULTS / "tensor_parallel.json"],
+        help="of later files only models on numbers of GPUs that the earlier ones do not have",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS.parent.parent / "docs" / "tensor_parallel.png")
     parser.add_argument("--markdown", action="store_true")
     args = parser.parse_args(argv)
-    runs = json.loads(args.json.read_text())["runs"]
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for path in args.json:
+        for run in json.loads(path.read_text())["runs"]:
+            found.setdefault((run["model"], run["tp"]), run)
+    runs = list(found.values())
     if args.markdown:
         print(markdown(runs))
     else:
