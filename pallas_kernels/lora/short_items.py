@@ -91,9 +91,6 @@ class ShrinkItems:
         block = jnp.maximum(jnp.minimum(rest - rank_block * self.num_blocks, self.num_blocks - 1), 0)
         return block, rank_block, lax.rem(item, parts)
 
-    def rank_block(self, cta, n):
-        return self._place(cta, n)[1]
-
     def fetch(self, cta, n) -> list:
         """What `describe` needs of item n's record."""
         block, _, _ = self._place(cta, n)

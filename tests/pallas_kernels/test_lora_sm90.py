@@ -283,6 +283,14 @@ def test_add_is_one_launch_for_short_segments(name, group):
     assert lowered.count("@mosaic_gpu_v2") == (1 if spec.num_tokens <= SHORT_STEP else 3)
 
 
+@pytest.mark.parametrize("g, max_rank", [(TINY, 16), (ODD, 512)], ids=["chunks-of-two", "chunks-of-one-high-rank"])
+def test_narrow_models_lower_to_cuda(g, max_rank):
+    spec = SPECS["7b_decode_64_distinct_r16_qkvo"]
+    spec = dataclasses.replace(spec, geometry=g, ranks=(max_rank,) * len(spec.ranks))
+    for op, launches in (("add", 1), ("pair", 2)):
+        assert _lower(spec, "gu", op=op).count("@mosaic_gpu_v2") == launches
+
+
 def test_steps_of_all_sizes_share_their_kernels():
     spec = SPECS["7b_decode_64_mixed_qkvo"]
     hashes = {
