@@ -229,7 +229,8 @@ class Scheduler:
         tried = self.waiting.tried = []
         refused: list[Sequence] = []
         coming: set[Hashable] = set()  # adapters on their way, each to a seat that is free now
-        if not draft.budget or not self._seats.any_free:
+        reserved = 0  # pages for whoever waits first for each of these, which would be evicted before it was used
+        if not draft.budget or not self._seats.any_free():
             return
         for seq, first in self.waiting.candidates(lambda: self.policy.order(self._view(now))):
             if not self.quotas.admits(seq, now) or (seq.prompt_logprobs and not draft.prompt_rows):
@@ -237,19 +238,21 @@ class Scheduler:
             if not self.adapters.may_load(seq.adapter):
                 tried.append(seq)
                 continue
-            if not self._admit(seq, draft):
+            if not self._admit(seq, draft, reserved=reserved):
                 tried.append(seq)
                 if self.adapters.is_loading(seq.adapter):
+                    reserved += 0 if seq.group in coming else self._seats.pages_needed(seq)
                     coming.add(seq.group)
                 else:
                     refused.append(seq)
-                if first or len(refused) == _TRIES or len(self.running) + len(coming) >= self.max_seqs:
+                if first or len(refused) == _TRIES or not self._seats.any_free(len(coming), reserved):
                     break
                 continue
             length = draft.chunk_length(seq)
             if length:
                 draft.add(seq, length)
-            if self.waiting.overtake(refused) or not length or not draft.budget or not self._seats.any_free:
+            overdue = self.waiting.overtake(refused)
+            if overdue or not length or not draft.budget or not self._seats.any_free(pages=reserved):
                 break
 
     def _make_way(self, settled: list[Sequence], draft: StepDraft, now: float) -> None:
@@ -276,9 +279,9 @@ class Scheduler:
             if self._admit(seq, draft, urgent=True) and (length := draft.chunk_length(seq)):
                 draft.add(seq, length)
 
-    def _admit(self, seq: Sequence, draft: StepDraft, urgent: bool = False) -> bool:
+    def _admit(self, seq: Sequence, draft: StepDraft, urgent: bool = False, reserved: int = 0) -> bool:
         """Starts a waiting sequence if it fits; see Seats.enter."""
-        if not self._seats.enter(seq, urgent):
+        if not self._seats.enter(seq, urgent, reserved):
             return False
         self.waiting.remove(seq)
         self.quotas.admitted(seq)

@@ -38,23 +38,27 @@ class Seats:
         self._rows = list(range(max_seqs - 1, -1, -1))  # not in use
         self._tickets = 0
 
-    @property
-    def any_free(self) -> bool:
-        """Whether another sequence may fit, beside a spare page for each running one."""
-        return len(self.running) < self.max_seqs and self._pool.available > len(self.running)
+    def any_free(self, seats: int = 0, pages: int = 0) -> bool:
+        """Whether another sequence may fit beside a spare page for each running one, `seats` and `pages` left free."""
+        running = len(self.running)
+        return running + seats < self.max_seqs and self._pool.available - pages > running
 
-    def enter(self, seq: Sequence, urgent: bool = False) -> bool:
+    def pages_needed(self, seq: Sequence) -> int:
+        """Pages for a waiting sequence's tokens, and one because whoever starts before it needs a spare one."""
+        return ceil_div(len(seq.tokens), PAGE_TOKENS) + 1
+
+    def enter(self, seq: Sequence, urgent: bool = False, reserved: int = 0) -> bool:
         """Seats a waiting sequence if its adapter and its tokens fit beside a spare page for each running sequence.
 
         If they fit, but the adapter has to be copied and cannot be there before this step, that is begun. urgent: see
-        PageLoads.completes.
+        PageLoads.completes. reserved: available pages that must be left to others.
         """
         assert not seq.num_unknown, "a sequence cannot start while its last token is not known"
         # what was decoded is decoded again, and at least two tokens of a prompt are computed together
         limit = seq.prompt_len - 2 if self._deterministic else len(seq.tokens) - 1
         hits = self._prefixes.match(seq, limit) if self._prefixes is not None else []
         need = ceil_div(len(seq.tokens), PAGE_TOKENS) - len(hits)
-        available = self._pool.available
+        available = self._pool.available - reserved
         if self._prefixes is not None:
             available -= self._prefixes.count_idle(hits)
         adapter, limited = seq.adapter, bool(self.running)

@@ -165,6 +165,33 @@ def test_adapters_of_waiting_requests_go_to_free_pages_ahead_of_their_turn():
     assert (adapters.hits, adapters.misses, adapters.evictions) == (1, 0, 0)
 
 
+def test_an_adapter_on_its_way_keeps_the_pages_that_its_request_needs():
+    scheduler = make_scheduler(num_pages=12, step_pages=1)
+    add(scheduler, "base")
+    step(scheduler)  # 11 pages are left
+    add(scheduler, "cold", AdapterUse("a", 3, reload_cost=0.1), prompt=64)  # 7 of them
+    add(scheduler, "large", prompt=48)  # 3, and there would be none to spare for the others
+    add(scheduler, "small", prompt=16)
+    assert started(step(scheduler)) == ["small"]
+    for wanted in ([], [], ["cold"]):
+        assert started(step(scheduler)) == wanted
+    assert (scheduler.adapters.misses, scheduler.adapters.evictions) == (1, 0)
+    for name in ("base", "small"):
+        scheduler.remove(next(seq for seq in scheduler.running if seq.seq_id == name))
+    assert started(step(scheduler)) == ["large"]
+
+
+def test_no_pages_are_kept_for_a_request_that_left():
+    scheduler = make_scheduler(num_pages=12, step_pages=1)
+    add(scheduler, "base")
+    step(scheduler)
+    cold = add(scheduler, "cold", AdapterUse("a", 2), prompt=64)
+    add(scheduler, "other", prompt=64)
+    assert started(step(scheduler)) == []
+    scheduler.remove(cold)
+    assert started(step(scheduler)) == ["other"] and scheduler.adapters.loads
+
+
 def test_an_adapter_that_is_forgotten_while_it_is_copied_gives_its_pages_back():
     scheduler = make_scheduler(step_pages=1)
     add(scheduler, "base")

@@ -239,6 +239,30 @@ def test_a_step_that_failed_leaves_no_prefix_behind():
 @settings(max_examples=60, deadline=None)
 @given(
     requests=requests,
+    num_pages=st.integers(12, 30),
+    max_seqs=st.integers(1, 6),
+    step_pages=st.integers(1, 3),
+    policy=st.sampled_from([None, Cluster(1, 5.0), Fair(), Gather(2)]),
+    max_overtakes=st.integers(1, 64),
+    page_cost=st.sampled_from([None, 0.01]),
+    overlap=st.booleans(),
+)
+def test_adapters_that_are_copied_beside_steps_change_no_token(
+    requests, num_pages, max_seqs, step_pages, policy, max_overtakes, page_cost, overlap
+):
+    large = serve(requests, 1000, 64, 4096)
+    if policy is not None:
+        policy = type(policy)(
+            **{k: v for k, v in vars(policy).items() if k in inspect.signature(type(policy)).parameters}
+        )
+    options = dict(policy=policy, max_overtakes=max_overtakes, prefix_page_cost=page_cost, overlap=overlap)
+    small = serve(requests, num_pages, max_seqs, max_seqs + 20, loads=PageLoads(1, step_pages), **options)
+    assert small == large
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    requests=requests,
     policy=st.sampled_from(
         [Cluster(1, 5.0), EarlyAbort(9.0), EarlyAbort(4.0, 1.0), Fair(), Fair("adapter"), Gather(2), Priority(9)]
     ),

@@ -115,6 +115,16 @@ def test_every_token_is_computed_once_in_a_large_pool():
     assert [r.finished for r in run(trace, page_pool_bytes=8 << 30).records] == [r.finished for r in result.records]
 
 
+@pytest.mark.parametrize("policy", ["fcfs", "gather"])
+def test_adapters_in_a_full_pool_are_seldom_copied_for_nothing(policy):
+    """1.9 and 1.6 times a request while nobody left the pages that requests need beside an adapter on its way."""
+    trace = synthetic_trace(adapters=60, rate=4, seconds=20, lengths=(64, 256))
+    pool = dict(page_pool_bytes=2 << 30, max_seqs=32)
+    result = run(trace, policy=policy, adapter_chunk_bytes=16 << 20, adapter_step_bytes=64 << 20, **pool)
+    assert all(r.finished is not None for r in result.records)
+    assert result.counters["loads"] <= 1.2 * len(trace)
+
+
 def test_a_large_request_among_small_ones_does_not_starve():
     small = synthetic_trace(adapters=4, rate=3, seconds=40, lengths=(32, 64), seed=3)
     large = TraceRequest(5.0, None, 900, 9)
