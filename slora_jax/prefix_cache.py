@@ -4,16 +4,18 @@ Plain Python, no jax. A page's key is a hash over the key of the page before it 
 the adapter's digest. So equal keys mean equal tokens from the start on, under equal weights.
 """
 
-from array import array
 from collections.abc import Hashable, Sequence
 import dataclasses
 import hashlib
+import struct
 
 from pallas_kernels.geometry import PAGE_TOKENS
 from slora_jax.page_pool import Owner, PagePool
 from slora_jax.sequence import Sequence as Seq
 
 Key = bytes
+
+_as_bytes = struct.Struct(f"{PAGE_TOKENS}q").pack
 
 
 def prefix_owner(key: Key) -> Hashable:
@@ -25,7 +27,7 @@ def page_keys(seq: Seq, count: int) -> list[Key]:
     keys = seq.page_keys
     for i in range(len(keys), count):
         before = keys[i - 1] if i else (seq.adapter.digest.encode() if seq.adapter else b"")
-        tokens = array("q", seq.tokens[i * PAGE_TOKENS : (i + 1) * PAGE_TOKENS]).tobytes()
+        tokens = _as_bytes(*seq.tokens[i * PAGE_TOKENS : (i + 1) * PAGE_TOKENS])
         # 128 bits: that two different texts ever meet is out of the question, also if someone tries
         keys.append(hashlib.blake2b(before + b":" + tokens, digest_size=16).digest())
     return keys[:count]

@@ -16,6 +16,7 @@ import time
 
 from pallas_kernels.geometry import PAGE_TOKENS
 from slora_jax.adapter_pages import AdapterPages
+from slora_jax.batch_order import BatchOrder
 from slora_jax.grouping import Grouping
 from slora_jax.page_loads import PageLoads
 from slora_jax.page_pool import OutOfPages, PagePool
@@ -80,6 +81,7 @@ class Scheduler:
         self.waiting = WaitingQueue(max_overtakes)
         self._seats = Seats(pool, self.adapters, self.prefixes, max_seqs=max_seqs, deterministic=deterministic)
         self.running = self._seats.running  # in order of admission
+        self._order = BatchOrder()  # of the same
         self._ending: list[Sequence] = []  # whose last token is being sampled
 
     def check(self, seq: Sequence) -> None:
@@ -128,14 +130,12 @@ class Scheduler:
         self._let_go()
         self.adapters.loads.begin_step(limited=bool(self.running))
         dropped = self._drop(now)
-        decoding: list[Sequence] = []
-        prompts: list[Sequence] = []
-        for seq in self.running:
-            if self.deterministic:
-                single = seq.num_computed >= seq.prompt_len
-            else:
-                single = len(seq.tokens) + seq.num_unknown - seq.num_computed == 1  # num_pending, without the call
-            (decoding if single else prompts).append(seq)
+        if self.deterministic:
+            prompts = [seq for seq in self.running if seq.num_computed < seq.prompt_len]
+        else:  # num_pending, without the call
+            prompts = [seq for seq in self.running if len(seq.tokens) + seq.num_unknown - seq.num_computed != 1]
+        longer = set(prompts)
+        decoding = [seq for seq in self.running if seq not in longer]
         draft = StepDraft(self.max_step_tokens, self.max_prompt_rows, self.deterministic)
         # kinds that are not mixed take turns
         decode_only = self._prompts_last and bool(decoding) if self.deterministic else None
@@ -173,10 +173,10 @@ class Scheduler:
             now = self.clock()
             for chunk in plan.chunks:
                 self.quotas.charge(chunk.seq, chunk.length, now)
-        for chunk in plan.chunks:
-            end = chunk.start + chunk.length
-            if end % PAGE_TOKENS < chunk.length and chunk.seq in self.running:  # a page was filled
-                self._seats.publish(chunk.seq, end)
+        filled = [c for c in plan.chunks if (c.start + c.length) % PAGE_TOKENS < c.length]  # a page
+        for chunk in filled:
+            if chunk.seq in self.running:
+                self._seats.publish(chunk.seq, chunk.start + chunk.length)
         self.policy.completed(plan.chunks, seconds)
 
     def reset(self) -> None:
@@ -186,6 +186,7 @@ class Scheduler:
         for seq in self.running:
             self.quotas.stopped(seq)
         self._ending.clear()
+        self._order.clear()
         self._seats.reset()
 
     def forget_adapter(self, digest: str) -> None:
@@ -212,9 +213,16 @@ class Scheduler:
         """Adds the next token of sequences that decode. There are never more of them than tokens in a step."""
         chunks = draft.chunks
         before = len(chunks)
-        for seq in decoding:
-            if seq.num_computed < seq.room or self._grow(seq, 1, draft):
-                chunks.append(Chunk(seq, seq.num_computed, 1))
+        if not before and self.pool.available >= len(decoding):  # nobody has to go, so the order of chunks is free
+            for seq in [seq for seq in decoding if seq.num_computed >= seq.room]:
+                self._grow(seq, 1, draft)
+            decoding = self._order.of(decoding)
+            draft.ordered = len(decoding)
+        chunks += [
+            Chunk(seq, seq.num_computed, 1)
+            for seq in decoding
+            if seq.num_computed < seq.room or self._grow(seq, 1, draft)
+        ]
         draft.budget -= len(chunks) - before
 
     def _compute_prompts(self, prompts: list[Sequence], draft: StepDraft) -> None:
@@ -283,6 +291,7 @@ class Scheduler:
         """Starts a waiting sequence if it fits; see Seats.enter."""
         if not self._seats.enter(seq, urgent, reserved):
             return False
+        self._order.add(seq)
         self.waiting.remove(seq)
         self.quotas.admitted(seq)
         self.policy.admitted(seq)
@@ -309,6 +318,7 @@ class Scheduler:
 
     def _stop(self, seq: Sequence) -> None:
         self._seats.leave(seq)
+        self._order.remove(seq)
         self.quotas.stopped(seq)
 
     def _advance(self, chunks: list[Chunk]) -> None:

@@ -34,7 +34,7 @@ class StepDraft:
     """A step that is being planned.
 
     budget: tokens that are left. prompt_rows: tokens that are left of those whose log-probabilities are wanted because
-    they are of a prompt. deterministic: see Scheduler.
+    they are of a prompt. deterministic: see Scheduler. ordered: chunks at the front that are in batch order.
     """
 
     budget: int
@@ -43,6 +43,7 @@ class StepDraft:
     chunks: list[Chunk] = dataclasses.field(default_factory=list)
     preempted: list[Sequence] = dataclasses.field(default_factory=list)
     admitted: list[Sequence] = dataclasses.field(default_factory=list)
+    ordered: int = 0
 
     def chunk_length(self, seq: Sequence) -> int:
         """Tokens of a prompt that the step may compute next, 0 if none. Takes them from prompt_rows."""
@@ -68,12 +69,13 @@ class StepDraft:
         """Takes a sequence's tokens out."""
         self.budget += sum(c.length for c in self.chunks if c.seq is seq)
         self.chunks = [c for c in self.chunks if c.seq is not seq]
+        self.ordered = 0
 
     def in_batch_order(self) -> list[Chunk]:
         """The chunks of sequences that still run, as StepPlan wants them."""
+        if self.ordered == len(self.chunks) and not self.preempted:
+            return self.chunks
         chunks = [c for c in self.chunks if c.seq.row >= 0] if self.preempted else self.chunks
-        single = [c for c in chunks if c.length == 1]
-        longer = [c for c in chunks if c.length > 1]
-        single.sort(key=_place)
-        longer.sort(key=_place)
+        longer = sorted([c for c in chunks if c.length > 1], key=_place)
+        single = sorted([c for c in chunks if c.length == 1] if longer else chunks, key=_place)
         return single + longer

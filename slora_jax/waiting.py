@@ -20,6 +20,7 @@ class WaitingQueue:
         self._preempted: deque[Sequence] = deque()
         self._arrived: dict[Sequence, None] = {}
         self._overdue: dict[Sequence, None] = {}  # of those that arrived
+        self._listed: list[Sequence] | None = None  # those that arrived, if none came or went since they were listed
 
     def __len__(self) -> int:
         return len(self._preempted) + len(self._arrived)
@@ -32,8 +33,10 @@ class WaitingQueue:
 
     @property
     def arrived(self) -> list[Sequence]:
-        """Those that never ran, in order of arrival."""
-        return list(self._arrived)
+        """Those that never ran, in order of arrival. A list that was given out never changes."""
+        if self._listed is None:
+            self._listed = list(self._arrived)
+        return self._listed
 
     @property
     def has_arrived(self) -> bool:
@@ -41,6 +44,7 @@ class WaitingQueue:
 
     def add(self, seq: Sequence) -> None:
         self._arrived[seq] = None
+        self._listed = None
 
     def put_back(self, preempted: Iterable[Sequence]) -> None:
         """Queues sequences that ran, each in front of all that wait."""
@@ -50,6 +54,7 @@ class WaitingQueue:
         """Takes a sequence out, if it is there."""
         if seq in self._arrived:
             del self._arrived[seq]
+            self._listed = None
             self._overdue.pop(seq, None)
         elif seq in self._preempted:
             self._preempted.remove(seq)
