@@ -48,16 +48,19 @@ class AdapterRows:
         self._table: Table | None = None
         self._looked_up: tuple[PagePool, int] | None = None  # and its owners_made, when all pages were last looked up
 
+    def current(self, pool: PagePool) -> Table | None:
+        """The last table, if the adapters that were last placed still are where it says, and in the same rows."""
+        return self._table if self._looked_up == (pool, pool.owners_made) else None
+
     def place(
         self, digests: Sequence[str], pool: PagePool, adapters: Mapping[str, AdapterShape]
     ) -> tuple[dict[str, int], Table]:
         """Row of each adapter, and the table. All of them must have their pages in the pool. Arrays of a table that was
         given out never change; `put` may delete them when the next one comes.
         """
-        state = pool, pool.owners_made
-        if self._looked_up == state and self._table is not None and self._row.keys() >= set(digests):
-            return self._row, self._table
-        self._looked_up = state
+        if (table := self.current(pool)) is not None and self._row.keys() >= set(digests):
+            return self._row, table
+        self._looked_up = pool, pool.owners_made
         for digest in digests:
             row = self._row.get(digest)
             pages = pool.pages(adapter_owner(digest))

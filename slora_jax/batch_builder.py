@@ -16,6 +16,9 @@ from slora_jax.buckets import Buckets
 from slora_jax.page_pool import PagePool
 from slora_jax.seats import sequence_owner
 from slora_jax.sequence import Chunk
+from slora_jax.sequence import Sequence as Seq
+
+_UNKNOWN = -2  # where -1 is the base model
 
 
 class Row(NamedTuple):
@@ -36,6 +39,7 @@ class Rows:
     index: Int[np.ndarray, "R"]  # of each row's chunk
     position: Int[np.ndarray, "R"]
     samples: Bool[np.ndarray, "R"]
+    seq_row: Int[np.ndarray, "R"]  # Sequence.row
 
     def __len__(self) -> int:
         return len(self.index)
@@ -77,11 +81,12 @@ class BatchBuilder:
         # by Sequence.row
         self._page_tables = np.zeros((buckets.max_seqs, self.table_pages), np.int32)
         self._filled = np.zeros(buckets.max_seqs, np.int32)  # pages in the table
-        self._tickets = np.full(buckets.max_seqs, -1, np.int64)  # of the sequence that it is for
+        self._tickets = [-1] * buckets.max_seqs  # of the sequence that it is for
+        self._adapter_rows = np.full(buckets.max_seqs, _UNKNOWN, np.int32)  # as when they were last looked up
 
     def forget(self) -> None:
         """Forgets the sequences of earlier steps; those that come may have the same names."""
-        self._tickets[:] = -1
+        self._tickets = [-1] * len(self._tickets)
 
     def build(
         self,
@@ -102,14 +107,16 @@ class BatchBuilder:
         sequence's last token can be.
         adapters: by digest; every adapter of `chunks` must have its pages in the pool.
         """
-        count = len(chunks)
-        lengths = np.fromiter((c.length for c in chunks), np.int32, count)
-        starts = np.fromiter((c.start for c in chunks), np.int32, count)
+        count, seqs = len(chunks), [c.seq for c in chunks]
+        num_tokens = sum([c.length for c in chunks])
+        single = num_tokens == count  # a token each
+        lengths = np.ones(count, np.int32) if single else np.array([c.length for c in chunks], np.int32)
+        starts = np.array([c.start for c in chunks], np.int32)
         ends = starts + lengths
         if decode_only is None:
-            decode_only = bool((lengths == 1).all()) and not hidden
-        num_tokens = int(lengths.sum())
-        rows = self._rows(chunks, ends)
+            decode_only = single and not hidden
+        seq_rows = np.array([seq.row for seq in seqs], np.int32)
+        rows = self._rows(chunks, seq_rows, ends)
         widest = widest or not rows.samples.all()
         size, width = self.buckets.shape(self.buckets.max_seqs if widest else count, num_tokens, decode_only)
         num_rows = size
@@ -118,17 +125,19 @@ class BatchBuilder:
             width = self.buckets.tokens[-1]
             num_rows = self.buckets.wide_rows if len(rows) <= self.buckets.wide_rows else width
         q_start = np.full(size + 1, num_tokens, np.int32)
-        q_start[:count] = np.cumsum(lengths) - lengths
-        owner = np.repeat(np.arange(count), lengths)  # chunk of each token
+        owner = np.arange(count)  # chunk of each token
+        q_start[:count] = owner if single else np.cumsum(lengths) - lengths
+        owner = owner if single else np.repeat(owner, lengths)
         positions = np.zeros(width, np.int32)
         positions[:num_tokens] = np.arange(num_tokens) + (starts - q_start[:count])[owner]
-        tables = self._tables(chunks, ends, pool, size)
+        kept = self._kept_rows(seqs, seq_rows)
+        tables = self._tables(seqs, kept, ends, pool, size)
         page_ids = np.full(width, self.num_pages, np.int32)
         page_ids[:num_tokens] = tables[owner, positions[:num_tokens] // PAGE_TOKENS]
-        seg_start, seg_adapter, table = self._segments(chunks, q_start, pool, adapters)
+        seg_start, seg_adapter, table = self._segments(seqs, kept, q_start, pool, adapters)
         logit_rows = (q_start[:count] - starts)[rows.index] + rows.position
         batch = Batch(
-            tokens=self._tokens(chunks, width),
+            tokens=_padded(_single_tokens(seqs, seq_rows, starts) if single else _tokens(chunks), width),
             positions=positions,
             page_ids=page_ids,
             slots=positions % PAGE_TOKENS,
@@ -145,52 +154,51 @@ class BatchBuilder:
         )
         return batch, rows
 
-    @staticmethod
-    def _tokens(chunks: Sequence[Chunk], width: int) -> np.ndarray:
-        tokens: list[int] = []
-        for chunk in chunks:
-            if chunk.length == 1:
-                known, at = chunk.seq.tokens, chunk.start
-                tokens.append(known[at] if at < len(known) else -1 - chunk.seq.row)
-                continue
-            part = chunk.seq.tokens[chunk.start : chunk.start + chunk.length]
-            tokens += part
-            if len(part) < chunk.length:
-                tokens.append(-1 - chunk.seq.row)
-        return _padded(np.array(tokens, np.int32), width)
-
-    def _tables(self, chunks: Sequence[Chunk], ends: np.ndarray, pool: PagePool, size: int) -> np.ndarray:
-        """Page tables of the chunks' sequences, int32 [size, Pmax]. Only those that have grown are looked up."""
-        count = len(chunks)
-        rows = np.fromiter((c.seq.row for c in chunks), np.int32, count)
-        tickets = np.fromiter((c.seq.ticket for c in chunks), np.int64, count)
-        if count and rows[0] < 0:  # sequences without a scheduler: nothing is known of them
-            rows = np.arange(count, dtype=np.int32)
+    def _kept_rows(self, seqs: Sequence[Seq], rows: np.ndarray) -> np.ndarray:
+        """The sequences' rows of what is kept, int32. What was kept of others that had them is forgotten."""
+        if len(seqs) and rows[0] < 0:  # sequences without a scheduler: nothing is known of them
+            rows = np.arange(len(seqs))
             self.forget()
-        new = self._tickets[rows] != tickets
-        self._filled[rows[new]] = 0
-        self._tickets[rows] = tickets
-        for i in np.flatnonzero(self._filled[rows] * PAGE_TOKENS < ends).tolist():
-            row = rows[i]
-            pages = pool.pages(sequence_owner(chunks[i].seq))
-            first = self._filled[row]
+        tickets = self._tickets
+        held = zip(rows.tolist(), seqs, strict=True)
+        for row, ticket in [(row, seq.ticket) for row, seq in held if tickets[row] != seq.ticket]:
+            self._filled[row] = 0
+            self._adapter_rows[row] = _UNKNOWN
+            tickets[row] = ticket
+        return rows
+
+    def _tables(self, seqs: Sequence[Seq], rows: np.ndarray, ends: np.ndarray, pool: PagePool, size: int) -> np.ndarray:
+        """Page tables of sequences, int32 [size, Pmax]. Only those that have grown are looked up."""
+        filled = self._filled[rows]
+        grown = np.flatnonzero(filled * PAGE_TOKENS < ends)
+        for i, row, first in zip(grown.tolist(), rows[grown].tolist(), filled[grown].tolist(), strict=True):
+            pages = pool.pages(sequence_owner(seqs[i]))
             self._page_tables[row, first : len(pages)] = pages[first:]
             self._filled[row] = len(pages)
         tables = np.zeros((size, self.table_pages), np.int32)
-        np.take(self._page_tables, rows, axis=0, out=tables[:count], mode="clip")
+        np.take(self._page_tables, rows, axis=0, out=tables[: len(rows)], mode="clip")
         return tables
 
     def _segments(
-        self, chunks: Sequence[Chunk], q_start: np.ndarray, pool: PagePool, adapters: Mapping[str, AdapterShape]
+        self,
+        seqs: Sequence[Seq],
+        rows: np.ndarray,
+        q_start: np.ndarray,
+        pool: PagePool,
+        adapters: Mapping[str, AdapterShape],
     ) -> tuple[np.ndarray, np.ndarray, Table]:
         """Runs of chunks with the same adapter: token rows where they begin, their adapters' rows of the table, and the
         table.
         """
         size = len(q_start) - 1
-        groups = [c.seq.group for c in chunks]
-        row_of, table = self._adapters.place([d for d in dict.fromkeys(groups) if d], pool, adapters)
-        of_chunk = np.array([row_of[d] if d else -1 for d in groups], np.int32)
-        first = np.ones(len(chunks), bool)
+        of_chunk, table = self._adapter_rows[rows], self._adapters.current(pool)
+        if table is None or of_chunk.min(initial=0) == _UNKNOWN:
+            groups = [seq.group for seq in seqs]
+            row_of, table = self._adapters.place([d for d in dict.fromkeys(groups) if d], pool, adapters)
+            of_chunk = np.array([row_of[d] if d else -1 for d in groups], np.int32)
+            self._adapter_rows[:] = _UNKNOWN  # others may have lost theirs
+            self._adapter_rows[rows] = of_chunk
+        first = np.ones(len(seqs), bool)
         first[1:] = of_chunk[1:] != of_chunk[:-1]
         begin = np.flatnonzero(first)
         seg_start = np.full(size + 1, q_start[-1], np.int32)
@@ -200,22 +208,18 @@ class BatchBuilder:
         return seg_start, seg_adapter, table
 
     @staticmethod
-    def _rows(chunks: Sequence[Chunk], ends: np.ndarray) -> Rows:
-        count = len(chunks)
-        samples = np.fromiter((c.samples for c in chunks), bool, count)
-        index, position = np.flatnonzero(samples).astype(np.int32), ends[samples] - 1
+    def _rows(chunks: Sequence[Chunk], seq_rows: np.ndarray, ends: np.ndarray) -> Rows:
+        samples = [c.samples for c in chunks]
+        index = np.arange(len(chunks)) if all(samples) else np.flatnonzero(samples)
+        position = ends[index] - 1
         sampled = np.ones(len(index), bool)
-        asked = [
-            (i, p)
-            for i, c in enumerate(chunks)
-            if c.seq.prompt_logprobs
-            for p in range(c.start, min(c.start + c.length, c.seq.prompt_len - 1))
-        ]
+        asking = [(i, c) for i, c in enumerate(chunks) if c.seq.prompt_logprobs]
+        asked = [(i, p) for i, c in asking for p in range(c.start, min(c.start + c.length, c.seq.prompt_len - 1))]
         if asked:
             more = np.array(asked, np.int32)
             index, position = np.concatenate([more[:, 0], index]), np.concatenate([more[:, 1], position])
             sampled = np.concatenate([np.zeros(len(asked), bool), sampled])
-        return Rows(chunks, index, position, sampled)
+        return Rows(chunks, index, position, sampled, seq_rows[index])
 
     def padding(
         self,
@@ -247,6 +251,25 @@ class BatchBuilder:
             use_adapters=use_adapters,
             return_hidden=hidden,
         )
+
+
+def _tokens(chunks: Sequence[Chunk]) -> np.ndarray:
+    tokens: list[int] = []
+    for chunk in chunks:
+        part = chunk.seq.tokens[chunk.start : chunk.start + chunk.length]
+        tokens += part
+        if len(part) < chunk.length:
+            tokens.append(-1 - chunk.seq.row)
+    return np.array(tokens, np.int32)
+
+
+def _single_tokens(seqs: Sequence[Seq], seq_rows: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """The same for chunks of one token each, of which few are known if steps overlap."""
+    tokens = -1 - seq_rows
+    known = np.flatnonzero(starts < np.array([len(seq.tokens) for seq in seqs]))
+    if len(known):
+        tokens[known] = [seqs[i].tokens[at] for i, at in zip(known.tolist(), starts[known].tolist(), strict=True)]
+    return tokens
 
 
 def _padded(array: np.ndarray, size: int) -> np.ndarray:

@@ -37,7 +37,8 @@ class PagePool:
     been idle longest goes first.
 
     on_evict: called with the owner after its pages were taken away. owners_made: how often somebody who owned nothing
-    got pages; while it stays, no owner's list of pages is another than before.
+    was allocated pages; while it stays, no owner's list of pages is another than before, but for those that began with
+    shared ones, of which the prefix cache makes some in every step.
     """
 
     def __init__(self, num_pages: int, on_evict: Callable[[Owner], None] | None = None):
@@ -93,7 +94,8 @@ class PagePool:
         while len(self._free) < count:
             self._evict_one()
         if entry is None:
-            entry = self._make(owner, reload_cost)
+            self.owners_made += 1
+            entry = self._entries[owner] = _Entry([], reload_cost)
         new = [self._free.pop() for _ in range(count)]
         for page in new:
             self._refs[page] = 1
@@ -109,17 +111,12 @@ class PagePool:
             if not self._refs[page]:
                 raise ValueError(f"page {page} is free and cannot be shared")
         if entry is None:
-            entry = self._make(owner, reload_cost)
+            entry = self._entries[owner] = _Entry([], reload_cost)
         for page in pages:
             if self._idle_refs.get(page, 0) == self._refs[page]:
                 self._evictable -= 1
             self._refs[page] += 1
         entry.pages.extend(pages)
-
-    def _make(self, owner: Owner, reload_cost: float) -> _Entry:
-        self.owners_made += 1
-        entry = self._entries[owner] = _Entry([], reload_cost)
-        return entry
 
     def release(self, owner: Owner) -> None:
         """Takes all pages from `owner`; those nobody else holds become free."""
