@@ -24,7 +24,7 @@ from benchmarks.record import write_result
 from pallas_kernels.geometry import MODULES
 from slora_jax.adapter_loader import AdapterLoader
 from slora_jax.adapters import AdapterFiles, AdapterShape
-from slora_jax.batch import Batch, Output
+from slora_jax.batch import Batch, Output, Sampling
 from slora_jax.batch_builder import BatchBuilder
 from slora_jax.buckets import Buckets
 from slora_jax.core import EngineCore
@@ -101,7 +101,10 @@ class _EmptyRunner(EmptyPrograms):
         return self._staging.batch(batch)
 
     def fetch(self, output: Output | None, logits: jax.Array) -> Output | None:
-        return jax.device_get(output)
+        return jax.tree.map(np.asarray, output)
+
+    def keep(self, sampling: Sampling) -> Sampling:
+        return jax.device_put(sampling)
 
 
 def _timed(seconds: dict[str, float], name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -66,7 +66,7 @@ class EngineCore:
         self._deliver = deliver
         self._generations: dict[Seq, Generation] = {}  # those that are computed
         self._embeddings = 0  # jobs among them that want one
-        self._sampling = SamplingTable(scheduler.max_seqs)
+        self._sampling = SamplingTable(scheduler.max_seqs, runner.keep)
         self._in_flight: DispatchedStep | None = None
         self._last_done = 0.0  # when the results of the last step came
         self._events: list[Event] = []  # not delivered yet
@@ -197,9 +197,8 @@ class EngineCore:
         self.counters["prompt_tokens"] += sum(
             [min(c.length, c.seq.prompt_len - c.start) for c in plan.chunks if c.start < c.seq.prompt_len]
         )
-        sampled = np.fromiter((c.seq.row for c in plan.chunks if c.samples), np.int32)
         # samplers that know penalties and biases are for the largest batch only
-        special = self.scheduler.deterministic or not self._sampling.covers(sampled)
+        special = self.scheduler.deterministic or not self._sampling.covers(plan.chunks)
         embeds = self._embeddings > 0 and any(c.samples and self._generations[c.seq].job.embeds for c in plan.chunks)
         batch, rows = self.runner.builder.build(
             plan.chunks, self.pool, self.tiers.shapes, widest=special, decode_only=plan.decode_only, hidden=embeds
@@ -214,29 +213,30 @@ class EngineCore:
         if embeds:
             assert hidden is not None
             hidden.copy_to_host_async()
-        generations = [self._generations[plan.chunks[i].seq] for i in rows.index.tolist()]
+        chunks, known = plan.chunks, self._generations
+        generations = [known[chunks[i].seq] for i in rows.index.tolist()]
+        plain = not special and bool(rows.samples.all())
         output = None
         if generations:
-            plain = not special and len(sampled) == len(rows)
-            sampling, last = self._row_sampling(rows, generations, len(batch.logit_rows), plain)
+            size = len(batch.logit_rows)
+            last = np.full(size, self.scheduler.max_seqs, np.int32)  # past the end: for nobody
+            last[: len(rows)][rows.samples] = rows.seq_row[rows.samples]
+            if plain:
+                sampling = self._sampling.gather(rows.seq_row, rows.position + 1, size)
+            else:
+                sampling = self._row_sampling(rows, generations, size)
             self.times.mark("build")
             output = self.runner.sample(logits, sampling, last)
             self.times.mark("dispatch")
-        return DispatchedStep(plan, rows, generations, output, logits, hidden if embeds else None, now, compiles)
+        needs_tokens = not plain and any(generation.needs_host_tokens for generation in generations)
+        hidden = hidden if embeds else None
+        return DispatchedStep(plan, rows, generations, output, logits, hidden, now, compiles, needs_tokens)
 
-    def _row_sampling(
-        self, rows: Rows, generations: list[Generation], size: int, plain: bool
-    ) -> tuple[Sampling, np.ndarray]:
-        """How the rows' tokens are chosen, and the sequences' rows of the device's last tokens that take them."""
-        count = len(rows)
-        of_seq = np.fromiter((g.seq.row for g in generations), np.int32, count)
-        last = np.full(size, self.scheduler.max_seqs, np.int32)  # past the end: for nobody
-        last[:count] = np.where(rows.samples, of_seq, self.scheduler.max_seqs)
-        if plain:
-            return self._sampling.gather(of_seq, rows.position + 1, size), last
+    def _row_sampling(self, rows: Rows, generations: list[Generation], size: int) -> Sampling:
+        """How tokens are chosen in a step with rows that the table of parameters does not cover."""
         wanted = [g.row_sampling(p) for g, p in zip(generations, rows.position.tolist(), strict=True)]
         sizes = (self.runner.builder.max_model_len, self.runner.config.vocab_size)
-        return with_all_features(build_sampling(wanted, size), *sizes), last
+        return with_all_features(build_sampling(wanted, size), *sizes)
 
     def _collect(self, step: DispatchedStep) -> None:
         """Waits for a step's results and hands them out."""
@@ -262,6 +262,8 @@ class EngineCore:
         assert output.finite is not None  # sample always tells
         hidden = None if step.hidden is None else np.asarray(step.hidden)
         alive, events = self._generations, self._events
+        with_logprobs = output.logprobs is not None
+        generated = 0
         columns = (step.generations, output.tokens.tolist(), output.finite.tolist(), step.rows.samples.tolist())
         for i, (generation, token, finite, samples) in enumerate(zip(*columns, strict=False)):
             seq = generation.seq
@@ -273,20 +275,21 @@ class EngineCore:
                 self._close(generation)
                 text = "the model's logits are not finite; check the adapter's weights, or use dtype float32"
                 events.append((generation, None, None, "error", text))
-            elif generation.job.embeds:
-                assert hidden is not None
+            elif hidden is not None and generation.job.embeds:
                 generation.job.hidden = hidden[i].copy()
                 generation.seq.push(token)  # which nobody asked for
                 self._close(generation)
                 events.append((generation, None, None, "stop", None))
             else:
                 reason, error = generation.advance(token)
-                wanted = generation.completion.logprobs is not None
-                logprob = token_logprob(output, i, token, generation.job.params.logprobs or 0) if wanted else None
+                logprob = None
+                if with_logprobs and generation.completion.logprobs is not None:
+                    logprob = token_logprob(output, i, token, generation.job.params.logprobs or 0)
                 events.append((generation, token, logprob, reason, error))
-                self.counters["generated_tokens"] += 1
+                generated += 1
                 if reason is not None:
                     self._close(generation)
+        self.counters["generated_tokens"] += generated
 
     def _close(self, generation: Generation) -> None:
         """Computes no more of a completion."""

@@ -22,10 +22,7 @@ class DispatchedStep:
     hidden: Any  # on the device: of each row, if one of them is of an embedding; else None
     began: float
     compiles: int  # programs that had been compiled when it began
-
-    @property
-    def needs_host_tokens(self) -> bool:
-        return any(generation.needs_host_tokens for generation in self.generations)
+    needs_host_tokens: bool  # before the next step is planned; see Generation
 
     def take_prompt_logprob(self, row: int, output: Output) -> None:
         """Enters what a row says of its prompt's next token in the request's output. output: fetched."""

@@ -57,6 +57,9 @@ class LeaderRunner(Runner):
         self._send("sample", sampling, rows)  # of the logits of the last step
         return super().sample(logits, sampling, rows)
 
+    def keep(self, sampling: Sampling) -> Sampling:
+        return sampling  # it travels with its step
+
     def close(self) -> None:
         """Lets the followers go. Steps are no longer possible."""
         self._processes.close()

@@ -72,14 +72,18 @@ class Generation:
     def advance(self, token: int) -> tuple[str | None, str | None]:
         """Takes a sampled token into the sequence. Returns (reason, error) as in Event. On the engine's thread."""
         seq, constraint = self.seq, self.constraint
-        seq.push(token)
+        assert seq.num_unknown
+        seq.num_unknown -= 1  # push, without the call
+        seq.tokens.append(token)
         if constraint is not None and (error := constraint.advance(token)):
             return "error", error
         if token in self.end_ids:
             return "stop", None
         if constraint is not None and constraint.done:
             return "complete", None
-        return ("length" if len(seq.tokens) >= self.max_length else None), None
+        if len(seq.tokens) >= self.max_length:
+            return "length", None
+        return None, None
 
     def take(
         self,

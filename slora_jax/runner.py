@@ -186,12 +186,16 @@ class Runner:
             array.copy_to_host_async()
         return output
 
+    def keep(self, sampling: Sampling) -> Sampling:
+        """Brings parameters of many steps to the device, or to all of them: from numpy they would go there in each."""
+        return jax.tree.map(lambda array: self._put(array, WHOLE), sampling)
+
     def fetch(self, output: Output | None, logits: jax.Array) -> Output | None:
         """Waits for a step and returns its results in numpy. None for a step that samples nothing."""
         if output is None:
             jax.block_until_ready(logits)
             return None
-        return jax.device_get(output)
+        return jax.tree.map(np.asarray, output)  # device_get without its search for further kinds of leaves
 
     def warm_up(
         self,

@@ -2,7 +2,7 @@
 sequences with a SamplingTable, which keeps them from step to step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 
 from jaxtyping import Int
@@ -11,6 +11,7 @@ import numpy as np
 from slora_jax.batch import Sampling
 from slora_jax.grammar import Constraint, token_masks
 from slora_jax.sampling_params import SamplingParams
+from slora_jax.sequence import Chunk
 
 TOP_LOGPROBS = 20  # as many as a request may ask for
 MAX_BIASES = 1024
@@ -185,9 +186,12 @@ def build_sampling(rows: Sequence[RowSampling], size: int) -> Sampling:
 class SamplingTable:
     """Sampling parameters of the running sequences, a row each (Sequence.row), so that a step's arrays are gathered and
     not built anew.
+
+    keep: brings what is the same in many steps to the device.
     """
 
-    def __init__(self, max_seqs: int):
+    def __init__(self, max_seqs: int, keep: Callable[[Sampling], Sampling] = lambda sampling: sampling):
+        self._keep = keep
         self._columns = dict(
             temperature=np.zeros(max_seqs, np.float32),
             top_k=np.zeros(max_seqs, np.int32),
@@ -211,9 +215,9 @@ class SamplingTable:
         self._logprobs[row] = params.logprobs is not None
         self._special[row] = bool(params.logit_bias or params.structured) or penalised(params)
 
-    def covers(self, rows: Int[np.ndarray, "n"]) -> bool:
-        """Whether gather takes these rows: it knows no penalties, biases or forms."""
-        return not self._special[rows].any()
+    def covers(self, chunks: Iterable[Chunk]) -> bool:
+        """Whether gather takes all that these chunks sample: it knows no penalties, biases or forms."""
+        return not self._special.any() or not any(c.samples and self._special[c.seq.row] for c in chunks)
 
     def gather(self, rows: Int[np.ndarray, "n"], lengths: Int[np.ndarray, "n"], size: int) -> Sampling:
         """Arrays of `size` rows, of which the first are those of sequences `rows` that have `lengths` tokens; the
@@ -223,7 +227,7 @@ class SamplingTable:
         mode = int(self._mode[rows].max(initial=0))
         if not mode and not logprobs:
             if size not in self._greedy:
-                self._greedy[size] = build_sampling([], size)
+                self._greedy[size] = self._keep(build_sampling([], size))
             return self._greedy[size]
         columns = {}
         for name, column in self._columns.items():
