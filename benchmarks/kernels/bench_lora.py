@@ -158,12 +158,7 @@ _TUNED = {  # op of the table -> shapes whose times are multiplied
 def _candidates(op: str) -> list[LoraConfig]:
     """Configs that move work around, and no sum."""
     if op == "lora_short":
-        return [
-            LoraConfig(expand_stages=stages, shrink_packed=packed, range_tiles=tiles)
-            for stages in (3, 4)
-            for packed in (2, 4)
-            for tiles in (16, 32, 64)
-        ]
+        return [LoraConfig(expand_stages=stages, shrink_packed=packed) for stages in (2, 3) for packed in (2, 4)]
     long = default_config(SPECS["7b_prefill_2048_1_segments_r16"].geometry, 2048)
     return [
         dataclasses.replace(long, range_tiles=tiles, shrink_stages=stages) for tiles in (16, 32) for stages in (2, 3)
