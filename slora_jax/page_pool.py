@@ -37,8 +37,8 @@ class PagePool:
     been idle longest goes first.
 
     on_evict: called with the owner after its pages were taken away. owners_made: how often somebody who owned nothing
-    was allocated pages; while it stays, no owner's list of pages is another than before, but for those that began with
-    shared ones, of which the prefix cache makes some in every step.
+    was allocated pages; while it stays, whoever owns pages that were allocated all at once, as an adapter does, owns
+    the same ones as before.
     """
 
     def __init__(self, num_pages: int, on_evict: Callable[[Owner], None] | None = None):

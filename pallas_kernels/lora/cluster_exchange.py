@@ -22,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.geometry import TILE_RANKS
 from pallas_kernels.lora.bulk_copy import expect
+from pallas_kernels.lora.config import CLUSTER
 from pallas_kernels.lora.diagonal import ROW_BYTES, each_pair
 from pallas_kernels.lora.lanes import WARP_ROWS, i32, scalars
 from pallas_kernels.lora.mosaic_common import STAGE_ROWS, drain
@@ -51,7 +52,7 @@ def _address(barrier) -> jax.Array:
     return _address_p.bind(ref, *leaves, tree=tree)
 
 
-def _send(total, item: ShrinkItem, number, target, barrier, cluster: int) -> None:
+def _send(total, item: ShrinkItem, number, target, barrier) -> None:
     """Stores a set's partial sums in `target` of every thread block of the cluster, to be counted by its `barrier`.
 
     total: float32 [64, 8 n]. target: float32 [splits, 64, 8].
@@ -67,7 +68,7 @@ def _send(total, item: ShrinkItem, number, target, barrier, cluster: int) -> Non
 
         def store(offset, pair):
             value = _utils.bitcast(pair, ir.IntegerType.get_signless(64))
-            for peer in range(cluster):
+            for peer in range(CLUSTER):
                 _utils.inline_ptx(
                     """{
                     .reg .b32 there, done;
@@ -99,12 +100,11 @@ class Exchange:
     parts: Any
     sent: Any
     free: Any
-    cluster: int
 
     def send(self, number, item: ShrinkItem, which, total) -> None:
         """The partial sums of a set of a round for which there is room."""
         slot = lax.rem(number, jnp.int32(SLOTS))
-        _send(total, item, which, self.parts.at[slot], _address(self.sent.at[slot]), self.cluster)
+        _send(total, item, which, self.parts.at[slot], _address(self.sent.at[slot]))
 
     def wait_free(self, number) -> None:
         """Of the sending warpgroup, once a round: until all have read what the round's slot held."""

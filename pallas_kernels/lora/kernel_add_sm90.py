@@ -5,8 +5,8 @@ sums through distributed shared memory, and each expands its part of the outputs
 thread block streams weights without pause: while an item's sums are on their way it is at the next item's A.
 
 Roles of a thread block: a warpgroup streams weight chunks into a ring in shared memory in the order A0 A1 B0 A2 B1 ...,
-one multiplies A, one prepares y, one multiplies B. Each split of the input width is summed on its own, always
-in the same order, and the splits are added in order, as in kernel_short_sm90: the bits are the same.
+one multiplies A, one prepares y, one multiplies B. Each split of the input width is summed on its own, always in the
+same order, and the splits are added in order, as in kernel_short_sm90: the bits are the same.
 """
 
 import dataclasses
@@ -102,8 +102,7 @@ def _launch(*args, names, group, config: LoraConfig, sources: tuple[ChunkSource,
             cluster=lax.axis_index("cluster"),
             part=lax.axis_index("part"),
         )
-        exchange = Exchange(parts=parts, sent=sent, free=free, cluster=CLUSTER)
-
+        exchange = Exchange(parts=parts, sent=sent, free=free)
         zero = jnp.int32(0)
 
         def load():

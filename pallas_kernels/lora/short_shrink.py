@@ -1,8 +1,8 @@
 """Shrink for short segments: ``y = x A^T`` on gathered weight tiles, a set of splits of the input width at a time.
 
 The stacked ranks are the M = 64 rows of wgmma and the tokens its N columns: eight for each split that shares a stage.
-What a split's ranks give with another split's columns is computed and not used; the tensor cores have time for it,
-and a product each would read the stage as often from shared memory.
+What a split's ranks give with another split's tokens is computed and not used. A product for each split would take as
+long as this one, which is bound by reading 64 rows from shared memory, however many of them are the split's.
 """
 
 import dataclasses
