@@ -1,10 +1,13 @@
-"""One whole decode step (all layers, lm_head, greedy sampling) on one GPU against the bytes that it must read.
+"""One whole step (all layers, lm_head, greedy sampling) on one GPU against the bytes that it must read.
 
     python -m benchmarks.decode_step --case 64x512x64 --profile --json out.json
+    python -m benchmarks.decode_step --case 8x256x0p --case 8x256x8p --targets q,k,v,o,gate,up,down --json out.json
 
 A case is SEQUENCES x CONTEXT x ADAPTERS: that many sequences of that length, spread over that many distinct adapters
-(0: base model only). The batch stays on the device, the pool is donated, and steps are dispatched back to back.
-Floor: bytes of weights, of keys and values and of the distinct adapters, over the measured copy bandwidth.
+(0: base model only). One token of each is computed; with a "p" at the end (prompts) all of them are. The batch stays on
+the device, the pool is donated, and steps are dispatched back to back.
+Floor: bytes of weights, of keys and values and of the distinct adapters, over the measured copy bandwidth, or the base
+model's operations over the measured rate of a large matrix product, whichever takes longer.
 """
 
 import argparse
@@ -38,21 +41,25 @@ from slora_jax.step import compiler_options, make_batch_step
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """seqs sequences of `context` tokens each, over `adapters` adapters of `ranks` in turn."""
+    """seqs sequences of `context` tokens each, of which the last `query` are computed, over `adapters` adapters of
+    `ranks` in turn.
+    """
 
     seqs: int
     context: int
     adapters: int
+    query: int = 1
     ranks: tuple[int, ...] = (16,)
     modules: tuple[str, ...] = ("q", "k", "v", "o")
 
     @classmethod
     def parse(cls, text: str, ranks: tuple[int, ...], modules: tuple[str, ...]) -> "Case":
-        seqs, context, adapters = map(int, text.split("x"))
-        return cls(seqs, context, min(adapters, seqs), ranks, modules)
+        seqs, context, adapters = map(int, text.removesuffix("p").split("x"))
+        query = context if text.endswith("p") else 1
+        return cls(seqs, context, min(adapters, seqs), query, ranks, modules)
 
     def lora_spec(self, config: ModelConfig) -> LoraSpec:
-        segments = [len(part) for part in np.array_split(np.arange(self.seqs), self.adapters)]
+        segments = [len(part) * self.query for part in np.array_split(np.arange(self.seqs), self.adapters)]
         ranks = tuple(self.ranks[i % len(self.ranks)] for i in range(self.adapters))
         return LoraSpec(geometry=config.geometry, segments=tuple(segments), ranks=ranks, modules=self.modules)
 
@@ -64,6 +71,15 @@ def step_bytes(case: Case, config: ModelConfig, params: dict[str, jax.Array]) ->
     spec = case.lora_spec(config) if case.adapters else None
     lora = sum(sum(spec.weight_bytes(group)) for group in GROUPS) * config.num_layers if spec else 0
     return dict(weights=weights, kv=kv, adapters=lora)
+
+
+def step_flops(case: Case, config: ModelConfig) -> int:
+    """Operations of the base model in one step: matrix products, and attention to the tokens before."""
+    g, tokens = config.geometry, case.seqs * case.query
+    layer = sum(a * b for a, b in zip(g.in_sizes, g.out_sizes, strict=True))
+    head = case.seqs * config.hidden_size * config.vocab_size
+    seen = case.seqs * case.query * (2 * case.context - case.query + 1) // 2
+    return 2 * (tokens * layer * config.num_layers + head + 2 * seen * config.q_size * config.num_layers)
 
 
 def make_batch(case: Case, config: ModelConfig) -> tuple[Batch, int]:
@@ -78,19 +94,21 @@ def make_batch(case: Case, config: ModelConfig) -> tuple[Batch, int]:
         adapter_pages = int(layout["num_pages"].sum())
         seg_start, rows = np.cumsum([0, *spec.segments]), case.adapters
     else:
-        layout, adapter_pages, seg_start, rows = None, 0, np.array([0, n]), 1
+        layout, adapter_pages, seg_start, rows = None, 0, np.array([0, n * case.query]), 1
     num_pages = kv_pages + adapter_pages
     order = rng.permutation(num_pages).astype(np.int32)
     tables = order[:kv_pages].reshape(n, per_seq)
     empty = np.zeros((rows, g.num_layers), np.int32)
     zeros = np.zeros((rows, g.num_layers, len(MODULES)), np.int32)
-    position = np.full(n, case.context - 1, np.int32)
+    seq = np.repeat(np.arange(n), case.query)
+    position = np.tile(np.arange(case.context - case.query, case.context, dtype=np.int32), n)
+    q_start = np.arange(n + 1, dtype=np.int32) * case.query
     batch = Batch(
-        tokens=rng.integers(3, config.vocab_size, n).astype(np.int32),
+        tokens=rng.integers(3, config.vocab_size, len(seq)).astype(np.int32),
         positions=position,
-        page_ids=tables[np.arange(n), position // PAGE_TOKENS],
+        page_ids=tables[seq, position // PAGE_TOKENS],
         slots=position % PAGE_TOKENS,
-        q_start=np.arange(n + 1, dtype=np.int32),
+        q_start=q_start,
         kv_lens=np.full(n, case.context, np.int32),
         page_tables=tables,
         seg_start=seg_start.astype(np.int32),
@@ -102,9 +120,9 @@ def make_batch(case: Case, config: ModelConfig) -> tuple[Batch, int]:
             granules=layout["granules"] if layout else zeros,
             scaling=np.ones(zeros.shape, np.float32),
         ),
-        logit_rows=np.arange(n, dtype=np.int32),
+        logit_rows=q_start[1:] - 1,
         sampling=build_sampling([], n),
-        max_query=1,
+        max_query=case.query,
         use_adapters=bool(case.adapters),
     )
     return batch, num_pages
@@ -152,7 +170,7 @@ def gpu_turn(path: Path | None):
         yield
 
 
-def measure(case: Case, config: ModelConfig, params, args, copy: float) -> dict[str, Any]:
+def measure(case: Case, config: ModelConfig, params, args, found: dict[str, float]) -> dict[str, Any]:
     dtype = params["embed"].dtype
     batch, num_pages = make_batch(case, config)
     options: dict[str, Any] = dict(dtype=dtype, implementation=args.implementation, loop=args.loop)
@@ -182,7 +200,7 @@ def measure(case: Case, config: ModelConfig, params, args, copy: float) -> dict[
         kernels = kernel_times(lambda: run(3)) if args.profile else {}
     seconds = float(np.median(times))
     moved = step_bytes(case, config, params)
-    floor = sum(moved.values()) / copy
+    floor = max(sum(moved.values()) / found["copy"], step_flops(case, config) / found["gemm"])
     result: dict[str, Any] = dict(
         case=dataclasses.asdict(case),
         implementation=args.implementation,
@@ -190,6 +208,7 @@ def measure(case: Case, config: ModelConfig, params, args, copy: float) -> dict[
         floor_ms=floor * 1e3,
         ratio=seconds / floor,
         bytes=moved,
+        flops=step_flops(case, config),
         compile_seconds=compile_seconds,
         temp_bytes=memory.temp_size_in_bytes if memory else None,
         tokens=np.asarray(output.tokens).tolist(),  # to compare variants
@@ -207,7 +226,7 @@ def measure(case: Case, config: ModelConfig, params, args, copy: float) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-2-7b", help="named shape of the base model")
-    parser.add_argument("--case", action="append", help="SEQUENCES x CONTEXT x ADAPTERS, as 64x512x64; may be repeated")
+    parser.add_argument("--case", action="append", help="as 64x512x64 or 8x256x8p; may be repeated")
     parser.add_argument("--ranks", default="16")
     parser.add_argument("--targets", default="q,k,v,o")
     parser.add_argument("--implementation", default="auto", choices=("auto", "mosaic", "xla"))
@@ -218,13 +237,14 @@ def main() -> None:
     parser.add_argument("--turns", type=Path, help="a file that processes which measure in turn have in common")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    copy = ceilings()["copy"]
+    found = ceilings()
+    copy = found["copy"]
     print(f"copy {copy / 1e12:.2f} TB/s on {jax.devices()[0].device_kind}", flush=True)
     model = load_model(f"random:{args.shape}", dtype=args.dtype)
     results = []
     for text in args.case or ("64x512x64", "64x512x0", "1x512x1", "256x256x256"):
         case = Case.parse(text, tuple(map(int, args.ranks.split(","))), tuple(args.targets.split(",")))
-        result = measure(case, model.config, model.params, args, copy)
+        result = measure(case, model.config, model.params, args, found)
         results.append(result)
         print(
             f"{text:14s} {result['step_ms']:8.3f} ms  floor {result['floor_ms']:7.3f}  x{result['ratio']:.3f}  "
@@ -236,7 +256,10 @@ def main() -> None:
             print(f"    {kernel['ms']:8.3f} ms {count}  {kernel['name'][:90]}")
         if args.json:  # after every case: a run cut short leaves what it has
             args.json.write_text(
-                json.dumps(dict(environment=environment(), copy=copy, shape=args.shape, results=results), indent=1)
+                json.dumps(
+                    dict(environment=environment(), ceilings=found, copy=copy, shape=args.shape, results=results),
+                    indent=1,
+                )
                 + "\n"
             )
 

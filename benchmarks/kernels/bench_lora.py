@@ -188,6 +188,7 @@ def main() -> None:
     parser.add_argument(
         "--shape", action="append", choices=sorted(SPECS), help="may be repeated; all shapes if not given"
     )
+    parser.add_argument("--op", action="append", choices=("shrink", "expand", "pair"), help="all three if not given")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--compare", action="store_true", help="time the XLA implementation and lax.ragged_dot too")
     parser.add_argument("--json", type=Path)
@@ -206,13 +207,12 @@ def main() -> None:
         for group in spec.groups:
             moved = bytes_moved(spec, group)
             timed = steps(inputs, group, args.layers)
+            timed = {op: timed[op] for op in args.op or ("shrink", "expand", "pair")}
             layers = dict.fromkeys(timed, args.layers)
             if args.compare:
                 layers["xla_pair"] = layers["ragged_dot_pair"] = 2
                 timed["xla_pair"] = steps(inputs, group, 2)["xla_pair"]
                 timed["ragged_dot_pair"] = ragged_dot_pair(spec, group, 2)
-            else:
-                del timed["xla_pair"]
             for op, (fn, fn_args) in timed.items():
                 micros = seconds(fn, *fn_args) / layers[op] * 1e6
                 size = moved[op.split("_")[-1]]
