@@ -10,13 +10,14 @@ The base projection is this device's part; `project` adds the deltas and, for o 
   that the base's all-reduce gathers it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import GROUPS, Implementation, lora_add, lora_expand, lora_shrink
+from pallas_kernels import GROUPS, Implementation, lora_expand, lora_matmul, lora_shrink
 from pallas_kernels.geometry import TILE_RANKS, ceil_div
 from pallas_kernels.lora import from_token_rows, pair_implementation, to_token_rows
 from sharding.collectives import sum_rows
@@ -27,7 +28,8 @@ from sharding.table import ShardedTable
 
 def project(
     x: Float[Array, "T c"],
-    base: Float[Array, "T d"],
+    weights: Float[Array, "L c d"] | None,
+    base: Callable[[], Float[Array, "T d"]],
     pages: Float[Array, "L P E"],
     table: ShardedTable | None,
     seg_start: Int[Array, "S1"],
@@ -39,15 +41,16 @@ def project(
     max_rank: int,
     implementation: Implementation,
 ) -> Float[Array, "T d"]:
-    """`base` with every token's delta. table: None leaves the adapters out. Otherwise as lora_shrink."""
+    """``base()`` with every token's delta. table: None leaves the adapters out. Otherwise as lora_matmul."""
     row = group in ROW_GROUPS
     if table is None:
-        return sum_rows(base) if row else base
+        return sum_rows(base()) if row else base()
     options: dict[str, Any] = dict(group=group, max_rank=max_rank)
     if layout.lora_layout(group) == "comm-free":
-        part = lora_add(
-            base,
+        part = lora_matmul(
             x,
+            weights,
+            base,
             pages,
             table.shrink(),
             table.expand(),
@@ -60,7 +63,8 @@ def project(
             **options,
         )
         return sum_rows(part) if row else part
-    part = _own_slice(base, layout.expand.out_sizes[GROUPS[group][0]], layout.devices) if row else base
+    whole = base()
+    part = _own_slice(whole, layout.expand.out_sizes[GROUPS[group][0]], layout.devices) if row else whole
     options["implementation"] = pair_implementation(
         x, part, pages, shrink=layout.shrink, expand=layout.expand, implementation=implementation, **options
     )
@@ -74,7 +78,7 @@ def project(
         ranks = _gather_ranks(ranks, granules, seg_start, seg_adapter, layout.devices)
     y = from_token_rows(ranks, y, seg_start, seg_adapter)
     part = lora_expand(part, y, pages, table.expand(), seg_start, seg_adapter, geometry=layout.expand, **options)
-    return sum_rows(_put_own_slice(base, part, layout.devices)) if row else part
+    return sum_rows(_put_own_slice(whole, part, layout.devices)) if row else part
 
 
 def run_length(granules: Any, devices: int) -> Any:

@@ -19,7 +19,7 @@ from pallas_kernels import (
     AdapterTable,
     Implementation,
     add_rms_norm,
-    lora_add,
+    lora_matmul,
     paged_attention,
     rope_write_kv,
     silu_mul,
@@ -148,24 +148,34 @@ class Llama(nn.Module):
         )[:rows]
         return logits if self.layout is None else SplitVocabulary.of(self.layout).hide_padding(logits)
 
-    def _project(self, x, base, pages, batch: Batch, layer: int | Int[Array, ""], group: str):
-        """Adds the adapters' deltas of a group of modules to the base projections of ``x``; over several devices also
-        sums what must be summed.
+    def _project(self, x, name: str, pages, batch: Batch, layer: int | Int[Array, ""], group: str):
+        """The projections of ``x`` by a group of modules with the adapters' deltas; over several devices also sums what
+        must be summed. name: of the weight.
         """
+        weights = self.weights[name]
+        bias = self.weights["bqkv"][layer] if self.config.qkv_bias and group == "qkv" else None
+
+        def base():
+            product = _matmul(x, weights[layer])
+            return product if bias is None else product + bias
+
         options: dict[str, Any] = dict(
             layer=layer, group=group, max_rank=self.max_rank, implementation=self.implementation
         )
         adapted = batch.use_adapters and group in self.lora_groups
+        product_weights = weights if bias is None else None
         if self.layout is not None:
             assert isinstance(batch.adapters, ShardedTable), "the batch was built for one device"
             table = batch.adapters if adapted else None
-            return project(x, base, pages, table, batch.seg_start, batch.seg_adapter, layout=self.layout, **options)
+            segments = (batch.seg_start, batch.seg_adapter)
+            return project(x, product_weights, base, pages, table, *segments, layout=self.layout, **options)
         if not adapted:
-            return base
+            return base()
         assert isinstance(batch.adapters, AdapterTable), "the batch was built for several devices"
         geometry = self.config.geometry
         where = (pages, batch.adapters, batch.adapters, batch.seg_start, batch.seg_adapter)
-        return lora_add(base, x, *where, shrink_geometry=geometry, expand_geometry=geometry, **options)
+        options |= dict(shrink_geometry=geometry, expand_geometry=geometry)
+        return lora_matmul(x, product_weights, base, *where, **options)
 
     def _add_norm(self, name: str, layer: int | Int[Array, ""] | None, x, delta):
         """``x + delta`` and its norm. layer: None where the weight has no layer axis."""
@@ -177,10 +187,7 @@ class Llama(nn.Module):
     def _attention(self, i, h, pages, batch: Batch, cos, sin):
         cfg, w = self.config, self.weights
         options: dict[str, Any] = dict(layer=i, geometry=cfg.geometry, implementation=self.implementation)
-        qkv = _matmul(h, w["wqkv"][i])
-        if cfg.qkv_bias:
-            qkv = qkv + w["bqkv"][i]
-        qkv = self._project(h, qkv, pages, batch, i, "qkv")
+        qkv = self._project(h, "wqkv", pages, batch, i, "qkv")
         norms = (w["q_norm"], w["k_norm"]) if cfg.qk_norm else None
         q, pages = rope_write_kv(
             qkv, cos, sin, pages, batch.page_ids, batch.slots, norms=norms, norm_eps=cfg.norm_eps, **options
@@ -195,10 +202,9 @@ class Llama(nn.Module):
             sm_scale=cfg.head_dim**-0.5,
             **options,
         ).reshape(-1, cfg.q_size)
-        return self._project(out, _matmul(out, w["wo"][i]), pages, batch, i, "o"), pages
+        return self._project(out, "wo", pages, batch, i, "o"), pages
 
     def _mlp(self, i, h, pages, batch: Batch):
-        w = self.weights
-        gate_up = self._project(h, _matmul(h, w["wgu"][i]), pages, batch, i, "gu")
+        gate_up = self._project(h, "wgu", pages, batch, i, "gu")
         h = silu_mul(gate_up, implementation=self.implementation)
-        return self._project(h, _matmul(h, w["wdown"][i]), pages, batch, i, "down")
+        return self._project(h, "wdown", pages, batch, i, "down")

@@ -2,9 +2,11 @@
 
 Tokens are ordered in segments of one adapter. Weights are gathered from pages at their true rank (the MBGMV and MBGMM
 kernels of S-LoRA, arXiv 2311.03285, section 5.3). ``lora_shrink`` and ``lora_expand`` are a pair: what one returns,
-the other takes. ``lora_add`` does both, on GPUs in one launch where segments are short.
+the other takes. ``lora_add`` does both, on GPUs in one launch where segments are short. ``lora_matmul`` does both and
+the base projection; on GPUs, in large steps, in one kernel with it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Array, Float, Int
@@ -21,6 +23,7 @@ __all__ = [
     "from_token_rows",
     "lora_add",
     "lora_expand",
+    "lora_matmul",
     "lora_shrink",
     "pair_implementation",
     "to_token_rows",
@@ -150,3 +153,58 @@ def lora_add(
     options["implementation"] = implementation
     y = lora_shrink(x, pages, shrink, seg_start, seg_adapter, geometry=shrink_geometry, **options)
     return lora_expand(out, y, pages, expand, seg_start, seg_adapter, geometry=expand_geometry, **options)
+
+
+def lora_matmul(
+    x: Float[Array, "T d"],
+    weights: Float[Array, "L d c"] | None,
+    base: Callable[[], Float[Array, "T c"]],
+    pages: Float[Array, "L P E"],
+    shrink: AdapterTable,
+    expand: AdapterTable,
+    seg_start: Int[Array, "S1"],
+    seg_adapter: Int[Array, "S"],
+    *,
+    layer: int | Int[Array, ""],
+    group: str,
+    shrink_geometry: Geometry,
+    expand_geometry: Geometry,
+    max_rank: int,
+    implementation: Implementation = "auto",
+) -> Float[Array, "T c"]:
+    """`lora_add` to the base projection ``x @ weights[layer]``, which `base` computes unless one kernel does both.
+
+    weights: of all layers; None if the base projection is not such a product. The bits are those of `lora_add` to the
+    same base outputs, rounded to x's dtype.
+    """
+    kernel = weights is not None and pair_implementation(
+        x,
+        x,
+        pages,
+        group=group,
+        shrink=shrink_geometry,
+        expand=expand_geometry,
+        max_rank=max_rank,
+        implementation=implementation,
+    )
+    where = (pages, shrink, expand, seg_start, seg_adapter)
+    if kernel == "mosaic":
+        options: dict[str, Any] = dict(group=group, max_rank=max_rank)
+        reason = kernel_sm90.unsupported_product(
+            x, weights, pages, shrink=shrink_geometry, expand=expand_geometry, **options
+        )
+        if reason is None:
+            a = kernel_sm90.Matrices(table=shrink, geometry=shrink_geometry)
+            b = kernel_sm90.Matrices(table=expand, geometry=expand_geometry)
+            return kernel_sm90.matmul_sm90(x, weights, pages, a, b, seg_start, seg_adapter, layer=layer, **options)
+    return lora_add(
+        base(),
+        x,
+        *where,
+        layer=layer,
+        group=group,
+        shrink_geometry=shrink_geometry,
+        expand_geometry=expand_geometry,
+        max_rank=max_rank,
+        implementation=implementation,
+    )

@@ -21,11 +21,13 @@ _WGMMA = plgpu.Layout.WGMMA
 _TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 
 
-def total_of(item: ExpandItem, rank_tile, scale, parts: list, dtype):
-    """Sum of the splits of 64 ranks in order, scaled; zero past the module's own ranks."""
+def total_of(granules, rank_tile, scale, parts: list, dtype):
+    """Sum of the splits of 64 ranks in order, scaled; zero past the module's own ranks, of which there are `granules`
+    times eight.
+    """
     total = functools.reduce(jnp.add, parts)
     row = plgpu.broadcasted_iota(jnp.int32, total.shape, 0, layout=_WGMMA)
-    live = row < item.granules * TILE_RANKS - rank_tile * STAGE_ROWS
+    live = row < granules * TILE_RANKS - rank_tile * STAGE_ROWS
     return jnp.where(live, total * scale, 0.0).astype(dtype)
 
 
@@ -39,7 +41,7 @@ class RowTiles:
     interpret: bool
 
     def lay_out(self, item: ExpandItem, buffer, rank_tile, scale, parts: list) -> None:
-        total = total_of(item, rank_tile, scale, parts, self.y_smem.dtype)
+        total = total_of(item.granules, rank_tile, scale, parts, self.y_smem.dtype)
         target = self.y_smem.at[buffer, rank_tile]
         copies = target.shape[0] // TILE_RANKS
         # What is rolled around is past the ranks of one chunk and so zero.
@@ -91,7 +93,7 @@ class PackedTiles:
 
     def lay_out(self, item: ExpandItem, buffer, rank_tile, scale, parts: list) -> None:
         shifted, shift_rows = self.shifted, self.shifted.shape[0] - STAGE_ROWS
-        shifted[pl.ds(shift_rows, STAGE_ROWS)] = total_of(item, rank_tile, scale, parts, shifted.dtype)
+        shifted[pl.ds(shift_rows, STAGE_ROWS)] = total_of(item.granules, rank_tile, scale, parts, shifted.dtype)
         plgpu.commit_smem()
 
         def tile_body(i, _):

@@ -13,13 +13,16 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry
+from pallas_kernels.lora import kernel_matmul_sm90
 from pallas_kernels.lora.config import SHORT_STEP, LoraConfig, chunk_tiles, default_config
 from pallas_kernels.lora.kernel_add_sm90 import add
 from pallas_kernels.lora.kernel_expand_sm90 import expand
+from pallas_kernels.lora.kernel_operand_sm90 import operand
 from pallas_kernels.lora.kernel_short_sm90 import short
 from pallas_kernels.lora.kernel_shrink_sm90 import shrink
 from pallas_kernels.lora.plan import Half, by_length, make_plan
 from pallas_kernels.lora.table import AdapterTable
+from pallas_kernels.lora.windows import WINDOW, make_tiles
 
 _WHOLE_ROWS = 8
 """XLA pads matrix products to multiples of so many rows and slices the result. A kernel that changes such a slice in
@@ -30,7 +33,10 @@ place is fused with the slicing, and what it wrote is lost (jax 0.11.2 on an H10
 _STATIC = ("group", "geometry", "config", "chunk", "max_rank", "interpret")
 _shrink = jax.jit(shrink, static_argnames=_STATIC)
 _expand = jax.jit(expand, static_argnames=_STATIC)
-_make_plan = jax.jit(make_plan, static_argnames=("num_tokens", "geometry", "block_tokens"))
+_make_plan = jax.jit(make_plan, static_argnames=("num_tokens", "geometry", "block_tokens", "windows"))
+_make_tiles = jax.jit(make_tiles, static_argnames="num_tokens")
+_operand = jax.jit(operand, static_argnames=("group", "max_rank", "interpret"))
+_matmul = jax.jit(kernel_matmul_sm90.matmul, static_argnames=("group", "config", "interpret"))
 _add = jax.jit(add, static_argnames=("group", "config", "chunk", "max_rank"))
 _short = jax.jit(short, static_argnames=("phase", "group", "config", "chunk", "max_rank", "interpret"))
 
@@ -60,9 +66,9 @@ class Matrices:
     table: AdapterTable
     geometry: Geometry
 
-    def half(self, seg_start, seg_adapter, num_tokens: int, config: LoraConfig) -> Half:
+    def half(self, seg_start, seg_adapter, num_tokens: int, config: LoraConfig, windows: bool = False) -> Half:
         options = dict(num_tokens=num_tokens, geometry=self.geometry, block_tokens=config.block_tokens)
-        plan = _make_plan(self.table, seg_start, seg_adapter, **options)
+        plan = _make_plan(self.table, seg_start, seg_adapter, **options, windows=windows)
         return Half(page_ids=self.table.pages, plan=plan, geometry=self.geometry)
 
 
@@ -176,6 +182,49 @@ def add_sm90(
             y = _shrink(x, pages, a.page_ids, a.plan, where, geometry=a.geometry, **options)
             out = _expand(out, y, pages, b.page_ids, b.plan, where, geometry=b.geometry, **options)
     return out[:num_tokens]
+
+
+def unsupported_product(
+    x, weights, pages, *, shrink: Geometry, expand: Geometry, group: str, max_rank: int
+) -> str | None:
+    """Why `matmul_sm90` cannot take what `add_sm90` can, or None if it can and is worth it."""
+    if x.shape[0] <= SHORT_STEP:
+        return f"{x.shape[0]} tokens are too few"
+    return kernel_matmul_sm90.unsupported(x, weights, pages, group=group, geometry=expand)
+
+
+def matmul_sm90(
+    x: Float[Array, "T d"],
+    weights: Float[Array, "L d c"],
+    pages: Float[Array, "L P E"],
+    shrink: Matrices,
+    expand: Matrices,
+    seg_start: Int[Array, "S1"],
+    seg_adapter: Int[Array, "S"],
+    *,
+    layer: int | Int[Array, ""],
+    group: str,
+    max_rank: int,
+    interpret=None,
+) -> Float[Array, "T c"]:
+    """`add_sm90` to ``x @ weights[layer]``, for steps of more than SHORT_STEP tokens: what long segments add is summed
+    with the product, and never written.
+    """
+    where, num_tokens = jnp.asarray(layer, jnp.int32).reshape(1), x.shape[0]
+    short, long = by_length(seg_start, seg_adapter)
+    config = dataclasses.replace(default_config(shrink.geometry, num_tokens), block_tokens=WINDOW)
+    a, b = (matrices.half(seg_start, long, num_tokens, config, windows=True) for matrices in (shrink, expand))
+    options: dict[str, Any] = dict(group=group, config=config, interpret=interpret)
+    chunk = chunk_tiles(a.geometry, config.chunk_tiles)
+    y = _shrink(x, pages, a.page_ids, a.plan, where, geometry=a.geometry, chunk=chunk, max_rank=max_rank, **options)
+    y = _operand(y, b.plan, where, group=group, max_rank=max_rank, interpret=interpret)
+    out = _matmul(x, weights, y, pages, b, _make_tiles(b.plan, num_tokens=num_tokens), where, **options)
+    if interpret:
+        return out
+    config = default_config(shrink.geometry, 1)
+    a, b = (matrices.half(seg_start, short, num_tokens, config) for matrices in (shrink, expand))
+    chunk = min(chunk_tiles(half.geometry, config.chunk_tiles) for half in (a, b))
+    return _add(pages, where, a, b, x=x, out=out, group=group, config=config, chunk=chunk, max_rank=max_rank)
 
 
 def _whole_rows(out: Float[Array, "T c"]) -> Float[Array, "T2 c"]:

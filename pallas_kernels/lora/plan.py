@@ -73,8 +73,12 @@ class Half:
     geometry: Geometry = dataclasses.field(metadata=dict(static=True))
 
 
-def max_token_blocks(num_tokens: int, num_segments: int, block_tokens: int) -> int:
-    """Most token blocks that any cut of `num_tokens` tokens in `num_segments` segments can give."""
+def max_token_blocks(num_tokens: int, num_segments: int, block_tokens: int, *, windows: bool = False) -> int:
+    """Most token blocks that any cut of `num_tokens` tokens in `num_segments` segments can give. windows: see
+    make_plan; one more, which is never used.
+    """
+    if windows:
+        return num_tokens // block_tokens + min(num_segments, num_tokens // (SHORT_SEGMENT + 1)) + 1
     used = min(num_segments, num_tokens)
     return max(1, min(num_tokens, (num_tokens + used * (block_tokens - 1)) // block_tokens))
 
@@ -91,9 +95,14 @@ def y_rows(group: str, max_rank: int) -> int:
     return max(last, _BLOCK_ROWS * max_rank_blocks(group, max_rank))
 
 
-def token_blocks(seg_start: Int[Array, "S1"], seg_adapter: Int[Array, "S"], block_tokens: int) -> Int[Array, "S1"]:
-    """First token block of every segment, and where the last one's end."""
-    blocks = jnp.where(seg_adapter >= 0, -(-(seg_start[1:] - seg_start[:-1]) // block_tokens), 0)
+def token_blocks(
+    seg_start: Int[Array, "S1"], seg_adapter: Int[Array, "S"], block_tokens: int, *, windows: bool = False
+) -> Int[Array, "S1"]:
+    """First token block of every segment, and where the last one's end. windows: see make_plan."""
+    start, end = seg_start[:-1], seg_start[1:]
+    if windows:
+        start = start // block_tokens * block_tokens
+    blocks = jnp.where((seg_adapter >= 0) & (end > seg_start[:-1]), -(-(end - start) // block_tokens), 0)
     # A sum over a mask is one small kernel, where a scan would be several.
     order = jnp.arange(seg_adapter.shape[0] + 1)
     return jnp.sum(jnp.where(order[None, :-1] < order[:, None], blocks[None, :], 0), axis=1, dtype=jnp.int32)
@@ -136,13 +145,18 @@ def make_plan(
     num_tokens: int,
     geometry: Geometry,
     block_tokens: int,
+    windows: bool = False,
 ) -> Plan:
-    """The plan of a step of `num_tokens` tokens."""
+    """The plan of a step of `num_tokens` tokens.
+
+    windows: segments, all longer than SHORT_SEGMENT, are cut where a window of `block_tokens` tokens ends, counted from
+    the step's first; `num_tokens` is a multiple of that. A block's first row is its window's.
+    """
     num_segments = seg_adapter.shape[0]
     # A record for each cluster of thread blocks: none waits to know how many are in use before it fetches its first.
-    limit = max(max_token_blocks(num_tokens, num_segments, block_tokens), CLUSTERS)
+    limit = max(max_token_blocks(num_tokens, num_segments, block_tokens, windows=windows), CLUSTERS)
     lengths = seg_start[1:] - seg_start[:-1]
-    first_block = token_blocks(seg_start, seg_adapter, block_tokens)
+    first_block = token_blocks(seg_start, seg_adapter, block_tokens, windows=windows)
     index = jnp.arange(limit, dtype=jnp.int32)
     seg = jnp.sum(first_block[None, 1:] <= index[:, None], axis=1, dtype=jnp.int32)
     seg = jnp.minimum(seg, num_segments - 1)
@@ -150,9 +164,14 @@ def make_plan(
     before = (index - first_block[seg]) * block_tokens
     granules = table.granules[adapter][:, :, None]  # [NT, L, 1, 7]
     linear, is_tile = _record_terms(geometry)
-    first = jnp.clip(seg_start[seg] + before, 0, num_tokens - 1)
-    row = first_row(first, num_tokens, block_tokens)
-    length = jnp.clip(lengths[seg] - before, 0, block_tokens)
+    if windows:
+        row = jnp.clip(seg_start[seg] // block_tokens * block_tokens + before, 0, num_tokens - block_tokens)
+        first = jnp.maximum(seg_start[seg], row)
+        length = jnp.clip(jnp.minimum(seg_start[seg + 1], row + block_tokens) - first, 0, block_tokens)
+    else:
+        first = jnp.clip(seg_start[seg] + before, 0, num_tokens - 1)
+        row = first_row(first, num_tokens, block_tokens)
+        length = jnp.clip(lengths[seg] - before, 0, block_tokens)
     own = jnp.stack([row, first - row, length, table.page_start[adapter]])
     records = jnp.sum(granules * linear, axis=3, dtype=jnp.int32)
     records += jnp.where(is_tile, table.tile_start[adapter][:, :, None], 0)

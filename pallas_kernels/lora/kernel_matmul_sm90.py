@@ -1,0 +1,295 @@
+"""Hopper kernel of a base projection with the deltas of long segments: ``x W`` rounded to bfloat16, then ``+ y B``.
+
+The deltas never cross memory: after its last columns of x, a tile of 128 tokens and 256 outputs goes on with the
+segments that reach into it, each like 64 more columns: y of their tokens, zero for all others, and their adapter's B.
+Two warpgroups multiply, 64 tokens each, a third fills the ring in shared memory. The base's sum is rounded before the
+deltas are added and the result once more, as if lora_expand had followed: the bits do not show which of the two it was.
+
+A persistent grid after jax.experimental.pallas.ops.gpu.hopper_matmul_mgpu: tiles run along the tokens first, so that a
+step's weights are read from memory once.
+"""
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry
+from pallas_kernels.lora.any_rows import any_rows
+from pallas_kernels.lora.bulk_copy import start_copy
+from pallas_kernels.lora.config import LoraConfig
+from pallas_kernels.lora.expand_items import ExpandItem, ExpandItems
+from pallas_kernels.lora.mosaic_common import (
+    OPERAND,
+    PLAN_ROWS,
+    STAGE_CHUNKS,
+    STAGE_ROWS,
+    STEP_ROWS,
+    ChunkSource,
+    capacity,
+    ceil_div,
+    drain,
+)
+from pallas_kernels.lora.plan import PAGE_START, TOKEN, Half
+from pallas_kernels.lora.windows import TILE, WINDOW, Tiles, is_second
+
+CHUNK = 4
+"""Tiles of a bulk copy: a product's tile is as wide as one."""
+_COLUMNS = CHUNK * TILE_COLS
+_STAGES = 4
+_CTAS = 132
+_BAND = 16
+"""Tiles of tokens that run together."""
+
+
+def unsupported(x, w, pages, *, group: str, geometry: Geometry) -> str | None:
+    """Why the kernel cannot take this, or None if it can. w: [layers, in, out]."""
+    if x.shape[0] % TILE:
+        return f"{x.shape[0]} tokens are not a multiple of {TILE}"
+    if w.dtype != x.dtype:
+        return f"weights are {w.dtype} and activations {x.dtype}"
+    if x.shape[1] % STAGE_ROWS:
+        return f"a width of {x.shape[1]} is not a multiple of {STAGE_ROWS}"
+    for m in GROUPS[group]:
+        if geometry.out_sizes[m] % _COLUMNS:
+            return f"a width of {geometry.out_sizes[m]} is not a multiple of {_COLUMNS}"
+    if geometry.page_tiles % CHUNK:
+        return f"a page of {geometry.page_tiles} tiles is not a multiple of {CHUNK}"
+    return None
+
+
+def matmul(x, w, y, pages, half: Half, tiles: Tiles, layer, *, group: str, config: LoraConfig, interpret=None):
+    """``x @ w[layer]`` and the deltas of the plan's segments, bfloat16 [T, out].
+
+    y: of `operand`. half: of the adapters' B, cut at windows, as `tiles` is. layer: int32[1].
+    """
+    source = ChunkSource(geometry=half.geometry, num_pages=pages.shape[1], chunk=CHUNK, whole=not interpret)
+    out = jax.ShapeDtypeStruct((x.shape[0], w.shape[2]), x.dtype)
+    number = jnp.concatenate([layer, jnp.full(1, x.shape[0] // TILE, jnp.int32)])
+    plan = half.plan
+    args = (x, w, y, source.view_of_pool(pages), half.page_ids, plan.records, tiles.first_block, tiles.stages, number)
+    with jax.named_scope("lora_matmul"):
+        if interpret:
+            return _launch(*args, out=out, group=group, config=config, source=source, interpret=interpret)
+        most, blocks = capacity(STEP_ROWS, x.shape[0]), capacity(PLAN_ROWS, plan.records.shape[0])
+        rows = {0: most, 2: blocks, 5: blocks, 6: most // TILE + 1, 7: most // TILE}
+        largest = jax.ShapeDtypeStruct((most, out.shape[1]), out.dtype)
+        options = dict(out=largest, group=group, config=config, source=source)
+        return any_rows(_launch, args, rows=rows, out=(out,), in_place=False, options=options)[0]
+
+
+def _launch(
+    x, w, y, pool, page_ids, records, first_block, stages, number, *, out, group, config, source, interpret=None
+):
+    geometry, modules = source.geometry, GROUPS[group]
+    ctas = 2 if interpret else _CTAS
+    columns, steps = out.shape[1] // _COLUMNS, x.shape[1] // STAGE_ROWS
+    most_ranks = y.shape[2] // (len(modules) * STAGE_ROWS)
+    # Interpreted copies arrive one by one, and a stage of weights makes up for those that it does not have.
+    more = 0 if source.whole else STAGE_CHUNKS * CHUNK
+
+    def lora_matmul(
+        x_ref,
+        w_ref,
+        y_ref,
+        pool,
+        page_ids,
+        records,
+        first_block,
+        stages,
+        number,
+        out_ref,
+        *,
+        a,
+        b,
+        c,
+        full,
+        empty,
+    ):
+        operand, chunks = source.views(b)
+        cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
+        layer, tiles = number[0], number[1]
+        items = ExpandItems(
+            geometry=geometry,
+            group=group,
+            config=config,
+            chunk=CHUNK,
+            num_blocks=jnp.int32(0),
+            records=records,
+            layer=layer,
+        )
+        zero, true = jnp.int32(0), jnp.bool_(True)
+        count = jnp.maximum(ceil_div(tiles * columns - cta, ctas), 0)
+
+        def place(n):
+            """Tile of tokens and of outputs of this program's n-th product."""
+            index = cta + n * ctas
+            band = lax.div(index, jnp.int32(_BAND * columns))
+            index -= band * (_BAND * columns)
+            height = jnp.minimum(tiles - band * _BAND, _BAND)
+            column = lax.div(index, height)
+            return band * _BAND + index - column * height, column
+
+        def module_of(column):
+            """Of a tile of outputs: its module and the place of that in the group, the module's width and its first
+            tile of `out`, all in tiles of 64.
+            """
+            tile, chosen = 0, [jnp.int32(0)] * 4
+            for i, m in enumerate(modules):
+                values = (m, i, geometry.out_tiles(m), tile)
+                chosen = [jnp.where(column * CHUNK >= tile, v, old) for v, old in zip(values, chosen, strict=True)]
+                tile += geometry.out_tiles(m)
+            return chosen
+
+        def copy(source_ref, target, barrier):
+            if source.whole:
+                start_copy(source_ref, target, barrier, true)
+            else:
+                plgpu.copy_gmem_to_smem(source_ref, target, barrier)
+
+        @pl.when(wg == 2)
+        def load():
+            plgpu.set_max_registers(56, action="decrease")
+
+            def claim(issued):
+                slot = lax.rem(issued, jnp.int32(_STAGES))
+
+                @pl.when(issued >= _STAGES)
+                def _():
+                    plgpu.barrier_wait(empty.at[slot])
+
+                if source.whole:
+                    # of x, or of y, as many bytes as so many groups of eight tokens
+                    source.expect(full.at[slot], jnp.int32(STAGE_CHUNKS), TILE * STAGE_ROWS // (TILE_RANKS * _COLUMNS))
+                return slot
+
+            def rows_of(slot):
+                return pl.ds(pl.multiple_of(slot * STAGE_ROWS, STAGE_ROWS), STAGE_ROWS)
+
+            def base(tile, column, issued):
+                @pl.loop(0, steps)
+                def _(k):
+                    slot = claim(issued + k)
+                    depth = pl.ds(pl.multiple_of(k * STAGE_ROWS, STAGE_ROWS), STAGE_ROWS)
+                    tokens = pl.ds(pl.multiple_of(tile * TILE, TILE), TILE)
+                    outputs = pl.ds(pl.multiple_of(column * _COLUMNS, _COLUMNS), _COLUMNS)
+                    copy(x_ref.at[tokens, depth], a.at[slot], full.at[slot])
+                    copy(w_ref.at[layer, depth, outputs], operand.at[rows_of(slot)], full.at[slot])
+                    for _ in range(more):
+                        plgpu.barrier_arrive(full.at[slot])
+
+            def pair(block, item: ExpandItem, place_in_group, first, second, issued):
+                pages = source.pages(item.section, items.max_span(most_ranks), item.pages, item.page_start, page_ids)
+
+                @pl.loop(0, item.rank_tiles)
+                def _(k):
+                    slot = claim(issued + k)
+                    ranks = (place_in_group * most_ranks + k) * STAGE_ROWS
+                    ranks = pl.ds(pl.multiple_of(ranks, STAGE_ROWS), STAGE_ROWS)
+                    for i, which in enumerate((first, second)):
+                        copy(y_ref.at[which, :, ranks], a.at[slot, pl.ds(i * WINDOW, WINDOW)], full.at[slot])
+                    for s in range(STAGE_CHUNKS):
+                        index = source.locate(items.chunk_tile(item, s, k, 0), pages)
+                        source.copy(pool, index, chunks, slot * STAGE_CHUNKS + s, full.at[slot], true)
+
+            def tile_body(n, issued):
+                tile, column = place(n)
+                module, place_in_group, width, first_tile = module_of(column)
+                begin, end = first_block[tile], first_block[tile + 1]
+                base(tile, column, issued)
+
+                def block_body(block, issued):
+                    here, before, after = (
+                        [records[i, layer, field] for field in (TOKEN, PAGE_START)]
+                        for i in (block, jnp.maximum(block - 1, begin), jnp.minimum(block + 1, end - 1))
+                    )
+                    chunk = column - lax.div(first_tile, CHUNK)
+                    fetched = items.fetch_of(block, module)
+                    item = items.item(block, module, width, first_tile, chunk, 1, fetched)
+                    count = jnp.where((item.granules > 0) & ~is_second(before, here), item.rank_tiles, 0)
+
+                    @pl.when(count > 0)
+                    def _():
+                        odd = lax.rem(lax.div(here[0], jnp.int32(WINDOW)), jnp.int32(2)) == 1
+                        other = jnp.where(is_second(here, after), block + 1, zeros)
+                        pair(
+                            block,
+                            item,
+                            place_in_group,
+                            jnp.where(odd, zeros, block),
+                            jnp.where(odd, block, other),
+                            issued,
+                        )
+
+                    return issued + count
+
+                return lax.fori_loop(begin, end, block_body, issued + steps)
+
+            zeros = first_block[tiles]
+            drain(empty, lax.fori_loop(0, count, tile_body, zero), _STAGES)
+
+        @pl.when(wg < 2)
+        def multiply():
+            plgpu.set_max_registers(224, action="increase")
+            mine = pl.ds(pl.multiple_of(wg * WINDOW, WINDOW), WINDOW)
+
+            def product(seen, length):
+                """Sum over the ring's next `length` stages."""
+
+                def accumulate(acc):
+                    @pl.loop(0, length)
+                    def _(k):
+                        slot = lax.rem(seen + k, jnp.int32(_STAGES))
+                        plgpu.barrier_wait(full.at[slot])
+                        rows = pl.ds(pl.multiple_of(slot * STAGE_ROWS, STAGE_ROWS), STAGE_ROWS)
+                        plgpu.wgmma(acc, a.at[slot, mine], operand.at[rows])
+                        plgpu.wgmma_wait(0)
+                        plgpu.barrier_arrive(empty.at[slot])
+
+                    return acc[...]
+
+                return pl.run_scoped(accumulate, plgpu.ACC((WINDOW, _COLUMNS), jnp.float32))
+
+            def tile_body(n, carry):
+                seen, length = carry
+                tile, column = place(n)
+                following, next_column = place(jnp.minimum(n + 1, count - 1))
+                # loaded now, needed when the next tile's base is summed
+                next_length = stages[following, layer, module_of(next_column)[0]]
+                total = product(seen, steps).astype(out.dtype)
+                delta = product(seen + steps, length)
+                total = (total.astype(jnp.float32) + delta).astype(out.dtype)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                for i in range(CHUNK):
+                    slot = i % 2
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                    c[wg, slot] = total[:, i * TILE_COLS : (i + 1) * TILE_COLS]
+                    plgpu.commit_smem()
+                    rows = pl.ds(pl.multiple_of(tile * TILE + wg * WINDOW, WINDOW), WINDOW)
+                    outputs = pl.ds(pl.multiple_of(column * _COLUMNS + i * TILE_COLS, TILE_COLS), TILE_COLS)
+                    plgpu.copy_smem_to_gmem(c.at[wg, slot], out_ref.at[rows, outputs])
+                return seen + steps + length, next_length
+
+            @pl.when(count > 0)
+            def _():
+                tile, column = place(zero)
+                lax.fori_loop(0, count, tile_body, (zero, stages[tile, layer, module_of(column)[0]]))
+                plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        lora_matmul,
+        out_type=out,
+        grid=(ctas,),
+        grid_names=("cta",),
+        num_threads=3,
+        thread_name="wg",
+        scratch_types=dict(
+            a=plgpu.SMEM((_STAGES, TILE, STAGE_ROWS), x.dtype, transforms=OPERAND),
+            b=source.ring(_STAGES * STAGE_ROWS, x.dtype),
+            c=plgpu.SMEM((2, 2, WINDOW, TILE_COLS), out.dtype, transforms=OPERAND),
+            full=plgpu.Barrier(num_arrivals=1 if source.whole else 2 + more, num_barriers=_STAGES),
+            empty=plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
+        ),
+        interpret=interpret,
+    )(x, w, y, pool, page_ids, records, first_block, stages, number)

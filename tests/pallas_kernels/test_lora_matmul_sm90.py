@@ -1,0 +1,177 @@
+"""The Hopper kernel of a base projection with its deltas: interpreted, lowered to CUDA, and (marked gpu) on the
+machine.
+"""
+
+import functools
+import re
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import jax
+from jax import numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from lora_batches import RANKS, TINY, WIDE, Batch, abstract, abstract_table
+import numpy as np
+from oracles import relative_error
+import pytest
+
+from pallas_kernels import lora_matmul
+from pallas_kernels.geometry import GROUPS
+from pallas_kernels.lora.arg_specs import SPECS
+from pallas_kernels.lora.config import SHORT_SEGMENT, SHORT_STEP
+from pallas_kernels.lora.kernel_sm90 import Matrices, matmul_sm90, unsupported_product
+from pallas_kernels.lora.plan import NUM_TOKENS, OFFSET, TOKEN, make_plan, max_token_blocks
+from pallas_kernels.lora.windows import TILE, WINDOW, make_tiles
+
+HIGH = [[8] * 7, [16, 4, 0, 8, 40, 80, 8], [80, 8, 16, 8, 8, 8, 8]]
+
+
+class Product:
+    """A batch of tokens, and base weights whose product with them is the batch's base output."""
+
+    def __init__(self, g, ranks, lengths, adapters, group):
+        self.batch = batch = Batch(g, ranks, lengths, adapters, group, padding=0)
+        width = batch.x.shape[1], batch.out.shape[1]
+        weights = np.random.default_rng(5).standard_normal((g.num_layers, *width)) / 16
+        self.weights = jnp.asarray(weights, jnp.bfloat16)
+        self.max_rank = int(batch.table.granules.max()) * 8
+
+    def run(self, adapters=None, interpret=None):
+        batch = self.batch
+        adapters = jnp.asarray(batch.adapters if adapters is None else adapters, jnp.int32)
+        options = dict(layer=batch.layer, group=batch.group, max_rank=self.max_rank, interpret=interpret)
+
+        @jax.jit
+        def run(x, weights, pages, table, *segments):
+            half = Matrices(table=table, geometry=batch.geometry)
+            return matmul_sm90(x, weights, pages, half, half, *segments, **options)
+
+        return run(batch.x, self.weights, batch.pages, batch.table, jnp.asarray(batch.seg_start), adapters)
+
+    def check(self, result):
+        batch = self.batch
+        base = np.asarray(batch.x, np.float64) @ np.asarray(self.weights[batch.layer], np.float64)
+        batch.out = jnp.asarray(base, jnp.bfloat16)
+        assert relative_error(np.asarray(result), batch.expected()) < 5e-3
+
+
+@pytest.mark.parametrize("lengths, group", [((100, 17, 50, 89), "qkv"), ((128, 80, 30, 18), "gu")], ids=["qkv", "gu"])
+def test_interpreted(lengths, group):
+    product = Product(WIDE, HIGH, lengths, (0, 1, -1, 2), group)
+    product.check(product.run(interpret=plgpu.InterpretGPUParams()))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(SHORT_SEGMENT + 1, 200), min_size=1, max_size=12),
+    chosen=st.lists(st.integers(-1, 2), min_size=12, max_size=12),
+)
+def test_tiles_list_every_pair_of_a_segment_and_a_tile(lengths, chosen):
+    tokens = -(-sum(lengths) // TILE) * TILE
+    start = np.cumsum([0, *lengths]).astype(np.int32)
+    adapters = np.array(chosen[: len(lengths)], np.int32)
+    table = Batch(TINY, HIGH, (1,), (0,), "qkv").table
+    plan = make_plan(
+        table,
+        jnp.asarray(start),
+        jnp.asarray(adapters),
+        num_tokens=tokens,
+        geometry=TINY,
+        block_tokens=WINDOW,
+        windows=True,
+    )
+    blocks = [
+        (w * WINDOW, max(a - w * WINDOW, 0), min(b, (w + 1) * WINDOW) - max(a, w * WINDOW))
+        for a, b, which in zip(start, start[1:], adapters, strict=False)
+        if which >= 0
+        for w in range(a // WINDOW, -(-b // WINDOW))
+    ]
+    assert plan.counts[0] == len(blocks) < max_token_blocks(tokens, len(lengths), WINDOW, windows=True)
+    found = plan.records[: len(blocks), 0, jnp.array([TOKEN, OFFSET, NUM_TOKENS])]
+    assert found.tolist() == [list(block) for block in blocks]
+    tiles = make_tiles(plan, tokens)
+    per_tile = [sum(token // TILE == t for token, *_ in blocks) for t in range(tokens // TILE)]
+    assert tiles.first_block.tolist() == np.cumsum([0, *per_tile]).tolist()
+    rank_tiles = -(-np.asarray(table.granules) // 8)  # [adapters, layers, 7]
+    for t in range(tokens // TILE):
+        # runs of the same adapter: a pair may go from one segment to the next where a window ends between them
+        pairs, last = [], None
+        for w in (2 * t, 2 * t + 1):
+            inside = [
+                a
+                for a, b, e in zip(adapters, start, start[1:], strict=False)
+                if a >= 0 and b < (w + 1) * WINDOW and e > w * WINDOW
+            ]
+            same = w % 2 == 1 and inside and last is not None and inside[0] == last
+            pairs += inside[1:] if same else inside
+            last = inside[-1] if inside else None
+        wanted = sum((rank_tiles[a] for a in pairs), np.zeros_like(rank_tiles[0]))
+        np.testing.assert_array_equal(tiles.stages[t], wanted)
+
+
+def _lower(spec, group, tokens):
+    g, modules = spec.geometry, GROUPS[group]
+
+    def run(x, weights, pages, table, *segments):
+        options = dict(layer=3, group=group, max_rank=spec.max_rank, implementation="mosaic")
+        geometries = dict(shrink_geometry=g, expand_geometry=g)
+        return lora_matmul(x, weights, lambda: x @ weights[3], pages, table, table, *segments, **geometries, **options)
+
+    widths = g.in_sizes[modules[0]], sum(g.out_sizes[m] for m in modules)
+    pages = abstract((g.num_layers, 1000, g.page_elements), jnp.bfloat16)
+    segments = abstract((len(spec.segments) + 1,)), abstract((len(spec.segments),))
+    x, weights = abstract((tokens, widths[0]), jnp.bfloat16), abstract((g.num_layers, *widths), jnp.bfloat16)
+    traced = jax.jit(run).trace(x, weights, pages, abstract_table(spec), *segments)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    "name, group", [("7b_prefill_2048_8_segments_r64", "gu"), ("8b_prefill_2048_64_segments_r16", "qkv")]
+)
+def test_lowers_to_cuda(name, group):
+    lowered = _lower(SPECS[name], group, 2048)
+    assert lowered.count("@mosaic_gpu_v2") == 4  # shrink, operand, product, and what adds short segments
+    assert "dot_general" not in lowered
+
+
+def test_small_and_uneven_steps_keep_the_product_to_themselves():
+    for tokens in (SHORT_STEP, SHORT_STEP + 8):
+        assert "dot_general" in _lower(SPECS["7b_prefill_2048_8_segments_r16"], "o", tokens)
+
+
+def test_large_steps_share_their_kernels():
+    spec = SPECS["7b_prefill_2048_8_segments_r16"]
+    hashes = [set(re.findall(r'kernel_hash = "([^"]*)"', _lower(spec, "o", n))) for n in (1152, 8192)]
+    assert hashes[0] == hashes[1]
+
+
+def test_unsupported_names_the_reason():
+    g = WIDE
+    x = jnp.zeros((1152, 512), jnp.bfloat16)
+    weights, pages = jnp.zeros((2, 512, 1024), jnp.bfloat16), jnp.zeros((2, 1, g.page_elements), jnp.bfloat16)
+    reason = functools.partial(unsupported_product, pages=pages, shrink=g, expand=g, group="qkv", max_rank=16)
+    assert reason(x, weights) is None
+    assert "1100" in reason(x[:1100], weights)
+    assert "512 tokens" in reason(x[:512], weights)
+    assert "float32" in reason(x, weights.astype(jnp.float32))
+    narrow = unsupported_product(x, weights, pages, shrink=TINY, expand=TINY, group="qkv", max_rank=16)
+    assert "128" in narrow
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", GROUPS)
+def test_on_gpu(group):
+    """The bits of adding the deltas to the base outputs afterwards, whatever is in the tile; again and again."""
+    lengths, adapters = (100, 28, 64, 1, 17, 46, 256, 3, 200, 40, 16, 381), (0, 1, -1, 2, 3, 4, 5, 6, 7, 7, 9, 8)
+    ranks = [[RANKS[(a + m) % len(RANKS)] for m in range(7)] for a in range(len(RANKS))]
+    product = Product(WIDE, ranks, lengths, adapters, group)
+    batch = product.batch
+    assert len(batch.x) == SHORT_STEP + TILE
+    result = product.run()
+    product.check(result)
+    base = product.run([-1] * len(adapters))
+    batch.out = base
+
+    apart = batch.add()
+    for _ in range(20):
+        np.testing.assert_array_equal(np.asarray(product.run()).view(np.uint16), apart.view(np.uint16))
