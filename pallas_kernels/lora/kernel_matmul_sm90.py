@@ -38,6 +38,10 @@ CHUNK = 4
 """Tiles of a bulk copy: a product's tile is as wide as one."""
 _COLUMNS = CHUNK * TILE_COLS
 _STAGES = 4
+_SLOTS = 2
+_PASSES = 2
+"""A thread's registers hold its base outputs, half of them in shared memory, and the deltas of half of them."""
+_HALF = _COLUMNS // _PASSES
 _CTAS = 132
 _BAND = 16
 """Tiles of tokens that run together."""
@@ -179,7 +183,7 @@ def _launch(
                     for _ in range(more):
                         plgpu.barrier_arrive(full.at[slot])
 
-            def pair(block, item: ExpandItem, place_in_group, first, second, issued):
+            def pair(item: ExpandItem, place_in_group, first, second, issued):
                 pages = source.pages(item.section, items.max_span(most_ranks), item.pages, item.page_start, page_ids)
 
                 @pl.loop(0, item.rank_tiles)
@@ -213,18 +217,13 @@ def _launch(
                     def _():
                         odd = lax.rem(lax.div(here[0], jnp.int32(WINDOW)), jnp.int32(2)) == 1
                         other = jnp.where(is_second(here, after), block + 1, zeros)
-                        pair(
-                            block,
-                            item,
-                            place_in_group,
-                            jnp.where(odd, zeros, block),
-                            jnp.where(odd, block, other),
-                            issued,
-                        )
+                        first, second = jnp.where(odd, zeros, block), jnp.where(odd, block, other)
+                        pair(item, place_in_group, first, second, issued)
 
                     return issued + count
 
-                return lax.fori_loop(begin, end, block_body, issued + steps)
+                once = lambda _, issued: lax.fori_loop(begin, end, block_body, issued)  # noqa: E731
+                return lax.fori_loop(0, _PASSES, once, issued + steps)
 
             zeros = first_block[tiles]
             drain(empty, lax.fori_loop(0, count, tile_body, zero), _STAGES)
@@ -234,8 +233,8 @@ def _launch(
             plgpu.set_max_registers(224, action="increase")
             mine = pl.ds(pl.multiple_of(wg * WINDOW, WINDOW), WINDOW)
 
-            def product(seen, length):
-                """Sum over the ring's next `length` stages."""
+            def product(seen, length, columns=slice(None), width=_COLUMNS):
+                """Sum over the ring's next `length` stages, of some of a tile's outputs."""
 
                 def accumulate(acc):
                     @pl.loop(0, length)
@@ -243,13 +242,13 @@ def _launch(
                         slot = lax.rem(seen + k, jnp.int32(_STAGES))
                         plgpu.barrier_wait(full.at[slot])
                         rows = pl.ds(pl.multiple_of(slot * STAGE_ROWS, STAGE_ROWS), STAGE_ROWS)
-                        plgpu.wgmma(acc, a.at[slot, mine], operand.at[rows])
+                        plgpu.wgmma(acc, a.at[slot, mine], operand.at[rows, columns])
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(empty.at[slot])
 
                     return acc[...]
 
-                return pl.run_scoped(accumulate, plgpu.ACC((WINDOW, _COLUMNS), jnp.float32))
+                return pl.run_scoped(accumulate, plgpu.ACC((WINDOW, width), jnp.float32))
 
             def tile_body(n, carry):
                 seen, length = carry
@@ -257,19 +256,29 @@ def _launch(
                 following, next_column = place(jnp.minimum(n + 1, count - 1))
                 # loaded now, needed when the next tile's base is summed
                 next_length = stages[following, layer, module_of(next_column)[0]]
-                total = product(seen, steps).astype(out.dtype)
-                delta = product(seen + steps, length)
-                total = (total.astype(jnp.float32) + delta).astype(out.dtype)
+                rows = pl.ds(pl.multiple_of(tile * TILE + wg * WINDOW, WINDOW), WINDOW)
+                base = product(seen, steps).astype(out.dtype)
+                seen += steps
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                for i in range(CHUNK):
-                    slot = i % 2
-                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                    c[wg, slot] = total[:, i * TILE_COLS : (i + 1) * TILE_COLS]
-                    plgpu.commit_smem()
-                    rows = pl.ds(pl.multiple_of(tile * TILE + wg * WINDOW, WINDOW), WINDOW)
-                    outputs = pl.ds(pl.multiple_of(column * _COLUMNS + i * TILE_COLS, TILE_COLS), TILE_COLS)
-                    plgpu.copy_smem_to_gmem(c.at[wg, slot], out_ref.at[rows, outputs])
-                return seen + steps + length, next_length
+                for i in range(_SLOTS):
+                    c[wg, i] = base[:, i * TILE_COLS : (i + 1) * TILE_COLS]
+                for half in range(_PASSES):
+                    delta = product(seen, length, slice(half * _HALF, (half + 1) * _HALF), _HALF)
+                    seen += length
+                    for slot in range(_SLOTS):
+                        first = slot * TILE_COLS
+                        if half == 0:
+                            part = plgpu.load(c.at[wg, slot], layout=plgpu.Layout.WGMMA)
+                        else:
+                            part = base[:, half * _HALF + first : half * _HALF + first + TILE_COLS]
+                            plgpu.wait_smem_to_gmem(_SLOTS - 1, wait_read_only=True)
+                        part = part.astype(jnp.float32) + delta[:, first : first + TILE_COLS]
+                        c[wg, slot] = part.astype(out.dtype)
+                        plgpu.commit_smem()
+                        output = column * _COLUMNS + half * _HALF + first
+                        outputs = pl.ds(pl.multiple_of(output, TILE_COLS), TILE_COLS)
+                        plgpu.copy_smem_to_gmem(c.at[wg, slot], out_ref.at[rows, outputs])
+                return seen, next_length
 
             @pl.when(count > 0)
             def _():
@@ -287,7 +296,7 @@ def _launch(
         scratch_types=dict(
             a=plgpu.SMEM((_STAGES, TILE, STAGE_ROWS), x.dtype, transforms=OPERAND),
             b=source.ring(_STAGES * STAGE_ROWS, x.dtype),
-            c=plgpu.SMEM((2, 2, WINDOW, TILE_COLS), out.dtype, transforms=OPERAND),
+            c=plgpu.SMEM((2, _SLOTS, WINDOW, TILE_COLS), out.dtype, transforms=OPERAND),
             full=plgpu.Barrier(num_arrivals=1 if source.whole else 2 + more, num_barriers=_STAGES),
             empty=plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
         ),
