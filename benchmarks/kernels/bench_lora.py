@@ -4,15 +4,19 @@
 
 Shapes are those of pallas_kernels/lora/arg_specs.py. A timing runs the op once for each layer of one pool in one
 compiled step, so that no layer's weights are left in the L2 cache, and divides by the layers. "shrink" and "expand"
-are launches of their own; "pair" is lora_add, as a layer runs them.
+are launches of their own; "pair" is lora_add, as a layer runs them where it does not take the base projection into
+the same kernel: "matmul" is lora_matmul, that projection included, of steps that are large enough, and "base" the
+projection alone.
 Floor: distinct weights of the batch, activations read and base outputs read and written, over the measured copy
-bandwidth.
+bandwidth; of "matmul" and "base" the projection's operations over the measured rate of a large product.
 """
 
 import argparse
 import dataclasses
+import functools
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax import lax
@@ -21,13 +25,17 @@ import numpy as np
 
 from benchmarks.kernels.bench_attention import ceilings, seconds
 from benchmarks.record import write_result
+from pallas_kernels import lora_matmul
 from pallas_kernels.geometry import GROUPS
 from pallas_kernels.lora import reference
 from pallas_kernels.lora.arg_specs import GEOMETRIES, SPECS, LoraSpec
-from pallas_kernels.lora.config import LoraConfig, default_config, shape_key
+from pallas_kernels.lora.config import PRODUCT_STEP, LoraConfig, default_config, shape_key
 from pallas_kernels.lora.kernel_sm90 import Matrices, add_sm90, expand_sm90, shrink_sm90
 from pallas_kernels.lora.table import AdapterTable
 from pallas_kernels.tuning import keep
+from slora_jax.step import compiler_options
+
+_OPS = ("shrink", "expand", "pair", "matmul", "base")
 
 
 def random_pool(num_layers: int, num_pages: int, elements: int) -> jax.Array:
@@ -78,6 +86,12 @@ def bytes_moved(spec: LoraSpec, group: str) -> dict[str, int]:
     targeted = [m for m in modules if spec.granules()[:, 0, m].any()]
     expand += 4 * spec.num_tokens * sum(g.out_sizes[m] for m in targeted)
     return {"shrink": shrink, "expand": expand, "pair": shrink + expand}
+
+
+def product_flops(spec: LoraSpec, group: str) -> int:
+    """Operations of the base projection of one layer."""
+    g, modules = spec.geometry, GROUPS[group]
+    return 2 * spec.num_tokens * g.in_sizes[modules[0]] * sum(g.out_sizes[m] for m in modules)
 
 
 def steps(inputs: Inputs, group: str, num_layers: int, config: LoraConfig | None = None):
@@ -149,6 +163,30 @@ def ragged_dot_pair(spec: LoraSpec, group: str, num_layers: int):
     return run, (x, outs, a, b)
 
 
+def products(inputs: Inputs, group: str, num_layers: int):
+    """Name -> (compiled function over `num_layers` layers, its arguments) of the base projection with and without the
+    deltas; none where the step is too small for one kernel.
+    """
+    spec, g = inputs.spec, inputs.spec.geometry
+    x, _ = inputs.activations(group)
+    widths = g.in_sizes[GROUPS[group][0]], sum(g.out_sizes[m] for m in GROUPS[group])
+    layers = range(num_layers)
+    options: dict[str, Any] = dict(group=group, max_rank=spec.max_rank, shrink_geometry=g, expand_geometry=g)
+
+    def lora(x, weights, pages, table, *segments):
+        where = (pages, table, table, *segments)
+        return [lora_matmul(x, weights, lambda i=i: x @ weights[i], *where, layer=i, **options) for i in layers]
+
+    def base(x, weights):
+        return [x @ weights[i] for i in layers]
+
+    if spec.num_tokens < PRODUCT_STEP:
+        return {}
+    weights = jax.random.normal(jax.random.key(3), (num_layers, *widths), jnp.bfloat16)
+    compiled = functools.partial(jax.jit, compiler_options=compiler_options())
+    return {"matmul": (compiled(lora), (x, weights, *inputs.where())), "base": (compiled(base), (x, weights))}
+
+
 _TUNED = {  # op of the table -> shapes whose times are multiplied
     "lora_short": ("decode_64_distinct_r16_qkvo", "decode_256_distinct_r16_qkvo", "decode_64_mixed_qkvo"),
     "lora_long": ("prefill_2048_1_segments_r16", "prefill_2048_8_segments_r64"),
@@ -188,7 +226,7 @@ def main() -> None:
     parser.add_argument(
         "--shape", action="append", choices=sorted(SPECS), help="may be repeated; all shapes if not given"
     )
-    parser.add_argument("--op", action="append", choices=("shrink", "expand", "pair"), help="all three if not given")
+    parser.add_argument("--op", action="append", choices=_OPS, help="all if not given; may be repeated")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--compare", action="store_true", help="time the XLA implementation and lax.ragged_dot too")
     parser.add_argument("--json", type=Path)
@@ -207,7 +245,8 @@ def main() -> None:
         for group in spec.groups:
             moved = bytes_moved(spec, group)
             timed = steps(inputs, group, args.layers)
-            timed = {op: timed[op] for op in args.op or ("shrink", "expand", "pair")}
+            timed |= products(inputs, group, args.layers)
+            timed = {op: timed[op] for op in args.op or _OPS if op in timed}
             layers = dict.fromkeys(timed, args.layers)
             if args.compare:
                 layers["xla_pair"] = layers["ragged_dot_pair"] = 2
@@ -215,8 +254,11 @@ def main() -> None:
                 timed["ragged_dot_pair"] = ragged_dot_pair(spec, group, 2)
             for op, (fn, fn_args) in timed.items():
                 micros = seconds(fn, *fn_args) / layers[op] * 1e6
-                size = moved[op.split("_")[-1]]
-                floor = size / found["copy"] * 1e6
+                if op in ("matmul", "base"):
+                    size, floor = None, product_flops(spec, group) / found["gemm"] * 1e6
+                else:
+                    size = moved[op.split("_")[-1]]
+                    floor = size / found["copy"] * 1e6
                 rows.append(
                     dict(shape=name, group=group, op=op, bytes=size, floor_us=floor, us=micros, ratio=micros / floor)
                 )

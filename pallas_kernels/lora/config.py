@@ -17,6 +17,10 @@ four, an H200 runs no more than thirty at a time.
 CLUSTERS = _NUM_SMS // CLUSTER
 SHORT_STEP = 1024
 """Steps up to this many tokens use blocks of eight for all segments: a second pair of launches costs more."""
+PRODUCT_STEP = 1024
+"""Steps from this many tokens on compute the base projection in one kernel with what long segments add: its tiles of
+128 tokens and 256 outputs have to be enough for all multiprocessors.
+"""
 SHORT_SEGMENT = 16
 """In larger steps, segments up to this many tokens do. A block of 64 with one token would read 64 rows of output."""
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry
 from pallas_kernels.lora import kernel_matmul_sm90
-from pallas_kernels.lora.config import SHORT_STEP, LoraConfig, chunk_tiles, default_config
+from pallas_kernels.lora.config import PRODUCT_STEP, SHORT_SEGMENT, SHORT_STEP, LoraConfig, chunk_tiles, default_config
 from pallas_kernels.lora.kernel_add_sm90 import add
 from pallas_kernels.lora.kernel_expand_sm90 import expand
 from pallas_kernels.lora.kernel_operand_sm90 import operand
@@ -188,7 +188,7 @@ def unsupported_product(
     x, weights, pages, *, shrink: Geometry, expand: Geometry, group: str, max_rank: int
 ) -> str | None:
     """Why `matmul_sm90` cannot take what `add_sm90` can, or None if it can and is worth it."""
-    if x.shape[0] <= SHORT_STEP:
+    if x.shape[0] < PRODUCT_STEP:
         return f"{x.shape[0]} tokens are too few"
     return kernel_matmul_sm90.unsupported(x, weights, pages, group=group, geometry=expand)
 
@@ -207,12 +207,12 @@ def matmul_sm90(
     max_rank: int,
     interpret=None,
 ) -> Float[Array, "T c"]:
-    """`add_sm90` to ``x @ weights[layer]``, for steps of more than SHORT_STEP tokens: what long segments add is summed
-    with the product, and never written.
+    """`add_sm90` to ``x @ weights[layer]``, for steps of many tokens: what long segments add is summed with the
+    product, and never written.
     """
     where, num_tokens = jnp.asarray(layer, jnp.int32).reshape(1), x.shape[0]
     short, long = by_length(seg_start, seg_adapter)
-    config = dataclasses.replace(default_config(shrink.geometry, num_tokens), block_tokens=WINDOW)
+    config = dataclasses.replace(default_config(shrink.geometry, SHORT_SEGMENT + 1), block_tokens=WINDOW)
     a, b = (matrices.half(seg_start, long, num_tokens, config, windows=True) for matrices in (shrink, expand))
     options: dict[str, Any] = dict(group=group, config=config, interpret=interpret)
     chunk = chunk_tiles(a.geometry, config.chunk_tiles)

@@ -18,7 +18,7 @@ import pytest
 from pallas_kernels import lora_matmul
 from pallas_kernels.geometry import GROUPS
 from pallas_kernels.lora.arg_specs import SPECS
-from pallas_kernels.lora.config import SHORT_SEGMENT, SHORT_STEP
+from pallas_kernels.lora.config import PRODUCT_STEP, SHORT_SEGMENT
 from pallas_kernels.lora.kernel_sm90 import Matrices, matmul_sm90, unsupported_product
 from pallas_kernels.lora.plan import NUM_TOKENS, OFFSET, TOKEN, make_plan, max_token_blocks
 from pallas_kernels.lora.windows import TILE, WINDOW, make_tiles
@@ -135,7 +135,7 @@ def test_lowers_to_cuda(name, group):
 
 
 def test_small_and_uneven_steps_keep_the_product_to_themselves():
-    for tokens in (SHORT_STEP, SHORT_STEP + 8):
+    for tokens in (PRODUCT_STEP - TILE, PRODUCT_STEP + 8):
         assert "dot_general" in _lower(SPECS["7b_prefill_2048_8_segments_r16"], "o", tokens)
 
 
@@ -166,7 +166,7 @@ def test_on_gpu(group):
     ranks = [[RANKS[(a + m) % len(RANKS)] for m in range(7)] for a in range(len(RANKS))]
     product = Product(WIDE, ranks, lengths, adapters, group)
     batch = product.batch
-    assert len(batch.x) == SHORT_STEP + TILE
+    assert len(batch.x) == 1152 > PRODUCT_STEP
     result = product.run()
     product.check(result)
     base = product.run([-1] * len(adapters))
