@@ -177,22 +177,11 @@ def lora_matmul(
     weights: of all layers; None if the base projection is not such a product. The bits are those of `lora_add` to the
     same base outputs, rounded to x's dtype.
     """
-    kernel = weights is not None and pair_implementation(
-        x,
-        x,
-        pages,
-        group=group,
-        shrink=shrink_geometry,
-        expand=expand_geometry,
-        max_rank=max_rank,
-        implementation=implementation,
-    )
-    where = (pages, shrink, expand, seg_start, seg_adapter)
-    if kernel == "mosaic":
-        options: dict[str, Any] = dict(group=group, max_rank=max_rank)
-        reason = kernel_sm90.unsupported_product(
-            x, weights, pages, shrink=shrink_geometry, expand=expand_geometry, **options
-        )
+    options: dict[str, Any] = dict(group=group, max_rank=max_rank)
+    geometries: dict[str, Any] = dict(shrink=shrink_geometry, expand=expand_geometry)
+    chosen = pair_implementation(x, x, pages, **geometries, **options, implementation=implementation)
+    if chosen == "mosaic" and weights is not None:
+        reason = kernel_sm90.unsupported_product(x, weights, pages, group=group, geometry=expand_geometry)
         if reason is None:
             a = kernel_sm90.Matrices(table=shrink, geometry=shrink_geometry)
             b = kernel_sm90.Matrices(table=expand, geometry=expand_geometry)
@@ -200,11 +189,14 @@ def lora_matmul(
     return lora_add(
         base(),
         x,
-        *where,
+        pages,
+        shrink,
+        expand,
+        seg_start,
+        seg_adapter,
         layer=layer,
-        group=group,
         shrink_geometry=shrink_geometry,
         expand_geometry=expand_geometry,
-        max_rank=max_rank,
-        implementation=implementation,
+        implementation=chosen,
+        **options,
     )

@@ -184,13 +184,11 @@ def add_sm90(
     return out[:num_tokens]
 
 
-def unsupported_product(
-    x, weights, pages, *, shrink: Geometry, expand: Geometry, group: str, max_rank: int
-) -> str | None:
-    """Why `matmul_sm90` cannot take what `add_sm90` can, or None if it can and is worth it."""
+def unsupported_product(x, weights, pages, *, group: str, geometry: Geometry) -> str | None:
+    """Why `matmul_sm90` cannot take what `add_sm90` can, or None if it can and is worth it. geometry: of the B's."""
     if x.shape[0] < PRODUCT_STEP:
         return f"{x.shape[0]} tokens are too few"
-    return kernel_matmul_sm90.unsupported(x, weights, pages, group=group, geometry=expand)
+    return kernel_matmul_sm90.unsupported(x, weights, pages, group=group, geometry=geometry)
 
 
 def matmul_sm90(

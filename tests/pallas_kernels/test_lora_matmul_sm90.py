@@ -149,13 +149,12 @@ def test_unsupported_names_the_reason():
     g = WIDE
     x = jnp.zeros((1152, 512), jnp.bfloat16)
     weights, pages = jnp.zeros((2, 512, 1024), jnp.bfloat16), jnp.zeros((2, 1, g.page_elements), jnp.bfloat16)
-    reason = functools.partial(unsupported_product, pages=pages, shrink=g, expand=g, group="qkv", max_rank=16)
-    assert reason(x, weights) is None
-    assert "1100" in reason(x[:1100], weights)
-    assert "512 tokens" in reason(x[:512], weights)
-    assert "float32" in reason(x, weights.astype(jnp.float32))
-    narrow = unsupported_product(x, weights, pages, shrink=TINY, expand=TINY, group="qkv", max_rank=16)
-    assert "128" in narrow
+    reason = functools.partial(unsupported_product, pages=pages, group="qkv")
+    assert reason(x, weights, geometry=g) is None
+    assert "1100" in reason(x[:1100], weights, geometry=g)
+    assert "512 tokens" in reason(x[:512], weights, geometry=g)
+    assert "float32" in reason(x, weights.astype(jnp.float32), geometry=g)
+    assert "128" in reason(x, weights, geometry=TINY)
 
 
 @pytest.mark.gpu
