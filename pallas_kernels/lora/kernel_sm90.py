@@ -20,7 +20,7 @@ from pallas_kernels.lora.kernel_expand_sm90 import expand
 from pallas_kernels.lora.kernel_operand_sm90 import operand
 from pallas_kernels.lora.kernel_short_sm90 import short
 from pallas_kernels.lora.kernel_shrink_sm90 import shrink
-from pallas_kernels.lora.plan import Half, by_length, group_loads, make_plan
+from pallas_kernels.lora.plan import Half, by_length, make_plan
 from pallas_kernels.lora.table import AdapterTable
 from pallas_kernels.lora.windows import WINDOW, make_tiles
 
@@ -66,11 +66,9 @@ class Matrices:
     table: AdapterTable
     geometry: Geometry
 
-    def half(
-        self, seg_start, seg_adapter, num_tokens: int, config: LoraConfig, *, windows: bool = False, loads=None
-    ) -> Half:
+    def half(self, seg_start, seg_adapter, num_tokens: int, config: LoraConfig, windows: bool = False) -> Half:
         options = dict(num_tokens=num_tokens, geometry=self.geometry, block_tokens=config.block_tokens)
-        plan = _make_plan(self.table, seg_start, seg_adapter, **options, windows=windows, loads=loads)
+        plan = _make_plan(self.table, seg_start, seg_adapter, **options, windows=windows)
         return Half(page_ids=self.table.pages, plan=plan, geometry=self.geometry)
 
 
@@ -173,11 +171,8 @@ def add_sm90(
     where = jnp.asarray(layer, jnp.int32).reshape(1)
     num_tokens = out.shape[0]
     out = _whole_rows(out)
-    # From one table for both plans: their orders must agree, and a device may have a part of A, but of B all ranks.
-    loads = group_loads(expand.table)
     for one, adapters in _pairs(num_tokens, seg_start, seg_adapter, shrink.geometry, config):
-        step = (seg_start, adapters, num_tokens, one)
-        a, b = (m.half(*step, loads=loads if _is_short(one) else None) for m in (shrink, expand))
+        a, b = (matrices.half(seg_start, adapters, num_tokens, one) for matrices in (shrink, expand))
         chunk = min(chunk_tiles(half.geometry, one.chunk_tiles) for half in (a, b))
         options: dict[str, Any] = dict(group=group, config=one, chunk=chunk, max_rank=max_rank)
         if _is_short(one):
@@ -225,8 +220,7 @@ def matmul_sm90(
     if interpret:
         return out
     config = default_config(shrink.geometry, 1)
-    step, loads = (seg_start, short, num_tokens, config), group_loads(expand.table)
-    a, b = (m.half(*step, loads=loads) for m in (shrink, expand))
+    a, b = (matrices.half(seg_start, short, num_tokens, config) for matrices in (shrink, expand))
     chunk = min(chunk_tiles(half.geometry, config.chunk_tiles) for half in (a, b))
     return _add(pages, where, a, b, x=x, out=out, group=group, config=config, chunk=chunk, max_rank=max_rank)
 
