@@ -5,7 +5,8 @@ segments that reach into it, each like 64 more columns: y of their tokens, zero 
 Two warpgroups multiply, 64 tokens each, a third fills the ring in shared memory. The base's sum is rounded before the
 deltas are added and the result once more, as if lora_expand had followed: the bits do not show which of the two it was.
 
-A persistent grid after jax.experimental.pallas.ops.gpu.hopper_matmul_mgpu.
+A persistent grid after jax.experimental.pallas.ops.gpu.hopper_matmul_mgpu: tiles run along the tokens first, so that a
+step's weights are read from memory once.
 """
 
 import jax
@@ -14,9 +15,9 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.geometry import GROUPS, TILE_COLS, Geometry
+from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry
 from pallas_kernels.lora.any_rows import any_rows
-from pallas_kernels.lora.bulk_copy import expect, start_copy
+from pallas_kernels.lora.bulk_copy import start_copy
 from pallas_kernels.lora.config import LoraConfig
 from pallas_kernels.lora.expand_items import ExpandItem, ExpandItems
 from pallas_kernels.lora.mosaic_common import (
@@ -27,12 +28,14 @@ from pallas_kernels.lora.mosaic_common import (
     STEP_ROWS,
     ChunkSource,
     capacity,
+    ceil_div,
     drain,
 )
 from pallas_kernels.lora.plan import PAGE_START, TOKEN, Half
-from pallas_kernels.lora.product_tiles import CHUNK, ProductTiles
 from pallas_kernels.lora.windows import TILE, WINDOW, Tiles, is_second
 
+CHUNK = 4
+"""Tiles of a bulk copy: a product's tile is as wide as one."""
 _COLUMNS = CHUNK * TILE_COLS
 _STAGES = 4
 _SLOTS = 2
@@ -40,6 +43,8 @@ _PASSES = 2
 """A thread's registers hold its base outputs, half of them in shared memory, and the deltas of half of them."""
 _HALF = _COLUMNS // _PASSES
 _CTAS = 132
+_BAND = 16
+"""Tiles of tokens that run together."""
 
 
 def unsupported(x, w, pages, *, group: str, geometry: Geometry) -> str | None:
@@ -83,7 +88,7 @@ def _launch(
 ):
     geometry, modules = source.geometry, GROUPS[group]
     ctas = 2 if interpret else _CTAS
-    steps = x.shape[1] // STAGE_ROWS
+    columns, steps = out.shape[1] // _COLUMNS, x.shape[1] // STAGE_ROWS
     most_ranks = y.shape[2] // (len(modules) * STAGE_ROWS)
     # Interpreted copies arrive one by one, and a stage of weights makes up for those that it does not have.
     more = 0 if source.whole else STAGE_CHUNKS * CHUNK
@@ -107,7 +112,7 @@ def _launch(
         empty,
     ):
         operand, chunks = source.views(b)
-        wg = lax.axis_index("wg")
+        cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
         layer, tiles = number[0], number[1]
         items = ExpandItems(
             geometry=geometry,
@@ -119,8 +124,27 @@ def _launch(
             layer=layer,
         )
         zero, true = jnp.int32(0), jnp.bool_(True)
-        order = ProductTiles(geometry=geometry, group=group, cta=lax.axis_index("cta"), ctas=ctas, tiles=tiles)
-        count = order.count
+        count = jnp.maximum(ceil_div(tiles * columns - cta, ctas), 0)
+
+        def place(n):
+            """Tile of tokens and of outputs of this program's n-th product."""
+            index = cta + n * ctas
+            band = lax.div(index, jnp.int32(_BAND * columns))
+            index -= band * (_BAND * columns)
+            height = jnp.minimum(tiles - band * _BAND, _BAND)
+            column = lax.div(index, height)
+            return band * _BAND + index - column * height, column
+
+        def module_of(column):
+            """Of a tile of outputs: its module and the place of that in the group, the module's width and its first
+            tile of `out`, all in tiles of 64.
+            """
+            tile, chosen = 0, [jnp.int32(0)] * 4
+            for i, m in enumerate(modules):
+                values = (m, i, geometry.out_tiles(m), tile)
+                chosen = [jnp.where(column * CHUNK >= tile, v, old) for v, old in zip(values, chosen, strict=True)]
+                tile += geometry.out_tiles(m)
+            return chosen
 
         def copy(source_ref, target, barrier):
             if source.whole:
@@ -130,11 +154,9 @@ def _launch(
 
         @pl.when(wg == 2)
         def load():
-            plgpu.set_max_registers(72, action="decrease")
-            zeros = first_block[tiles]
+            plgpu.set_max_registers(56, action="decrease")
 
-            def claim(issued, columns: int):
-                """The slot of the ring's next stage, when it is free. columns: of weights that will be copied to it."""
+            def claim(issued):
                 slot = lax.rem(issued, jnp.int32(_STAGES))
 
                 @pl.when(issued >= _STAGES)
@@ -142,85 +164,73 @@ def _launch(
                     plgpu.barrier_wait(empty.at[slot])
 
                 if source.whole:
-                    expect(full.at[slot], jnp.int32(2 * STAGE_ROWS * (TILE + columns)))
+                    # of x, or of y, as many bytes as so many groups of eight tokens
+                    source.expect(full.at[slot], jnp.int32(STAGE_CHUNKS), TILE * STAGE_ROWS // (TILE_RANKS * _COLUMNS))
                 return slot
+
+            def rows_of(slot):
+                return pl.ds(pl.multiple_of(slot * STAGE_ROWS, STAGE_ROWS), STAGE_ROWS)
 
             def base(tile, column, issued):
                 @pl.loop(0, steps)
                 def _(k):
-                    slot = claim(issued + k, _COLUMNS)
+                    slot = claim(issued + k)
                     depth = pl.ds(pl.multiple_of(k * STAGE_ROWS, STAGE_ROWS), STAGE_ROWS)
                     tokens = pl.ds(pl.multiple_of(tile * TILE, TILE), TILE)
                     outputs = pl.ds(pl.multiple_of(column * _COLUMNS, _COLUMNS), _COLUMNS)
-                    rows = pl.ds(pl.multiple_of(slot * STAGE_ROWS, STAGE_ROWS), STAGE_ROWS)
                     copy(x_ref.at[tokens, depth], a.at[slot], full.at[slot])
-                    copy(w_ref.at[layer, depth, outputs], operand.at[rows], full.at[slot])
+                    copy(w_ref.at[layer, depth, outputs], operand.at[rows_of(slot)], full.at[slot])
                     for _ in range(more):
                         plgpu.barrier_arrive(full.at[slot])
 
-            def pair(item: ExpandItem, place_in_group, first, second, half, issued):
+            def pair(item: ExpandItem, place_in_group, first, second, issued):
                 pages = source.pages(item.section, items.max_span(most_ranks), item.pages, item.page_start, page_ids)
-                wanted = pl.ds(half * (CHUNK // _PASSES), CHUNK // _PASSES)
 
                 @pl.loop(0, item.rank_tiles)
                 def _(k):
-                    slot = claim(issued + k, _HALF)
+                    slot = claim(issued + k)
                     ranks = (place_in_group * most_ranks + k) * STAGE_ROWS
                     ranks = pl.ds(pl.multiple_of(ranks, STAGE_ROWS), STAGE_ROWS)
                     for i, which in enumerate((first, second)):
                         copy(y_ref.at[which, :, ranks], a.at[slot, pl.ds(i * WINDOW, WINDOW)], full.at[slot])
                     for s in range(STAGE_CHUNKS):
-                        index, row = source.locate(items.chunk_tile(item, s, k, 0), pages), slot * STAGE_CHUNKS + s
-                        if source.whole:
-                            start_copy(pool.at[index, wanted], chunks.at[row, wanted], full.at[slot], true)
-                        else:
-                            source.copy(pool, index, chunks, row, full.at[slot], true)
+                        index = source.locate(items.chunk_tile(item, s, k, 0), pages)
+                        source.copy(pool, index, chunks, slot * STAGE_CHUNKS + s, full.at[slot], true)
 
             def tile_body(n, issued):
-                tile, column = order.place(n)
-                module, place_in_group, width, first_tile = order.module_of(column)
-                begin = first_block[tile]
-                size = first_block[tile + 1] - begin
-
-                def fetch(i):
-                    """What describes a token block, by its number in all passes. Loaded two blocks ahead: who computes
-                    on what was just loaded waits.
-                    """
-                    return items.fetch_of(jnp.minimum(begin + jnp.where(i >= size, i - size, i), zeros), module)
-
-                def where(fetched):
-                    return fetched[TOKEN], fetched[PAGE_START]
-
-                ahead = fetch(zero), fetch(zero + 1)
+                tile, column = place(n)
+                module, place_in_group, width, first_tile = module_of(column)
+                begin, end = first_block[tile], first_block[tile + 1]
                 base(tile, column, issued)
 
-                def block_body(i, carry):
-                    issued, before, fetched, following = carry
-                    half = jnp.where(i >= size, 1, 0)
-                    block = begin + i - half * size
+                def block_body(block, issued):
+                    here, before, after = (
+                        [records[i, layer, field] for field in (TOKEN, PAGE_START)]
+                        for i in (block, jnp.maximum(block - 1, begin), jnp.minimum(block + 1, end - 1))
+                    )
                     chunk = column - lax.div(first_tile, CHUNK)
+                    fetched = items.fetch_of(block, module)
                     item = items.item(block, module, width, first_tile, chunk, 1, fetched)
-                    apart = ~is_second(before, where(fetched))
-                    count = jnp.where((item.granules > 0) & apart, item.rank_tiles, 0)
-                    later = fetch(i + 2)
+                    count = jnp.where((item.granules > 0) & ~is_second(before, here), item.rank_tiles, 0)
 
                     @pl.when(count > 0)
                     def _():
-                        odd = (item.token // WINDOW) & 1 == 1
-                        other = jnp.where(is_second(where(fetched), where(following)), block + 1, zeros)
+                        odd = lax.rem(lax.div(here[0], jnp.int32(WINDOW)), jnp.int32(2)) == 1
+                        other = jnp.where(is_second(here, after), block + 1, zeros)
                         first, second = jnp.where(odd, zeros, block), jnp.where(odd, block, other)
-                        pair(item, place_in_group, first, second, half, issued)
+                        pair(item, place_in_group, first, second, issued)
 
-                    return issued + count, where(fetched), following, later
+                    return issued + count
 
-                nobody = zero - TILE, zero
-                return lax.fori_loop(0, _PASSES * size, block_body, (issued + steps, nobody, *ahead))[0]
+                once = lambda _, issued: lax.fori_loop(begin, end, block_body, issued)  # noqa: E731
+                return lax.fori_loop(0, _PASSES, once, issued + steps)
 
+            zeros = first_block[tiles]
             drain(empty, lax.fori_loop(0, count, tile_body, zero), _STAGES)
 
         @pl.when(wg < 2)
         def multiply():
-            plgpu.set_max_registers(216, action="increase")
+            plgpu.set_max_registers(224, action="increase")
             mine = pl.ds(pl.multiple_of(wg * WINDOW, WINDOW), WINDOW)
 
             def product(seen, length, columns=slice(None), width=_COLUMNS):
@@ -240,14 +250,12 @@ def _launch(
 
                 return pl.run_scoped(accumulate, plgpu.ACC((WINDOW, width), jnp.float32))
 
-            def length_of(n):
-                tile, column = order.place(n)
-                return stages[tile, layer, order.module_of(column)[0]]
-
             def tile_body(n, carry):
                 seen, length = carry
-                tile, column = order.place(n)
-                next_length = length_of(jnp.minimum(n + 1, count - 1))  # loaded now, needed when its base is summed
+                tile, column = place(n)
+                following, next_column = place(jnp.minimum(n + 1, count - 1))
+                # loaded now, needed when the next tile's base is summed
+                next_length = stages[following, layer, module_of(next_column)[0]]
                 rows = pl.ds(pl.multiple_of(tile * TILE + wg * WINDOW, WINDOW), WINDOW)
                 base = product(seen, steps).astype(out.dtype)
                 seen += steps
@@ -274,7 +282,8 @@ def _launch(
 
             @pl.when(count > 0)
             def _():
-                lax.fori_loop(0, count, tile_body, (zero, length_of(zero)))
+                tile, column = place(zero)
+                lax.fori_loop(0, count, tile_body, (zero, stages[tile, layer, module_of(column)[0]]))
                 plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(

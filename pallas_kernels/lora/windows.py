@@ -30,7 +30,7 @@ class Tiles:
     stages: Int[Array, "M L 7"]
 
 
-def is_second(before: tuple, record: tuple) -> Any:
+def is_second(before: list, record: list) -> Any:
     """Whether a token block belongs to the pair of the one before it. Both: TOKEN and PAGE_START of a record."""
     odd = (record[0] // WINDOW) & 1 == 1
     return odd & (before[0] + WINDOW == record[0]) & (before[1] == record[1])
@@ -42,7 +42,7 @@ def make_tiles(plan: Plan, num_tokens: int) -> Tiles:
     records = plan.records
     used = jnp.arange(records.shape[0]) < plan.counts[0]
     token, page = records[:, 0, TOKEN], records[:, 0, PAGE_START]
-    second = is_second((jnp.roll(token, 1), jnp.roll(page, 1)), (token, page))
+    second = is_second([jnp.roll(token, 1), jnp.roll(page, 1)], [token, page])
     second &= jnp.arange(records.shape[0]) > 0
     granules = records[:, :, jnp.array([module_field(m) + 1 for m in range(len(MODULES))])]
     rank_tiles = jnp.where((used & ~second)[:, None, None], -(-granules // STAGE_CHUNKS), 0)
