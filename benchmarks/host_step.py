@@ -85,11 +85,12 @@ def _loader(registry: AdapterRegistry) -> AdapterLoader:
 class _EmptyRunner(EmptyPrograms):
     """A Runner whose programs take all arguments and do nothing with them."""
 
-    def __init__(self, builder: BatchBuilder):
-        super().__init__(builder.buckets.max_seqs)
-        self.builder = builder
+    def __init__(self, buckets: Buckets, config: ModelConfig):
+        super().__init__(buckets.max_seqs)
+        self._staging = Staging(jax.device_put, jax.device_put)
+        place = (config.geometry, buckets, _PAGES, config.max_position)
+        self.builder = BatchBuilder(*place, put=self._staging.table)
         self.compiles = 0
-        self._staging = Staging(jax.device_put)
 
     def send(self, image, start: int, stop: int) -> list:
         return []
@@ -154,8 +155,8 @@ def measure(seqs: int, num_adapters: int, steps: int, temperature: float) -> dic
     pool = PagePool(_PAGES)
     scheduler = Scheduler(pool, max_seqs=seqs, max_step_tokens=2048, prefix_page_cost=1e-3)
     buckets = Buckets(seqs=(seqs,), tokens=(2048,))
-    builder = BatchBuilder(config.geometry, buckets, _PAGES, config.max_position, put=jax.device_put)
-    runner = _EmptyRunner(builder)
+    runner = _EmptyRunner(buckets, config)
+    builder = runner.builder
     events: list[Event] = []
     core = EngineCore(runner, pool, scheduler, registry, _loader(registry), events.extend)  # type: ignore[arg-type]
     params = SamplingParams(temperature=temperature, max_tokens=512)

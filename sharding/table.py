@@ -9,6 +9,9 @@ from jax.sharding import PartitionSpec
 from pallas_kernels import AdapterTable
 from sharding.mesh import WHOLE, partition
 
+PER_DEVICE = ("shrink_granules", "shrink_start", "expand_start")
+"""Fields of a ShardedTable with an entry for each device."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,12 +54,5 @@ class ShardedTable:
     def specs() -> "ShardedTable":
         """PartitionSpec of each field."""
         device: PartitionSpec = partition("device")
-        return ShardedTable(
-            pages=WHOLE,
-            page_start=WHOLE,
-            granules=WHOLE,
-            scaling=WHOLE,
-            shrink_granules=device,
-            shrink_start=device,
-            expand_start=device,
-        )
+        names = [field.name for field in dataclasses.fields(ShardedTable)]
+        return ShardedTable(**{name: device if name in PER_DEVICE else WHOLE for name in names})

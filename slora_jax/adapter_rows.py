@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+import jax
 import numpy as np
 
 from pallas_kernels import MODULES, AdapterTable, Geometry
@@ -17,7 +18,8 @@ Table = AdapterTable | ShardedTable
 class AdapterRows:
     """Gives adapters rows of a table with `size` rows. An adapter keeps its row until the row is needed.
 
-    put: brings a new table to the device, once for all the steps that use it; None leaves it in numpy.
+    put: brings a new table to the device, once for all the steps that use it, with the rows that alone differ from the
+    last one's; it must not keep the arrays. None leaves the table in numpy.
     """
 
     def __init__(
@@ -26,7 +28,7 @@ class AdapterRows:
         num_pages: int,
         size: int,
         layout: Layout | None = None,
-        put: Callable[[Table], Table] | None = None,
+        put: Callable[[Table, Sequence[int]], Table] | None = None,
     ):
         self._geometry = geometry
         self._num_pages = num_pages
@@ -46,6 +48,7 @@ class AdapterRows:
         else:
             self._fields |= table_rows([], layout, size)
         self._table: Table | None = None
+        self._changed: set[int] = set()  # rows that the last table did not have as they are
         self._looked_up: tuple[PagePool, int] | None = None  # and its owners_made, when all pages were last looked up
 
     def current(self, pool: PagePool) -> Table | None:
@@ -72,7 +75,11 @@ class AdapterRows:
         if self._table is None:
             self._forget_evicted(pool)
             table = self._make()
-            self._table = self._put(table) if self._put is not None else table
+            if self._put is None:
+                self._table = jax.tree.map(np.copy, table)
+            else:
+                self._table = self._put(table, sorted(self._changed))
+            self._changed.clear()
         return self._row, self._table
 
     def _take_row(self, wanted: Sequence[str], pool: PagePool) -> int:
@@ -100,6 +107,7 @@ class AdapterRows:
         else:
             for name, column in table_rows([adapter], self._layout, 1).items():
                 self._fields[name][:, row] = column[:, 0]
+        self._changed.add(row)
         self._table = None
 
     def _make(self) -> Table:
@@ -111,5 +119,5 @@ class AdapterRows:
         if held:
             flat = np.concatenate([self._page_arrays[row] for row in held])
             pages[: len(flat)] = flat
-        fields = dict(pages=pages, page_start=page_start, **{name: v.copy() for name, v in self._fields.items()})
+        fields = dict(pages=pages, page_start=page_start, **self._fields)
         return AdapterTable(**fields) if self._layout is None else ShardedTable(**fields)

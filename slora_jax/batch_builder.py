@@ -67,7 +67,7 @@ class BatchBuilder:
         num_pages: int,
         max_model_len: int,
         layout: Layout | None = None,
-        put: Callable[[Table], Table] | None = None,
+        put: Callable[[Table, Sequence[int]], Table] | None = None,
         deterministic: bool = False,
     ):
         self.geometry = geometry

@@ -70,7 +70,7 @@ class Runner:
         self.config, self.dtype, self.parallel = options.config, options.dtype, options.parallel
         layout = self.parallel.layout if self.parallel else None
         # batches travel to other processes as they are, so there the table stays in numpy
-        put = self._put_table if jax.process_count() == 1 else None
+        put = self._stage_table if jax.process_count() == 1 else None
         place = (self.config.geometry, buckets, num_pages, max_model_len, layout, put)
         self.builder = BatchBuilder(*place, deterministic=deterministic)
         self.page_bytes = page_bytes(self.config, self.dtype, self.parallel)
@@ -80,7 +80,7 @@ class Runner:
         self._writers: dict[int, jax.stages.Compiled] = {}  # by pages
         whole = NamedSharding(self.parallel.mesh, WHOLE) if self.parallel else None
         self._guards: list[jax.Array] = []
-        self._staging = Staging(lambda array: self._put(array, WHOLE), whole)
+        self._staging = Staging(lambda array: self._put(array, WHOLE), self._put_table, whole)
         self._cache_dir = cache_dir
         self._options = options
         self._compiles = 0  # of programs that were given up
@@ -126,7 +126,10 @@ class Runner:
 
     def _put_table(self, table: Table) -> Table:
         specs = ShardedTable.specs() if self.parallel else jax.tree.map(lambda _: WHOLE, table)
-        return self._staging.table(jax.tree.map(self._put, table, specs))
+        return jax.tree.map(self._put, table, specs)
+
+    def _stage_table(self, table: Table, rows: Sequence[int]) -> Table:
+        return self._staging.table(table, rows)
 
     def send(self, image: HostImage, start: int, stop: int) -> Chunks:
         """Begins to copy pages `start` to `stop` of an adapter to the device, for `write_adapter`; returns at once."""
