@@ -5,8 +5,7 @@ segments that reach into it, each like 64 more columns: y of their tokens, zero 
 Two warpgroups multiply, 64 tokens each, a third fills the ring in shared memory. The base's sum is rounded before the
 deltas are added and the result once more, as if lora_expand had followed: the bits do not show which of the two it was.
 
-A persistent grid after jax.experimental.pallas.ops.gpu.hopper_matmul_mgpu: tiles run along the tokens first, so that a
-step's weights are read from memory once.
+A persistent grid after jax.experimental.pallas.ops.gpu.hopper_matmul_mgpu.
 """
 
 import jax
@@ -28,14 +27,12 @@ from pallas_kernels.lora.mosaic_common import (
     STEP_ROWS,
     ChunkSource,
     capacity,
-    ceil_div,
     drain,
 )
 from pallas_kernels.lora.plan import PAGE_START, TOKEN, Half
+from pallas_kernels.lora.product_tiles import CHUNK, ProductTiles
 from pallas_kernels.lora.windows import TILE, WINDOW, Tiles, is_second
 
-CHUNK = 4
-"""Tiles of a bulk copy: a product's tile is as wide as one."""
 _COLUMNS = CHUNK * TILE_COLS
 _STAGES = 4
 _SLOTS = 2
@@ -43,8 +40,6 @@ _PASSES = 2
 """A thread's registers hold its base outputs, half of them in shared memory, and the deltas of half of them."""
 _HALF = _COLUMNS // _PASSES
 _CTAS = 132
-_BAND = 16
-"""Tiles of tokens that run together."""
 
 
 def unsupported(x, w, pages, *, group: str, geometry: Geometry) -> str | None:
@@ -88,7 +83,7 @@ def _launch(
 ):
     geometry, modules = source.geometry, GROUPS[group]
     ctas = 2 if interpret else _CTAS
-    columns, steps = out.shape[1] // _COLUMNS, x.shape[1] // STAGE_ROWS
+    steps = x.shape[1] // STAGE_ROWS
     most_ranks = y.shape[2] // (len(modules) * STAGE_ROWS)
     # Interpreted copies arrive one by one, and a stage of weights makes up for those that it does not have.
     more = 0 if source.whole else STAGE_CHUNKS * CHUNK
@@ -124,27 +119,8 @@ def _launch(
             layer=layer,
         )
         zero, true = jnp.int32(0), jnp.bool_(True)
-        count = jnp.maximum(ceil_div(tiles * columns - cta, ctas), 0)
-
-        def place(n):
-            """Tile of tokens and of outputs of this program's n-th product."""
-            index = cta + n * ctas
-            band = lax.div(index, jnp.int32(_BAND * columns))
-            index -= band * (_BAND * columns)
-            height = jnp.minimum(tiles - band * _BAND, _BAND)
-            column = lax.div(index, height)
-            return band * _BAND + index - column * height, column
-
-        def module_of(column):
-            """Of a tile of outputs: its module and the place of that in the group, the module's width and its first
-            tile of `out`, all in tiles of 64.
-            """
-            tile, chosen = 0, [jnp.int32(0)] * 4
-            for i, m in enumerate(modules):
-                values = (m, i, geometry.out_tiles(m), tile)
-                chosen = [jnp.where(column * CHUNK >= tile, v, old) for v, old in zip(values, chosen, strict=True)]
-                tile += geometry.out_tiles(m)
-            return chosen
+        order = ProductTiles(geometry=geometry, group=group, cta=cta, ctas=ctas, tiles=tiles)
+        count = order.count
 
         def copy(source_ref, target, barrier):
             if source.whole:
@@ -198,8 +174,8 @@ def _launch(
                         source.copy(pool, index, chunks, slot * STAGE_CHUNKS + s, full.at[slot], true)
 
             def tile_body(n, issued):
-                tile, column = place(n)
-                module, place_in_group, width, first_tile = module_of(column)
+                tile, column = order.place(n)
+                module, place_in_group, width, first_tile = order.module_of(column)
                 begin, end = first_block[tile], first_block[tile + 1]
                 base(tile, column, issued)
 
@@ -252,10 +228,10 @@ def _launch(
 
             def tile_body(n, carry):
                 seen, length = carry
-                tile, column = place(n)
-                following, next_column = place(jnp.minimum(n + 1, count - 1))
+                tile, column = order.place(n)
+                following, next_column = order.place(jnp.minimum(n + 1, count - 1))
                 # loaded now, needed when the next tile's base is summed
-                next_length = stages[following, layer, module_of(next_column)[0]]
+                next_length = stages[following, layer, order.module_of(next_column)[0]]
                 rows = pl.ds(pl.multiple_of(tile * TILE + wg * WINDOW, WINDOW), WINDOW)
                 base = product(seen, steps).astype(out.dtype)
                 seen += steps
@@ -282,8 +258,8 @@ def _launch(
 
             @pl.when(count > 0)
             def _():
-                tile, column = place(zero)
-                lax.fori_loop(0, count, tile_body, (zero, stages[tile, layer, module_of(column)[0]]))
+                tile, column = order.place(zero)
+                lax.fori_loop(0, count, tile_body, (zero, stages[tile, layer, order.module_of(column)[0]]))
                 plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(

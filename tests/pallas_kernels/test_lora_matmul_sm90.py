@@ -21,6 +21,7 @@ from pallas_kernels.lora.arg_specs import SPECS
 from pallas_kernels.lora.config import PRODUCT_STEP, SHORT_SEGMENT
 from pallas_kernels.lora.kernel_sm90 import Matrices, matmul_sm90, unsupported_product
 from pallas_kernels.lora.plan import NUM_TOKENS, OFFSET, TOKEN, make_plan, max_token_blocks
+from pallas_kernels.lora.product_tiles import ProductTiles
 from pallas_kernels.lora.windows import TILE, WINDOW, make_tiles
 
 HIGH = [[8] * 7, [16, 4, 0, 8, 40, 80, 8], [80, 8, 16, 8, 8, 8, 8]]
@@ -107,6 +108,18 @@ def test_tiles_list_every_pair_of_a_segment_and_a_tile(lengths, chosen):
             last = inside[-1] if inside else None
         wanted = sum((rank_tiles[a] for a in pairs), np.zeros_like(rank_tiles[0]))
         np.testing.assert_array_equal(tiles.stages[t], wanted)
+
+
+@pytest.mark.parametrize("tiles", [1, 7, 16, 37])
+def test_programs_share_every_tile_of_a_product(tiles):
+    g, ctas = SPECS["8b_prefill_2048_8_segments_r16"].geometry, 132
+    found = []
+    for cta in range(ctas):
+        order = ProductTiles(geometry=g, group="qkv", cta=jnp.int32(cta), ctas=ctas, tiles=jnp.int32(tiles))
+        found += [tuple(map(int, order.place(jnp.int32(n)))) for n in range(int(order.count))]
+    assert sorted(found) == [(t, c) for t in range(tiles) for c in range(6144 // 256)]
+    places = [list(map(int, order.module_of(jnp.int32(c)))) for c in (0, 15, 16, 19, 20, 23)]
+    assert places == [[0, 0, 64, 0]] * 2 + [[1, 1, 16, 64]] * 2 + [[2, 2, 16, 80]] * 2
 
 
 def _lower(spec, group, tokens):
