@@ -174,14 +174,12 @@ def _launch(
 
                         @pl.when(out_count + i >= out_slots)
                         def _():
-                            with jax.named_scope("wait_o_empty"):
-                                plgpu.barrier_wait(o_empty.at[out_slot])
+                            plgpu.barrier_wait(o_empty.at[out_slot])
 
                         tile = item.out_tile + (first + i) * chunk
                         barrier, block = o_full.at[out_slot], out_target.at[out_slot]
-                        with jax.named_scope("issue_base"):
-                            source.expect(barrier, zero, tokens // TILE_RANKS)
-                            source.copy_tokens(out_ref, item.token, tile, block, tokens, barrier, true)
+                        source.expect(barrier, zero, tokens // TILE_RANKS)
+                        source.copy_tokens(out_ref, item.token, tile, block, tokens, barrier, true)
                         return ()
 
                     lax.fori_loop(0, num_out, out_body, ())
@@ -221,8 +219,7 @@ def _launch(
 
                     @pl.when(sub == 0)
                     def _():
-                        with jax.named_scope("wait_b"):
-                            plgpu.barrier_wait(full.at[slot])
+                        plgpu.barrier_wait(full.at[slot])
 
                     window = pl.ds(pl.multiple_of(slot * STAGE_ROWS, STAGE_ROWS), STAGE_ROWS)
                     mine = pl.ds(pl.multiple_of(wg * half, half), half)
@@ -250,35 +247,30 @@ def _launch(
                 delta = plgpu.layout_cast(delta, _TRANSPOSED)
                 out_slot = lax.rem(out_seen + c, jnp.int32(out_slots))
                 mine = pl.ds(pl.multiple_of(wg * half, half), half)
-                with jax.named_scope("wait_base"):
-                    plgpu.barrier_wait(o_full.at[out_slot])
+                plgpu.barrier_wait(o_full.at[out_slot])
                 block = out_smem.at[out_slot, :, mine].T
-                with jax.named_scope("add"):
-                    base = plgpu.load(block, layout=_TRANSPOSED)
-                    block[...] = (base.astype(jnp.float32) + delta).astype(out.dtype)
-                    plgpu.commit_smem()
+                base = plgpu.load(block, layout=_TRANSPOSED)
+                block[...] = (base.astype(jnp.float32) + delta).astype(out.dtype)
+                plgpu.commit_smem()
                 tiles = chunk // consumers
-                with jax.named_scope("store"):
-                    source.store_tokens(
-                        out_target.at[out_slot],
-                        item.offset,
-                        item.num_tokens,
-                        out_ref,
-                        item.token,
-                        item.out_tile + c * chunk,
-                        wg * tiles,
-                        tiles,
-                    )
-                with jax.named_scope("wait_store"):
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                source.store_tokens(
+                    out_target.at[out_slot],
+                    item.offset,
+                    item.num_tokens,
+                    out_ref,
+                    item.token,
+                    item.out_tile + c * chunk,
+                    wg * tiles,
+                    tiles,
+                )
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(o_empty.at[out_slot])
 
             def item_body(item: ExpandItem, _, carry):
                 seen, out_seen, used = carry
                 buffer = lax.rem(used, 2)
                 targeted = item.length > 0
-                with jax.named_scope("wait_y"):
-                    pl.when(targeted)(lambda: plgpu.barrier_wait(y_full.at[buffer]))
+                pl.when(targeted)(lambda: plgpu.barrier_wait(y_full.at[buffer]))
 
                 def chunk_body(c, _):
                     chunk_by_tiles(item, seen, out_seen, buffer, c)

@@ -137,8 +137,16 @@ def test_s_loras_layout_interpreted(group):
     devices.check(1, from_token_rows(ranks, y[1], *devices.segments))
 
 
-@pytest.mark.parametrize("lora, decode_only", [("s-lora", True), ("s-lora", False), ("comm-free", True)])
-def test_the_whole_step_lowers_to_cuda(lora, decode_only):
+@pytest.mark.parametrize(
+    "lora, tokens, lora_launches",
+    [
+        ("s-lora", 64, 4 + 4),
+        ("s-lora", 128, 4 + 4),
+        ("comm-free", 64, 4),
+        ("comm-free", 1024, 4 * 4),  # long segments with the base projections, short ones after them
+    ],
+)
+def test_the_whole_step_lowers_to_cuda(lora, tokens, lora_launches):
     """Every LoRA group, the attention and the writing of keys and values run on Hopper kernels; nothing loops."""
     if len(jax.devices()) < 2:
         pytest.skip("needs 2 devices")
@@ -149,14 +157,14 @@ def test_the_whole_step_lowers_to_cuda(lora, decode_only):
     shards = param_shards(config, parallel)
     params = jax.eval_shape(lambda: random_params(config, dtype="bfloat16", shardings=shards))
     state = jax.eval_shape(lambda: new_state(config, 100, jnp.bfloat16, parallel))
-    builder = BatchBuilder(config.geometry, Buckets(seqs=(64,), tokens=(128,)), 100, 4096, parallel.layout)
-    batch = builder.padding(64, 64 if decode_only else 128, decode_only=decode_only, use_adapters=True)
+    builder = BatchBuilder(config.geometry, Buckets(seqs=(64,), tokens=(1024,)), 100, 4096, parallel.layout)
+    decode_only = tokens == 64
+    batch = builder.padding(64, tokens, decode_only=decode_only, use_adapters=True)
     forward = make_forward(config, implementation="mosaic", parallel=parallel)
     traced = jax.jit(forward, donate_argnums=1).trace(params, state, batch)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     attention = 2 if decode_only else 3  # decode and the joining of its splits; prompt chunks
     between = 3 + 1 + 1  # norms, rotation and the writing of keys and values, SiLU·mul
-    lora_launches = 4 if lora == "comm-free" else 4 + 4
     assert text.count("@mosaic_gpu_v2") == lora_launches + between + attention
     assert "stablehlo.while" not in text
     collectives = re.findall(r'"stablehlo\.(all_reduce|all_gather)"', text)
