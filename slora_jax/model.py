@@ -5,6 +5,7 @@ tables as arguments and returns the new pool. Covers Llama 1/2/3.x, Mistral, Qwe
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 from flax import linen as nn
@@ -44,6 +45,10 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
     smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     smooth = jnp.clip(smooth, 0.0, 1.0)
     return (1 - smooth) * freq / scaling.factor + smooth * freq
+
+
+_WEIGHTS = dict(qkv="wqkv", o="wo", gu="wgu", down="wdown")
+"""Of each group of projections."""
 
 
 _LEAST_ROWS = 8
@@ -148,34 +153,32 @@ class Llama(nn.Module):
         )[:rows]
         return logits if self.layout is None else SplitVocabulary.of(self.layout).hide_padding(logits)
 
-    def _project(self, x, name: str, pages, batch: Batch, layer: int | Int[Array, ""], group: str):
-        """The projections of ``x`` by a group of modules with the adapters' deltas; over several devices also sums what
-        must be summed. name: of the weight.
-        """
-        weights = self.weights[name]
-        bias = self.weights["bqkv"][layer] if self.config.qkv_bias and group == "qkv" else None
+    def _base(self, x, layer: int | Int[Array, ""], group: str):
+        """The projections of ``x`` by a group of modules, without adapters."""
+        product = _matmul(x, self.weights[_WEIGHTS[group]][layer])
+        return product + self.weights["bqkv"][layer] if self._has_bias(group) else product
 
-        def base():
-            product = _matmul(x, weights[layer])
-            return product if bias is None else product + bias
+    def _has_bias(self, group: str) -> bool:
+        return self.config.qkv_bias and group == "qkv"
 
+    def _project(self, x, pages, batch: Batch, layer: int | Int[Array, ""], group: str):
+        """The same with the adapters' deltas; over several devices also sums what must be summed."""
         options: dict[str, Any] = dict(
             layer=layer, group=group, max_rank=self.max_rank, implementation=self.implementation
         )
+        base = functools.partial(self._base, x, layer, group)
+        weights = None if self._has_bias(group) else self.weights[_WEIGHTS[group]]
+        segments = batch.seg_start, batch.seg_adapter
         adapted = batch.use_adapters and group in self.lora_groups
-        product_weights = weights if bias is None else None
         if self.layout is not None:
             assert isinstance(batch.adapters, ShardedTable), "the batch was built for one device"
             table = batch.adapters if adapted else None
-            segments = (batch.seg_start, batch.seg_adapter)
-            return project(x, product_weights, base, pages, table, *segments, layout=self.layout, **options)
+            return project(x, weights, base, pages, table, *segments, layout=self.layout, **options)
         if not adapted:
             return base()
         assert isinstance(batch.adapters, AdapterTable), "the batch was built for several devices"
-        geometry = self.config.geometry
-        where = (pages, batch.adapters, batch.adapters, batch.seg_start, batch.seg_adapter)
-        options |= dict(shrink_geometry=geometry, expand_geometry=geometry)
-        return lora_matmul(x, product_weights, base, *where, **options)
+        options |= dict.fromkeys(("shrink_geometry", "expand_geometry"), self.config.geometry)
+        return lora_matmul(x, weights, base, pages, batch.adapters, batch.adapters, *segments, **options)
 
     def _add_norm(self, name: str, layer: int | Int[Array, ""] | None, x, delta):
         """``x + delta`` and its norm. layer: None where the weight has no layer axis."""
@@ -187,7 +190,7 @@ class Llama(nn.Module):
     def _attention(self, i, h, pages, batch: Batch, cos, sin):
         cfg, w = self.config, self.weights
         options: dict[str, Any] = dict(layer=i, geometry=cfg.geometry, implementation=self.implementation)
-        qkv = self._project(h, "wqkv", pages, batch, i, "qkv")
+        qkv = self._project(h, pages, batch, i, "qkv")
         norms = (w["q_norm"], w["k_norm"]) if cfg.qk_norm else None
         q, pages = rope_write_kv(
             qkv, cos, sin, pages, batch.page_ids, batch.slots, norms=norms, norm_eps=cfg.norm_eps, **options
@@ -202,9 +205,9 @@ class Llama(nn.Module):
             sm_scale=cfg.head_dim**-0.5,
             **options,
         ).reshape(-1, cfg.q_size)
-        return self._project(out, "wo", pages, batch, i, "o"), pages
+        return self._project(out, pages, batch, i, "o"), pages
 
     def _mlp(self, i, h, pages, batch: Batch):
-        gate_up = self._project(h, "wgu", pages, batch, i, "gu")
+        gate_up = self._project(h, pages, batch, i, "gu")
         h = silu_mul(gate_up, implementation=self.implementation)
-        return self._project(h, "wdown", pages, batch, i, "down")
+        return self._project(h, pages, batch, i, "down")

@@ -46,7 +46,8 @@ def dense_llama(delta: Delta) -> type[Llama]:
     """The model with its LoRA computed by `delta` from dense arrays, which come as the parameter "dense"."""
 
     class DenseLlama(Llama):
-        def _project(self, x, base, pages, batch, layer, group):
+        def _project(self, x, pages, batch, layer, group):
+            base = self._base(x, layer, group)
             if not batch.use_adapters:
                 return base
             dense = self.get_variable("params", "dense")
