@@ -219,10 +219,8 @@ def matmul_sm90(
     out = _matmul(x, weights, y, pages, b, _make_tiles(b.plan, num_tokens=num_tokens), where, **options)
     if interpret:
         return out
-    config = default_config(shrink.geometry, 1)
-    a, b = (matrices.half(seg_start, short, num_tokens, config) for matrices in (shrink, expand))
-    chunk = min(chunk_tiles(half.geometry, config.chunk_tiles) for half in (a, b))
-    return _add(pages, where, a, b, x=x, out=out, group=group, config=config, chunk=chunk, max_rank=max_rank)
+    options = dict(layer=layer, group=group, max_rank=max_rank, config=default_config(shrink.geometry, 1))
+    return add_sm90(out, x, pages, shrink, expand, seg_start, short, **options)
 
 
 def _whole_rows(out: Float[Array, "T c"]) -> Float[Array, "T2 c"]:
