@@ -174,8 +174,9 @@ def lora_matmul(
 ) -> Float[Array, "T c"]:
     """`lora_add` to the base projection ``x @ weights[layer]``, which `base` computes unless one kernel does both.
 
-    weights: of all layers; None if the base projection is not such a product. The bits are those of `lora_add` to the
-    same base outputs, rounded to x's dtype.
+    weights: of all layers, in x's dtype; None if the base projection is not such a product. The bits are those of
+    `lora_add` to the same base outputs, rounded to x's dtype. Otherwise as lora_shrink. Raises UnsupportedInput if
+    implementation is "mosaic" and the kernels of lora_add cannot take the input.
     """
     options: dict[str, Any] = dict(group=group, max_rank=max_rank)
     geometries: dict[str, Any] = dict(shrink=shrink_geometry, expand=expand_geometry)
