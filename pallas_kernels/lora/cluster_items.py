@@ -14,17 +14,18 @@ from pallas_kernels.lora.config import CLUSTER, CLUSTERS
 from pallas_kernels.lora.expand_items import ExpandItem, ExpandItems
 from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, dealt, dealt_item, stage_chunks
 from pallas_kernels.lora.plan import PAGE_START, group_fields
+from pallas_kernels.lora.ranges import num_ranges, range_of
 from pallas_kernels.lora.short_items import ShrinkItem, ShrinkItems
 
 _LOG_CLUSTER = CLUSTER.bit_length() - 1
-_MAX_LOG_RANGES = 3
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AddItem:
     """shrink: the thread block's part of the splits, of all ranks: see `AddItems.shrink_of`. expand: its part of the
-    outputs. rank_tiles: how many times 64 ranks there are; 0 if the adapter does not target the module.
+    outputs. rank_tiles: how many times 64 ranks there are; 0 if the cluster has no outputs: the adapter does not target
+    the module, or a narrow one has fewer chunks than ranges.
     """
 
     shrink: ShrinkItem
@@ -34,16 +35,17 @@ class AddItem:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AddItems:
-    """The items of a launch, numbered token block by token block and dealt out to the clusters.
+    """The items of a launch, numbered token block by token block, the largest first, and dealt out to the clusters.
 
-    Where there are few, an item covers a range of the module's outputs, and all its ranges shrink alike: who would have
-    nothing to do reads A once more, from the L2 cache.
+    An item of a large token block covers a range of the module's outputs, and all its ranges shrink alike.
 
-    shrink, expand: what is known of the two halves. part: which thread block of its cluster this one is.
+    shrink, expand: what is known of the two halves. cut: how many blocks have at least 2, 4 and 8 ranges. part: which
+    thread block of its cluster this one is.
     """
 
     shrink: ShrinkItems
     expand: ExpandItems
+    cut: tuple[Any, ...]
     cluster: Any
     part: Any
 
@@ -52,22 +54,17 @@ class AddItems:
         return GROUPS[self.expand.group]
 
     @property
-    def _log_ranges(self):
-        """Binary logarithm of the ranges of a module."""
-        items = self.expand.num_blocks * len(self._modules)
-        return sum(jnp.where(items << n <= CLUSTERS, 1, 0) for n in range(1, _MAX_LOG_RANGES + 1))
-
-    @property
     def count(self):
         """Items of this cluster."""
-        items = self.expand.num_blocks * len(self._modules)
-        return dealt(items << self._log_ranges, self.cluster, CLUSTERS)
+        total = num_ranges(self.expand.num_blocks, self.cut, len(self._modules))
+        return dealt(total, self.cluster, CLUSTERS)
 
     def _place(self, n):
-        """Of item n: token block, its module's number, output tiles and first tile of `out`, and the range."""
-        index, number, log_ranges = dealt_item(self.cluster, n, CLUSTERS), len(self._modules), self._log_ranges
-        part = index & ((1 << log_ranges) - 1)
-        index = index >> log_ranges
+        """Of item n: token block, its module's number, output tiles and first tile of `out`, the range, and the binary
+        logarithm of the ranges.
+        """
+        number = len(self._modules)
+        index, log_ranges, part = range_of(dealt_item(self.cluster, n, CLUSTERS), self.cut, number)
         which = lax.rem(index, jnp.int32(number))
         geometry, tile = self.expand.geometry, 0
         chosen = [jnp.int32(0)] * 3
@@ -75,22 +72,22 @@ class AddItems:
             values = (m, geometry.out_tiles(m), tile)
             chosen = [jnp.where(which == i, v, old) for v, old in zip(values, chosen, strict=True)]
             tile += geometry.out_tiles(m)
-        return lax.div(index, jnp.int32(number)), chosen, part
+        return lax.div(index, jnp.int32(number)), chosen, part, log_ranges
 
     def fetch(self, n) -> list:
         """What `describe` needs of item n's records."""
-        block, (module, *_), _ = self._place(n)
+        block, (module, *_), *_ = self._place(n)
         fields = (PAGE_START, *group_fields(self.shrink.group))
         a = [self.shrink.records[block, self.shrink.layer, i] for i in fields]
         return [*a, *self.expand.fetch_of(block, module)]
 
     def describe(self, n, fetched) -> AddItem:
-        block, (module, width, out_tile), number = self._place(n)
+        block, (module, width, out_tile), number, log_ranges = self._place(n)
         (a_page_start, section, _, *a_pages), b = fetched[:5], fetched[5:]
-        chunks, parts = lax.div(width, jnp.int32(self.expand.chunk)), CLUSTER << self._log_ranges
-        per_part = (chunks + parts - 1) >> (self._log_ranges + _LOG_CLUSTER)
-        first = (number * CLUSTER + self.part) * per_part
-        expand = self.expand.item(block, module, width, out_tile, first, per_part, b)
+        chunks, log_parts = lax.div(width, jnp.int32(self.expand.chunk)), log_ranges + _LOG_CLUSTER
+        per_part = (chunks + (1 << log_parts) - 1) >> log_parts
+        first = number * CLUSTER * per_part
+        expand = self.expand.item(block, module, width, out_tile, first + self.part * per_part, per_part, b)
         first_split, num_splits = self.shrink.part(self.part)
         shrink = ShrinkItem(
             block=block,
@@ -105,7 +102,7 @@ class AddItems:
             first_split=first_split,
             num_splits=num_splits,
         )
-        rank_tiles = jnp.where(expand.granules > 0, expand.rank_tiles, 0)
+        rank_tiles = jnp.where((expand.granules > 0) & (first < chunks), expand.rank_tiles, 0)
         return AddItem(shrink=shrink, expand=expand, rank_tiles=rank_tiles)
 
     def shrink_of(self, item: AddItem, rank_tile) -> ShrinkItem:

@@ -19,7 +19,7 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.geometry import TILE_RANKS
+from pallas_kernels.geometry import GROUPS, TILE_RANKS
 from pallas_kernels.lora.any_rows import any_rows
 from pallas_kernels.lora.cluster_exchange import SLOTS, Exchange
 from pallas_kernels.lora.cluster_items import AddItem, AddItems
@@ -29,6 +29,7 @@ from pallas_kernels.lora.expand_y import RowTiles
 from pallas_kernels.lora.kernel_short_sm90 import ExpandScratch, full_arrivals, ring_stages
 from pallas_kernels.lora.mosaic_common import PLAN_ROWS, STAGE_ROWS, STEP_ROWS, ChunkSource, capacity, drain
 from pallas_kernels.lora.plan import Half, y_rows
+from pallas_kernels.lora.ranges import MAX_LOG_RANGES
 from pallas_kernels.lora.short_expand import ShortExpand
 from pallas_kernels.lora.short_items import ShrinkItems, split_chunks
 from pallas_kernels.lora.short_ring import ShortRing, ring_type, sync_warpgroup
@@ -45,7 +46,7 @@ def add(pages, layer, a: Half, b: Half, *, x, out, group: str, config: LoraConfi
     )
     args = dict(out=out, x=sources[0].view_of_tokens(x), scaling=b.plan.scaling)
     args |= dict(a_ids=a.page_ids, a_records=a.plan.records, b_ids=b.page_ids, b_records=b.plan.records)
-    args |= dict(pool=sources[0].view_of_pool(pages), counts=a.plan.counts, layer=layer)
+    args |= dict(pool=sources[0].view_of_pool(pages), counts=a.plan.counts, cut=a.plan.cut, layer=layer)
     options: dict[str, Any] = dict(names=tuple(args), group=group, config=config, sources=sources, max_rank=max_rank)
     with jax.named_scope("lora_add"):
         if out.shape[0] < TILE_RANKS:
@@ -99,6 +100,7 @@ def _launch(*args, names, group, config: LoraConfig, sources: tuple[ChunkSource,
         items = AddItems(
             shrink=shrink.items,
             expand=expand.items,
+            cut=tuple(ref["cut"][list(GROUPS).index(group), i] for i in range(MAX_LOG_RANGES)),
             cluster=lax.axis_index("cluster"),
             part=lax.axis_index("part"),
         )

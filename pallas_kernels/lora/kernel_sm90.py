@@ -20,7 +20,7 @@ from pallas_kernels.lora.kernel_expand_sm90 import expand
 from pallas_kernels.lora.kernel_operand_sm90 import operand
 from pallas_kernels.lora.kernel_short_sm90 import short
 from pallas_kernels.lora.kernel_shrink_sm90 import shrink
-from pallas_kernels.lora.plan import Half, by_length, make_plan
+from pallas_kernels.lora.plan import Half, by_length, group_loads, make_plan
 from pallas_kernels.lora.table import AdapterTable
 from pallas_kernels.lora.windows import WINDOW, make_tiles
 
@@ -66,9 +66,11 @@ class Matrices:
     table: AdapterTable
     geometry: Geometry
 
-    def half(self, seg_start, seg_adapter, num_tokens: int, config: LoraConfig, windows: bool = False) -> Half:
+    def half(
+        self, seg_start, seg_adapter, num_tokens: int, config: LoraConfig, *, windows: bool = False, loads=None
+    ) -> Half:
         options = dict(num_tokens=num_tokens, geometry=self.geometry, block_tokens=config.block_tokens)
-        plan = _make_plan(self.table, seg_start, seg_adapter, **options, windows=windows)
+        plan = _make_plan(self.table, seg_start, seg_adapter, **options, windows=windows, loads=loads)
         return Half(page_ids=self.table.pages, plan=plan, geometry=self.geometry)
 
 
@@ -171,8 +173,11 @@ def add_sm90(
     where = jnp.asarray(layer, jnp.int32).reshape(1)
     num_tokens = out.shape[0]
     out = _whole_rows(out)
+    # From one table for both plans: their orders must agree, and a device may have a part of A, but of B all ranks.
+    loads = group_loads(expand.table)
     for one, adapters in _pairs(num_tokens, seg_start, seg_adapter, shrink.geometry, config):
-        a, b = (matrices.half(seg_start, adapters, num_tokens, one) for matrices in (shrink, expand))
+        step = (seg_start, adapters, num_tokens, one)
+        a, b = (m.half(*step, loads=loads if _is_short(one) else None) for m in (shrink, expand))
         chunk = min(chunk_tiles(half.geometry, one.chunk_tiles) for half in (a, b))
         options: dict[str, Any] = dict(group=group, config=one, chunk=chunk, max_rank=max_rank)
         if _is_short(one):

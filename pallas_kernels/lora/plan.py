@@ -16,6 +16,7 @@ import numpy as np
 
 from pallas_kernels.geometry import GROUPS, MODULES, Geometry, ceil_div
 from pallas_kernels.lora.config import CLUSTERS, SHORT_SEGMENT
+from pallas_kernels.lora.ranges import MAX_LOG_RANGES, cut_blocks
 from pallas_kernels.lora.table import AdapterTable, section_starts
 
 BLOCK_GRANULES = 8
@@ -53,7 +54,8 @@ def module_pages(module):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """counts: number of token blocks, then for each group the most rank blocks that any of them has in any layer.
-    records: TOKEN is a block's first row, of which the block's own tokens begin OFFSET rows on.
+    records: TOKEN is a block's first row, of which the block's own tokens begin OFFSET rows on. cut: see `cut_blocks`;
+    zeros where blocks are in the order of the segments.
 
     Records past the last token block are unspecified.
     """
@@ -61,6 +63,7 @@ class Plan:
     counts: Int[Array, "5"]
     records: Int[Array, "NT L R"]
     scaling: Float[Array, "NT L 7"]
+    cut: Int[Array, "4 3"]
 
 
 @jax.tree_util.register_dataclass
@@ -95,14 +98,27 @@ def y_rows(group: str, max_rank: int) -> int:
     return max(last, _BLOCK_ROWS * max_rank_blocks(group, max_rank))
 
 
-def token_blocks(
-    seg_start: Int[Array, "S1"], seg_adapter: Int[Array, "S"], block_tokens: int, *, windows: bool = False
-) -> Int[Array, "S1"]:
-    """First token block of every segment, and where the last one's end. windows: see make_plan."""
+def _num_blocks(
+    seg_start: Int[Array, "S1"], seg_adapter: Int[Array, "S"], block_tokens: int, windows: bool = False
+) -> Int[Array, "S"]:
+    """Token blocks of every segment. windows: see make_plan."""
     start, end = seg_start[:-1], seg_start[1:]
-    if windows:
-        start = start // block_tokens * block_tokens
-    blocks = jnp.where((seg_adapter >= 0) & (end > seg_start[:-1]), -(-(end - start) // block_tokens), 0)
+    first = start // block_tokens * block_tokens if windows else start
+    return jnp.where((seg_adapter >= 0) & (end > start), -(-(end - first) // block_tokens), 0)
+
+
+def _largest_first(blocks: Int[Array, "S"], sizes: Int[Array, "S"]) -> Int[Array, "S"]:
+    """First token block of every segment, of `blocks` each, if those of larger sizes are listed first and equal ones in
+    the order of the segments. A sort would be many launches or a loop, which would break a GPU's command graph.
+    """
+    order = jnp.arange(len(blocks))
+    sooner = (sizes > sizes[:, None]) | ((sizes == sizes[:, None]) & (order < order[:, None]))
+    return jnp.sum(jnp.where(sooner, blocks, 0), axis=1, dtype=jnp.int32)
+
+
+def token_blocks(seg_start: Int[Array, "S1"], seg_adapter: Int[Array, "S"], block_tokens: int) -> Int[Array, "S1"]:
+    """First token block of every segment in the order of the segments, and where the last one's end."""
+    blocks = _num_blocks(seg_start, seg_adapter, block_tokens)
     # A sum over a mask is one small kernel, where a scan would be several.
     order = jnp.arange(seg_adapter.shape[0] + 1)
     return jnp.sum(jnp.where(order[None, :-1] < order[:, None], blocks[None, :], 0), axis=1, dtype=jnp.int32)
@@ -137,6 +153,12 @@ def _record_terms(geometry: Geometry) -> tuple[Int[Array, "R 7"], Bool[Array, "R
     return jnp.asarray(linear), jnp.asarray(is_tile)
 
 
+def group_loads(table: AdapterTable) -> Int[Array, "A 4"]:
+    """Granules of each adapter in each group, of all layers: about the time that its weights take."""
+    modules = np.array([[m in members for members in GROUPS.values()] for m in range(len(MODULES))])
+    return jnp.sum(table.granules[..., None] * modules.astype(np.int32), axis=(1, 2), dtype=jnp.int32)
+
+
 def make_plan(
     table: AdapterTable,
     seg_start: Int[Array, "S1"],
@@ -146,20 +168,28 @@ def make_plan(
     geometry: Geometry,
     block_tokens: int,
     windows: bool = False,
+    loads: Int[Array, "A 4"] | None = None,
 ) -> Plan:
     """The plan of a step of `num_tokens` tokens.
 
     windows: segments, all longer than SHORT_SEGMENT, are cut where a window of `block_tokens` tokens ends, counted from
     the step's first; `num_tokens` is a multiple of that. A block's first row is its window's.
+    loads: see `group_loads`; token blocks are then listed largest first, and not in the order of the segments, as
+    `token_rows` wants them.
     """
     num_segments = seg_adapter.shape[0]
     # A record for each cluster of thread blocks: none waits to know how many are in use before it fetches its first.
     limit = max(max_token_blocks(num_tokens, num_segments, block_tokens, windows=windows), CLUSTERS)
     lengths = seg_start[1:] - seg_start[:-1]
-    first_block = token_blocks(seg_start, seg_adapter, block_tokens, windows=windows)
+    blocks = _num_blocks(seg_start, seg_adapter, block_tokens, windows)
+    sizes = jnp.zeros_like(blocks)
+    if loads is not None:
+        sizes = jnp.sum(loads[jnp.maximum(seg_adapter, 0)], axis=1, dtype=jnp.int32)
+    first_block, num_blocks = _largest_first(blocks, sizes), jnp.sum(blocks, dtype=jnp.int32)
     index = jnp.arange(limit, dtype=jnp.int32)
-    seg = jnp.sum(first_block[None, 1:] <= index[:, None], axis=1, dtype=jnp.int32)
-    seg = jnp.minimum(seg, num_segments - 1)
+    within = index[:, None] - first_block
+    is_of = (within >= 0) & (within < blocks)
+    seg = jnp.sum(jnp.where(is_of, jnp.arange(num_segments), 0), axis=1, dtype=jnp.int32)
     adapter = jnp.maximum(seg_adapter[seg], 0)
     before = (index - first_block[seg]) * block_tokens
     granules = table.granules[adapter][:, :, None]  # [NT, L, 1, 7]
@@ -182,10 +212,15 @@ def make_plan(
     page_ids = table.pages[page].astype(jnp.int32).reshape(*page.shape[:2], -1)
     groups = linear[jnp.array([group_fields(g)[1] for g in GROUPS])]
     rank_blocks = -(-jnp.sum(granules * groups, axis=3, dtype=jnp.int32) // BLOCK_GRANULES)
-    used = (index < first_block[-1])[:, None, None]
-    counts = jnp.max(jnp.where(used, rank_blocks, 0), axis=(0, 1))
+    used = index < num_blocks
+    counts = jnp.max(jnp.where(used[:, None, None], rank_blocks, 0), axis=(0, 1))
+    if loads is None:
+        cut = jnp.zeros((len(GROUPS), MAX_LOG_RANGES), jnp.int32)
+    else:
+        cut = cut_blocks(jnp.where(used[:, None], loads[adapter], 0))
     return Plan(
-        counts=jnp.concatenate([first_block[-1:], counts]),
+        counts=jnp.concatenate([num_blocks[None], counts]),
         records=jnp.concatenate([records, page_ids], axis=2),
         scaling=table.scaling[adapter],
+        cut=cut,
     )

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from pallas_kernels.geometry import GROUPS
-from pallas_kernels.lora.arg_specs import LLAMA2_7B
+from pallas_kernels.lora.arg_specs import LLAMA2_7B, LLAMA31_8B, SPECS
 from pallas_kernels.lora.cluster_items import AddItems
 from pallas_kernels.lora.config import CLUSTER, CLUSTERS, LoraConfig
 from pallas_kernels.lora.expand_items import ExpandItems
 from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, dealt, dealt_item
 from pallas_kernels.lora.plan import RECORD, group_fields, module_field
+from pallas_kernels.lora.ranges import cut_blocks, num_ranges, range_of
 from pallas_kernels.lora.short_items import ShrinkItems, split_chunks
 
 CTAS = 5
@@ -89,8 +90,79 @@ def test_every_chunk_is_copied_and_multiplied_once(granules, group, packed):
     assert len(sums) == splits * sum(-(-g // STAGE_CHUNKS) for g in granules)
 
 
-@pytest.mark.parametrize("group, blocks", [("qkv", 1), ("o", 3), ("gu", 20), ("qkv", 64), ("down", 70)])
-def test_clusters_share_all_items(group, blocks):
+def _cut(granules: list[int], group: str) -> tuple[jax.Array, ...]:
+    """Of token blocks with so many granules in the group, all modules together."""
+    others = jnp.zeros((len(granules), len(GROUPS)), jnp.int32)
+    index = list(GROUPS).index(group)
+    return tuple(cut_blocks(others.at[:, index].set(jnp.array(granules)))[index])
+
+
+@given(cut=st.lists(st.integers(0, 9), min_size=3, max_size=3), blocks=st.integers(0, 9), modules=st.integers(1, 3))
+@settings(max_examples=50)
+def test_ranges_are_numbered_once(cut, blocks, modules):
+    cut = sorted(cut, reverse=True)
+    blocks += cut[0]
+    total = int(num_ranges(blocks, cut, modules))
+    found = list(zip(*(v.tolist() for v in range_of(jnp.arange(total), cut, modules)), strict=True)) if total else []
+    logs = [sum(block < c for c in cut) for block in range(blocks) for _ in range(modules)]
+    assert found == [(item, log, part) for item, log in enumerate(logs) for part in range(1 << log)]
+
+
+MIXED = SPECS["7b_decode_64_mixed_qkvo"].ranks
+LOADS = [  # ranks of token blocks, group, ranges of the blocks, and the largest load of a cluster over the mean
+    (MIXED, "qkv", [1] * 64, 1.45),
+    (MIXED, "gu", [2] * 8 + [1] * 56, 1.52),
+    (MIXED, "o", [4] * 8 + [2] * 8 + [1] * 48, 2.18),
+    ([16] * 64, "qkv", [1] * 64, 1.04),
+    ([16] * 64, "o", [1] * 64, 1.04),
+    ([16] * 256, "qkv", [1] * 256, 1.04),
+    ([16] * 256, "o", [1] * 256, 1.04),
+    ([8, 16, 32, 64] * 64, "qkv", [1] * 256, 1.04),
+    ([8, 16, 32, 64] * 64, "o", [1] * 256, 1.04),
+    ([32] * 10, "qkv", [2] * 10, 1.65),
+    ([32] * 10, "o", [4] * 10, 4.13),
+    ([32] * 12, "qkv", [1] * 12, 1.84),
+    ([32] * 12, "o", [4] * 12, 3.44),
+    ([16] * 8, "qkv", [2] * 8, 2.07),
+    ([16] * 8, "o", [8] * 8, 4.65),
+    ([16] * 32, "qkv", [1] * 32, 1.38),
+    ([16] * 32, "o", [2] * 32, 1.55),
+    ([16] * 33, "o", [2] * 33, 1.5),
+    ([128] + [8] * 255, "o", [4] + [1] * 255, 2.93),
+]
+
+
+@pytest.mark.parametrize("ranks, group, ranges, largest", LOADS)
+def test_loads_are_balanced(ranks, group, ranges, largest):
+    """The mean is that of uncut items. A range takes half its item's time for A, and its part of the other half."""
+    modules = len(GROUPS[group])
+    granules = np.sort(np.array(ranks) // 8)[::-1]
+    cut = _cut(list(granules * modules), group)
+    assert [1 << sum(block < int(c) for c in cut) for block in range(len(granules))] == ranges
+    total = int(num_ranges(len(granules), cut, modules))
+    cluster, n = jnp.meshgrid(jnp.arange(CLUSTERS), jnp.arange(-(-total // CLUSTERS)), indexing="ij")
+    index = dealt_item(cluster, n, CLUSTERS)
+    item, log, _ = (np.asarray(v) for v in range_of(index, cut, modules))
+    own = np.where(index < total, granules[np.minimum(item // modules, len(granules) - 1)] * (0.5 + 0.5 / 2.0**log), 0)
+    assert own.sum(axis=1).max() <= largest * granules.sum() * modules / CLUSTERS
+
+
+def test_nothing_is_cut_where_no_adapter_targets_the_group():
+    assert [int(c) for c in _cut([0] * 5, "o")] == [0, 0, 0]
+
+
+SHARED = [
+    ("qkv", 1, LLAMA2_7B),
+    ("o", 3, LLAMA2_7B),
+    ("gu", 20, LLAMA2_7B),
+    ("qkv", 64, LLAMA2_7B),
+    ("down", 70, LLAMA2_7B),
+    ("qkv", 2, LLAMA31_8B),  # more ranges than chunks of k and v
+]
+
+
+@pytest.mark.parametrize("group, blocks, geometry", SHARED)
+def test_clusters_share_all_items(group, blocks, geometry):
     """Every output chunk of every token block and module is in one item of one thread block, with all splits shrunk
     by the item's cluster.
     """
@@ -98,11 +170,14 @@ def test_clusters_share_all_items(group, blocks):
     records = np.zeros((max(blocks, CLUSTERS), 1, RECORD), np.int32)
     modules = GROUPS[group]
     granules = rng.integers(0, 12, (blocks, len(modules)))
+    granules[: blocks // 8] *= 4  # ranges of several sizes, in the order that a plan has
+    granules = granules[np.argsort(-granules.sum(axis=1))]
+    cut = _cut(list(granules.sum(axis=1)), group)
     for i, m in enumerate(modules):
         records[:blocks, 0, module_field(m) + 1] = granules[:, i]
         records[:blocks, 0, module_field(m) + 2] = 8 * granules[:, :i].sum(axis=1)
     known = dict(
-        geometry=LLAMA2_7B,
+        geometry=geometry,
         group=group,
         config=LoraConfig(),
         chunk=4,
@@ -113,14 +188,13 @@ def test_clusters_share_all_items(group, blocks):
 
     @functools.partial(jax.jit, static_argnums=2)
     def describe(cluster, part, n):
-        items = AddItems(
-            shrink=ShrinkItems(rank_blocks=None, **known), expand=ExpandItems(**known), cluster=cluster, part=part
-        )
+        halves = dict(shrink=ShrinkItems(rank_blocks=None, **known), expand=ExpandItems(**known))
+        items = AddItems(**halves, cut=cut, cluster=cluster, part=part)
         item = items.describe(n, items.fetch(n))
-        tiles = [items.shrink_of(item, k) for k in range(2)]
+        tiles = [items.shrink_of(item, k) for k in range(6)]
         return items.count, item, tiles, items.shrink_stages(item)
 
-    splits = split_chunks(LLAMA2_7B, group, LoraConfig(), 4)[2]
+    splits = split_chunks(geometry, group, LoraConfig(), 4)[2]
     outputs, shrunk = {}, {}
     for cluster in range(CLUSTERS):
         n, count = 0, 1
@@ -131,8 +205,12 @@ def test_clusters_share_all_items(group, blocks):
                     break
                 expand, module = item.expand, modules.index(item.expand.module)
                 own = int(granules[expand.block, module])
-                assert item.rank_tiles == -(-own // STAGE_CHUNKS)
-                assert (stages > 0) == (own > 0)
+                # A range without outputs is not shrunk either, by none of its cluster.
+                wanted = own if item.expand.length or (cluster, n) in shrunk else 0
+                assert item.rank_tiles == -(-wanted // STAGE_CHUNKS)
+                assert (stages > 0) == (wanted > 0)
+                if own and not wanted:
+                    continue
                 for k, tile in enumerate(tiles[: item.rank_tiles]):
                     assert tile.first_granule == granules[expand.block, :module].sum() + k * STAGE_CHUNKS
                     assert tile.granules == min(own - k * STAGE_CHUNKS, STAGE_CHUNKS)
@@ -144,6 +222,6 @@ def test_clusters_share_all_items(group, blocks):
                     assert key not in outputs
                     outputs[key] = own
             n += 1
-    wide = sum(LLAMA2_7B.out_tiles(m) * int((granules[:, i] > 0).sum()) for i, m in enumerate(modules))
+    wide = sum(geometry.out_tiles(m) * int((granules[:, i] > 0).sum()) for i, m in enumerate(modules))
     assert len(outputs) == wide // 4
     assert all(sorted(found) == list(range(splits)) for found in shrunk.values())
