@@ -9,15 +9,16 @@ synthetic trace. Says which collectives XLA made and where a step's time goes. R
 started again with the same --json it goes on with what is missing. --budget seconds after its turn began it begins
 nothing new. --tp 1 measures one GPU: base only, and with adapters ("one-gpu").
 
-benchmarks/tensor_parallel_all.py runs it for all models and numbers of GPUs, several processes at once (--wait).
+benchmarks/tensor_parallel_all.py runs it for all models and numbers of GPUs; --compile-only leaves the programs in the
+persistent cache.
 """
 
 import os
+import sys
 
-# A benchmark has the GPUs to itself but for processes that compile meanwhile, and NCCL. Memory is taken when it is this
-# process's turn.
+# A benchmark has the GPUs to itself but for NCCL; processes that compile at the same time share them.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.88")
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false" if "--compile-only" in sys.argv else "true")
 os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "128")  # pinned images of the adapters in three layouts
 os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast stays off
 
@@ -25,7 +26,6 @@ import argparse
 from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 from pathlib import Path
-import sys
 import time
 from typing import Any
 
@@ -217,7 +217,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--profile-seqs", type=int, default=64, help="the size whose collectives and kernels are listed"
     )
     parser.add_argument("--json", type=Path, default=None)
-    parser.add_argument("--wait", action="store_true", help='compile, print "ready", wait for "go SECONDS" on stdin')
+    parser.add_argument("--compile-only", action="store_true", help="compile what the missing parts need, and end")
     parser.add_argument("--lock", default=None, help="file that processes lock while they time anything to compile")
     args = parser.parse_args(argv)
     if max(args.seqs) > args.max_seqs:
@@ -237,17 +237,12 @@ def main(argv: list[str] | None = None) -> None:
     path = args.json or RESULTS / f"tensor_parallel_{args.model}_tp{args.tp}.json"
     report = Report(path, settings, deadline)
     try:
-        if not args.wait:
-            report.check(0)
+        report.check(0)
         bench = Bench(args, report)
         print("tuned", flush=True)
         bench.prepare()
-        if args.wait:
-            print("ready", flush=True)
-            words = sys.stdin.readline().split()
-            if not words:
-                return  # whoever started this has gone
-            report.deadline = time.monotonic() + float(words[1])
+        if args.compile_only:
+            return
         bench.run()
         print("done", flush=True)
     except OutOfTime:

@@ -3,9 +3,10 @@
     python -m benchmarks.tensor_parallel_all --gpus 4 --budget 540 --out benchmarks/results
 
 runs benchmarks/tensor_parallel.py for every model on N, N/2, … 1 GPUs, and the tests marked gpu of tests/sharding.
-First all processes compile at once, which needs cores more than GPUs; then they are measured one after another, most
-GPUs first; those that leave GPUs free have others measured beside them. A process that says nothing for --stall
-seconds in its turn is ended and started again once with NCCL_LAUNCH_MODE=GROUP. Nothing begins after --budget seconds;
+First a process for each compiles, all at once, which needs cores more than GPUs. They end, so that none keeps memory
+from those that measure; these find the programs in the persistent cache, one after another, most GPUs first, and those
+that leave GPUs free have others measured beside them. A process that says nothing for --stall seconds is ended and
+started again once with NCCL_LAUNCH_MODE=GROUP. Nothing begins after --budget seconds;
 the same command goes on where it ended (--work holds results so far, logs and compiled programs).
 
 Writes OUT/tensor_parallel.json, OUT/tensor_parallel_logs.tar.gz, and a table to stdout.
@@ -35,28 +36,46 @@ _REHEARSAL = (
 
 
 class Job:
-    """A process that is to be measured on some GPUs. state: waiting (not started), compiling, ready, running, over."""
+    """A command that is run on some GPUs, after it has been run with `first` as further arguments, where there are any.
+    state: waiting (not started), compiling, ready, running, over.
+    """
 
-    def __init__(self, name: str, command: list[str], gpus: tuple[int, ...], work: Path, env: dict[str, str]):
-        self.name, self.command, self.gpus, self.env = name, command, gpus, env
+    def __init__(
+        self,
+        name: str,
+        command: list[str],
+        gpus: tuple[int, ...],
+        work: Path,
+        env: dict[str, str],
+        first: tuple[str, ...] = (),
+    ):
+        self.name, self.command, self.gpus, self.env, self.first = name, command, gpus, env, first
         self.log = work / f"{name}.log"
         self.state, self.heard, self.retried, self.tuned = "waiting", 0.0, False, False
         self.process: subprocess.Popen[str] | None = None
         self.listener = threading.Thread()
 
-    def start(self, **more: str) -> None:
+    def start(self) -> None:
+        """The first run: compiles, and ends the job where there is no second."""
+        self._spawn("compiling", self.first)
+
+    def go(self, seconds: float, **more: str) -> None:
+        """The run that measures."""
+        self._spawn("running", ("--budget", f"{max(seconds, 1):.0f}"), **more)
+
+    def _spawn(self, state: str, arguments: tuple[str, ...], **more: str) -> None:
         env = {"NCCL_NVLS_ENABLE": "0", **os.environ, **self.env, **more}  # NVLink multicast stays off
         env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpus))
         self.process = subprocess.Popen(
-            self.command,
-            stdin=subprocess.PIPE,
+            [*self.command, *arguments],
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             env=env,
             start_new_session=True,
         )
-        self.state, self.heard = "compiling", time.monotonic()
+        self.state, self.heard = state, time.monotonic()
         self.listener = threading.Thread(target=self._listen, args=(self.process,), daemon=True)
         self.listener.start()
 
@@ -67,21 +86,11 @@ class Job:
                 self.heard = time.monotonic()
                 log.write(line)
                 log.flush()
-                if process is self.process:
-                    self.tuned = self.tuned or line.strip() == "tuned"
-                    self.state = "ready" if line.strip() == "ready" else self.state
+                self.tuned = self.tuned or line.strip() == "tuned"
         process.wait()
         if process is self.process:
-            self.state = "over"
-
-    def go(self, seconds: float) -> None:
-        assert self.process and self.process.stdin
-        self.state, self.heard = "running", time.monotonic()
-        try:
-            self.process.stdin.write(f"go {seconds:.0f}\n")
-            self.process.stdin.flush()
-        except OSError:
-            self.state = "over"
+            compiled = self.state == "compiling" and bool(self.first) and process.returncode == 0
+            self.state = "ready" if compiled else "over"
 
     def end(self) -> None:
         if self.process and self.process.poll() is None:
@@ -89,8 +98,6 @@ class Job:
             self.process.wait()
         if self.process:
             self.listener.join(timeout=10)
-            assert self.process.stdin
-            self.process.stdin.close()
         self.state = "over"
 
     def last_line(self) -> str:
@@ -109,13 +116,14 @@ def measurements(args: argparse.Namespace) -> list[Job]:
             for gpu in gpus:
                 load[gpu] += (1.0 if "70b" in model else 0.5) / tp
             path = args.work / f"{model}_tp{tp}.json"
-            command = [sys.executable, "-u", "-m", "benchmarks.tensor_parallel", "--wait", "--tp", str(tp)]
+            command = [sys.executable, "-u", "-m", "benchmarks.tensor_parallel", "--tp", str(tp)]
             command += ["--model", model, "--json", str(path), "--lock", str(args.work / f"lock_{gpus[0]}")]
             command += _REHEARSAL if args.rehearse else []
             env = {"JAX_COMPILATION_CACHE_DIR": str(args.work / "jax")}
             if args.rehearse:
                 env |= {"JAX_NUM_CPU_DEVICES": str(tp), "JAX_PLATFORMS": "cpu"}
-            jobs.append(Job(f"{model}_tp{tp}", command + args.more, gpus, args.work, env))
+            name = f"{model}_tp{tp}"
+            jobs.append(Job(name, command + args.more, gpus, args.work, env, first=("--compile-only",)))
     return jobs
 
 
@@ -170,7 +178,7 @@ def run(args: argparse.Namespace) -> dict[str, str]:
             job.end()
             if not job.retried and left() > args.least + 60:
                 job.retried = True
-                job.start(**_RETRY)
+                job.go(min(left() - 5, args.turn), **_RETRY)
     for job in jobs + checks:
         if job.state != "over":
             notes.setdefault(job.name, f"was {job.state} when the time was up: {job.last_line()}")
