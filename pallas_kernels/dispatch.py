@@ -24,8 +24,9 @@ def hopper_available() -> bool:
 
 
 @functools.cache
-def _log_once(op: str, reason: str) -> None:
-    logger.warning("%s: using the XLA implementation, because %s", op, reason)
+def log_fallback(op: str, instead: str, reason: str) -> None:
+    """Says, once for each reason, what an op does instead of running its kernel."""
+    logger.warning("%s: %s, because %s", op, instead, reason)
 
 
 def use_mosaic(op: str, implementation: Implementation, unsupported: Callable[[], str | None]) -> bool:
@@ -43,5 +44,5 @@ def use_mosaic(op: str, implementation: Implementation, unsupported: Callable[[]
         return True
     if implementation == "mosaic":
         raise UnsupportedInput(f"{op} has no Hopper kernel for this input: {reason}")
-    _log_once(op, reason)
+    log_fallback(op, "using the XLA implementation", reason)
     return False

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry
 from pallas_kernels.lora import kernel_matmul_sm90
-from pallas_kernels.lora.config import PRODUCT_STEP, SHORT_SEGMENT, SHORT_STEP, LoraConfig, chunk_tiles, default_config
+from pallas_kernels.lora.config import SHORT_SEGMENT, SHORT_STEP, LoraConfig, chunk_tiles, default_config
 from pallas_kernels.lora.kernel_add_sm90 import add
 from pallas_kernels.lora.kernel_expand_sm90 import expand
 from pallas_kernels.lora.kernel_operand_sm90 import operand
@@ -190,9 +190,7 @@ def add_sm90(
 
 
 def unsupported_product(x, weights, pages, *, group: str, geometry: Geometry) -> str | None:
-    """Why `matmul_sm90` cannot take what `add_sm90` can, or None if it can and is worth it. geometry: of the B's."""
-    if x.shape[0] < PRODUCT_STEP:
-        return f"{x.shape[0]} tokens are too few"
+    """Why `matmul_sm90` cannot take what `add_sm90` can, or None if it can. geometry: of the B's."""
     return kernel_matmul_sm90.unsupported(x, weights, pages, group=group, geometry=geometry)
 
 
