@@ -184,6 +184,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--twin", action="store_true", help="show what the twin predicts of each part from the others")
     parser.add_argument("--forecast", action="store_true", help="show what the twin expects of parts, measured or not")
+    parser.add_argument("--ideal", action="store_true", help="--forecast on the ideal device")
+    parser.add_argument("--slots", type=_numbers, default=(), help="--forecast also with N,N,... fixed slots")
     parser.add_argument("--steps", action="store_true", help="show steps by size, beside their floor")
     parser.add_argument(
         "--running", type=int, help="sequences at most, instead of each part's own number; a file of its own, please"
@@ -211,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.steps:
         show_steps(args.json)
     if args.forecast:
-        forecast(args.json, names)
+        forecast(args.json, names, args.slots, on_ideal=args.ideal)
     if args.report or args.twin or args.steps or args.forecast:
         return
     kept = ("running", "dtype", "shape", "requests", "lengths", "speed", "page_pool", "seqs", "tokens")

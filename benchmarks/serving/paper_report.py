@@ -1,10 +1,12 @@
 """Floors and a table for the results of ``python -m benchmarks.serving.paper``. Needs no GPU."""
 
 from collections.abc import Mapping
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.serving.baselines.split_pool import pool_of_slots, seat_by_slot
 from benchmarks.serving.paper_parts import PARTS, Part
 from benchmarks.serving.window import window_figures
 from slora_jax.buckets import Buckets
@@ -55,6 +57,8 @@ def simulated(
 ) -> dict[str, Any]:
     """What a part would be on a device of such costs. buckets: to which steps are padded. options: of Simulation."""
     setting = setting_of(point)
+    if part.slots:
+        setting = dataclasses.replace(setting, ranks=(max(setting.ranks),))
     simulation = Simulation(
         config=named_shape(setting.shape),
         setting=setting,
@@ -67,11 +71,19 @@ def simulated(
         **options,
         **point["limits"],
     )
-    result = simulate(simulation, part.trace())
+    result = simulate(simulation, part.trace(), **_memory(simulation, part))
     found: dict[str, Any] = dict(figures=summarise(result.records), records=result.records, steps=result.steps)
     if part.window:
         found["window"] = window_figures(result.records, result.steps, *part.window)
     return found
+
+
+def _memory(simulation: Simulation, part: Part) -> dict[str, Any]:
+    """Of a part with slots: simulate's options for a split pool."""
+    if not part.slots:
+        return {}
+    make = pool_of_slots(part.slots, simulation.adapter(0).num_pages)
+    return dict(make_pool=make, prepare=seat_by_slot)
 
 
 def floor(point: Mapping[str, Any], part: Part) -> dict[str, Any]:

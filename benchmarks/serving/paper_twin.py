@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.serving.paper_parts import PARTS, Part
-from benchmarks.serving.paper_report import rate, simulated
+from benchmarks.serving.paper_report import ideal, rate, simulated
 from slora_jax import EngineConfig
 from slora_jax.buckets import Buckets
 from slora_jax.twin import fit_cost
@@ -68,9 +68,10 @@ def compare(path: Path) -> None:
         print(line)
 
 
-def forecast(path: Path, names: Iterable[str]) -> None:
-    """Shows what parts would give, measured or not, at the costs of all the steps in a file.
+def forecast(path: Path, names: Iterable[str], slots: Iterable[int] = (), *, on_ideal: bool = False) -> None:
+    """Shows what parts would give, measured or not, at the costs of all the steps in a file, or of the ideal device.
 
+    slots: each part again with so many slots for adapters, padded, in memory of their own, instead of its own memory.
     TTFT: of the requests whose first token came before the end of the window. Waiting: of all that came before it,
     until then if need be.
     """
@@ -78,14 +79,16 @@ def forecast(path: Path, names: Iterable[str]) -> None:
     points, lengths = result["parts"], result["lengths"] and tuple(result["lengths"])
     head = f"{'req/s':>6} {'running':>7} {'adapters GB':>11}  {'TTFT p50':>8} {'p99':>6}"
     print(f"\n{'':38} {head}  {'waiting p50':>11} {'p99':>6}")
-    for name in names:
-        part = PARTS[name].smaller(result["requests"], lengths, result["speed"])
+    parts = {name: PARTS[name].smaller(result["requests"], lengths, result["speed"]) for name in names}
+    parts |= {f"{name}, {n} slots": dataclasses.replace(part, slots=n) for name, part in parts.items() for n in slots}
+    for name, part in parts.items():
         alike = _alike(points, part)
-        if part.kind == "profile" or part.slots or not alike:
+        if part.kind == "profile" or not alike:
             continue
         limits = alike[0]["limits"] | dict(max_seqs=min(part.max_seqs, alike[0]["engine"]["seq_buckets"][-1]))
         setting = dataclasses.asdict(part.setting) | dict(shape=alike[0]["setting"]["shape"])
-        twin = _from(alike, dict(alike[0], limits=limits, setting=setting), part)
+        point = dict(alike[0], limits=limits, setting=setting)
+        twin = simulated(point, part, ideal(point)) if on_ideal else _from(alike, point, part)
         start, end = part.window or (0.0, float("inf"))
         work = [w for at, w in zip(twin["steps"].ends, twin["steps"].work, strict=True) if start <= at < end]
         steps = max(len(work), 1)

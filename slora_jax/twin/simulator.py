@@ -1,7 +1,7 @@
 """Runs a trace through the engine's scheduler and page pool on a clock that a cost model drives."""
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from typing import Any
 
@@ -96,24 +96,34 @@ class SimulationResult:
     steps: StepLog
 
 
-def simulate(simulation: Simulation, trace: Sequence[TraceRequest]) -> SimulationResult:
+def simulate(
+    simulation: Simulation,
+    trace: Sequence[TraceRequest],
+    *,
+    make_pool: Callable[[int], PagePool] = PagePool,
+    prepare: Callable[[Scheduler], None] | None = None,
+) -> SimulationResult:
     """Runs a trace, whose arrivals must not go back in time, to its end. The texts of different requests differ from
     their first token on, or after their prefix.
 
-    Raises CapacityError if a request cannot fit in the pool.
+    make_pool, prepare: for memories of other kinds: the pool of a number of pages, and what is done to the scheduler
+    before the first request. Raises CapacityError if a request cannot fit in the pool.
     """
-    return _Run(simulation, trace).run()
+    run = _Run(simulation, trace, make_pool)
+    if prepare is not None:
+        prepare(run.scheduler)
+    return run.run()
 
 
 class _Run:
-    def __init__(self, simulation: Simulation, trace: Sequence[TraceRequest]):
+    def __init__(self, simulation: Simulation, trace: Sequence[TraceRequest], make_pool: Callable[[int], PagePool]):
         self.sim = simulation
         self.now = 0.0
         pages = simulation.page_pool_bytes // simulation.page_bytes
         if not pages:
             raise CapacityError(f"page_pool_bytes {simulation.page_pool_bytes} is less than one page of this model")
         self.scheduler = Scheduler(
-            PagePool(pages),
+            make_pool(pages),
             max_seqs=simulation.max_seqs,
             max_step_tokens=simulation.max_step_tokens,
             policy=make_policy(simulation.policy, simulation.policy_options),

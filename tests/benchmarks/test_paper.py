@@ -45,6 +45,11 @@ def test_points_share_what_was_compiled(tmp_path, capsys):
     paper.main(["--json", str(path), "--forecast", "--only", "load S2 n=100,load base"])
     expected = re.findall(r"^(load .+?)  +[\d.]+ +\d+ ", capsys.readouterr().out, re.M)
     assert expected == [n for n in PARTS if n.startswith("load S2 n=100")]  # nothing like base was measured
+    paper.main(
+        ["--json", str(path), "--forecast", "--ideal", "--part", "mixed ranks, 24 GiB, unified", "--slots", "2,3"]
+    )
+    expected = re.findall(r"^(mixed .+?)  +[\d.]+ +\d+ ", capsys.readouterr().out, re.M)
+    assert expected == [f"mixed ranks, 24 GiB, unified{slots}" for slots in ("", ", 2 slots", ", 3 slots")]
     floors = {name: part.get("floor") for name, part in json.loads(path.read_text())["parts"].items()}
     assert floors["mixed ranks, 24 GiB, 32 fixed slots"] is None
     assert floors["mixed ranks, 24 GiB, unified"]["requests_per_second"] > 16

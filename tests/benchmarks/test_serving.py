@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks.serving.baselines import one_hot, ragged_dot
-from benchmarks.serving.baselines.split_pool import SplitPool, adapter_owner
+from benchmarks.serving.baselines.split_pool import SplitPool, adapter_owner, pool_of_slots, seat_by_slot
 from benchmarks.serving.probe import draw
 from benchmarks.serving.session import Session
 from slora_jax.cli import main
@@ -172,6 +172,25 @@ def test_adapters_take_slots_and_nothing_else(actions):
         assert len(held) <= 3 and len(set().union(*held)) == sum(map(len, held))
         assert all(page < 12 for pages in held for page in pages)
         assert pool.available <= 28
+
+
+def test_the_twin_has_slots_too():
+    """No step holds more adapters than there are slots, and whoever waits for one is served in the end."""
+    setting = Setting("tiny-llama", (16,))
+    config = named_shape(setting.shape)
+    simulation = Simulation(
+        config=config, setting=setting, cost=ideal_cost(config), page_pool_bytes=60 << 20, log_steps=True
+    )
+    trace = burst(synthetic_trace(adapters=12, rate=10.0, requests=40, lengths=(4, 32), seed=1))
+    most = {}
+    for slots in (0, 2, 4):
+        memory = dict(make_pool=pool_of_slots(slots, simulation.adapter(0).num_pages), prepare=seat_by_slot)
+        result = simulate(simulation, trace, **(memory if slots else {}))
+        assert all(record.finished is not None for record in result.records)
+        most[slots] = max(work.adapter_bytes for work in result.steps.work) / simulation.adapter_bytes(0)
+    assert most[2] == 2 and most[4] == 4 and most[0] > 4
+    with pytest.raises(SloraError, match="use fewer --slots"):
+        simulate(simulation, trace, make_pool=pool_of_slots(1 << 20, 2))
 
 
 def test_the_floor_needs_no_engine(capsys):

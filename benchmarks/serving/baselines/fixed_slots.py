@@ -9,13 +9,12 @@ from collections.abc import Mapping
 import contextlib
 from unittest import mock
 
-from benchmarks.serving.baselines.split_pool import SlotQuotas, SplitPool
+from benchmarks.serving.baselines.split_pool import pool_of_slots, seat_by_slot
 from benchmarks.serving.session import Session, adapter_name, make_adapters
 from benchmarks.serving.workloads import OpenSession
-from slora_jax import Adapter, Engine, EngineConfig, SloraError
+from slora_jax import Adapter, Engine, EngineConfig
 from slora_jax import engine as engine_module
 from slora_jax.loading import LoadedModel
-from slora_jax.page_pool import PagePool
 from slora_jax.runner import Runner
 from slora_jax.traces import Setting
 
@@ -31,21 +30,9 @@ def split_engine(
 ) -> Engine:
     """An engine over a SplitPool. runner: see Engine."""
 
-    def pool(num_pages: int) -> PagePool:
-        if slots * slot_pages >= num_pages:
-            raise SloraError(
-                f"{slots} slots of {slot_pages} pages leave nothing of {num_pages} pages to the KV cache; "
-                "use fewer --slots or a larger --page-pool"
-            )
-        return SplitPool(num_pages, slots, slot_pages)
-
-    with mock.patch.object(engine_module, "PagePool", pool):
+    with mock.patch.object(engine_module, "PagePool", pool_of_slots(slots, slot_pages)):
         engine = Engine(model, config, adapters, runner=runner)
-    scheduler = engine._core.scheduler
-    assert isinstance(scheduler.pool, SplitPool)
-    scheduler.quotas = SlotQuotas(scheduler.pool)
-    split, is_ready = scheduler.pool, scheduler.adapters.is_ready  # also asked before adapters are prefetched
-    scheduler.adapters.is_ready = lambda use: split.has_slot(use.digest) and is_ready(use)
+    seat_by_slot(engine._core.scheduler)
     return engine
 
 

@@ -1,10 +1,12 @@
 """Memory that is split, as most servers have it: some of the pool for slots of adapters, the rest for KV cache."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
+from slora_jax import SloraError
 from slora_jax.adapter_pages import adapter_owner
 from slora_jax.page_pool import PagePool
 from slora_jax.policies import Quotas
+from slora_jax.scheduler import Scheduler
 from slora_jax.sequence import Sequence as Seq
 
 _REGION: Hashable = ("adapter", "slots")  # owner of the pages that are set aside
@@ -79,3 +81,26 @@ class SlotQuotas(Quotas):
 
     def admits(self, seq: Seq, now: float) -> bool:
         return seq.adapter is None or self._pool.has_slot(seq.adapter.digest)
+
+
+def pool_of_slots(slots: int, slot_pages: int) -> Callable[[int], SplitPool]:
+    """Makes a SplitPool of a number of pages; raises SloraError where the slots would leave nothing of them."""
+
+    def make(num_pages: int) -> SplitPool:
+        if slots * slot_pages >= num_pages:
+            raise SloraError(
+                f"{slots} slots of {slot_pages} pages leave nothing of {num_pages} pages to the KV cache; "
+                "use fewer --slots or a larger --page-pool"
+            )
+        return SplitPool(num_pages, slots, slot_pages)
+
+    return make
+
+
+def seat_by_slot(scheduler: Scheduler) -> None:
+    """Lets a scheduler over a SplitPool start, and prefetch for, only who has a slot or can get one."""
+    pool = scheduler.pool
+    assert isinstance(pool, SplitPool)
+    scheduler.quotas = SlotQuotas(pool)
+    is_ready = scheduler.adapters.is_ready  # also asked before adapters are prefetched
+    scheduler.adapters.is_ready = lambda use: pool.has_slot(use.digest) and is_ready(use)
