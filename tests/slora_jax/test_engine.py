@@ -12,13 +12,7 @@ import numpy as np
 from oracles import llama_logits
 import pytest
 
-from slora_jax import (
-    Adapter,
-    AdapterError,
-    Engine,
-    Request,
-    SamplingParams,
-)
+from slora_jax import Adapter, AdapterError, Engine, Request, SamplingParams
 
 
 @pytest.fixture(scope="module")
