@@ -41,7 +41,7 @@ def _from(alike: Iterable[Mapping[str, Any]], point: Mapping[str, Any], part: Pa
     engine = point["engine"]
     buckets = Buckets(seqs=tuple(engine["seq_buckets"]), tokens=tuple(engine["token_buckets"]))
     loads = {field: engine.get(field, getattr(EngineConfig, field)) for field in _LOADS}
-    return simulated(point, part, cost, buckets, **loads) | dict(step_error=deviation)
+    return simulated(point, part, cost, buckets, overlap=True, **loads) | dict(step_error=deviation)
 
 
 def compare(path: Path) -> None:

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     result = simulate(simulation, trace)
     figures = summarise(result.records, args.slo) | dict(cost_model=simulation.cost.name, counters=result.counters)
     if args.cost or calibration:
-        floor = dataclasses.replace(simulation, cost=ideal_cost(simulation.config), buckets=None)
+        floor = dataclasses.replace(simulation, cost=ideal_cost(simulation.config), buckets=None, overlap=False)
         figures["floor_requests_per_second"] = summarise(simulate(floor, trace).records)["requests_per_second"]
     if calibration:
         figures["calibration"] = dict(cost=dataclasses.asdict(calibration.cost), step_error=calibration.error)
@@ -65,6 +65,7 @@ def _simulation(args: argparse.Namespace) -> tuple[Simulation, Calibration | Non
         prefix_caching=not args.no_prefix_caching,
         prompt_gap=args.prompt_gap,
         buckets=measured.buckets if measured and same else None,
+        overlap=bool(measured or args.cost),
         item_bytes=engine.get("item_bytes", 2),
         **limits,
     )

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 from pallas_kernels.geometry import MODULES, PAGE_TOKENS, TILE, TILE_RANKS, ceil_div
 from slora_jax.buckets import Buckets
@@ -18,7 +18,7 @@ from slora_jax.sequence import AdapterUse
 from slora_jax.sequence import Sequence as Seq
 from slora_jax.step_plan import StepPlan
 from slora_jax.traces import Setting, TraceRequest
-from slora_jax.twin.cost import ITEM_BYTES, CostModel, step_work
+from slora_jax.twin.cost import ITEM_BYTES, CostModel, StepWork, step_work
 from slora_jax.twin.metrics import Record
 from slora_jax.twin.steps import StepLog
 
@@ -34,6 +34,8 @@ class Simulation:
     page_pool_bytes: of pages whose elements take `item_bytes`. buckets: to which steps are padded; None: not at all.
     prompt_gap, adapter_chunk_bytes, adapter_step_bytes: see EngineConfig; by None adapters come to their pages as a
     whole, any number before a step.
+    overlap: each step is planned while the one before it runs, as an engine plans them, so that who comes meanwhile
+    waits for two steps; otherwise when the device is free, which no engine is fast enough for.
     log_steps: keep what each step had to do and how long it took. sample_seconds: between two looks at what the pages
     hold.
     """
@@ -52,6 +54,7 @@ class Simulation:
     adapter_chunk_bytes: int | None = None
     adapter_step_bytes: int | None = None
     buckets: Buckets | None = None
+    overlap: bool = False
     item_bytes: int = ITEM_BYTES
     log_steps: bool = False
     sample_seconds: float = 1.0
@@ -115,6 +118,15 @@ def simulate(
     return run.run()
 
 
+class _Started(NamedTuple):
+    """A step, what it has to do, how long the device takes for it, and when it ends."""
+
+    plan: StepPlan
+    work: StepWork
+    seconds: float
+    end: float
+
+
 class _Run:
     def __init__(self, simulation: Simulation, trace: Sequence[TraceRequest], make_pool: Callable[[int], PagePool]):
         self.sim = simulation
@@ -141,20 +153,23 @@ class _Run:
         self.pages: list[dict[str, float]] = []
         self.steps = StepLog()
         self.next_sample = 0.0
+        self.free = 0.0  # when the device has done what it was given
 
     def run(self) -> SimulationResult:
-        scheduler = self.scheduler
-        while self.arrivals or scheduler.has_work():
-            if not scheduler.has_work():
+        scheduler, pending = self.scheduler, None
+        while self.arrivals or pending or scheduler.has_work():
+            if not (pending or scheduler.has_work()):
                 self.now = max(self.now, self.records[self.arrivals[0]].request.arrival)
             while self.arrivals and self.records[self.arrivals[0]].request.arrival <= self.now:
                 self._add(self.arrivals.popleft())
             plan = scheduler.schedule()
             for drop in plan.dropped:
                 self.records[self._index(drop.seq)].aborted = True
-            if plan.chunks:
-                self._step(plan)
-            elif scheduler.has_work():
+            started = self._start(plan) if plan.chunks else None
+            done, pending = (pending, started) if self.sim.overlap else (started, None)
+            if done:
+                self._take(done)
+            elif not started and scheduler.has_work():
                 self.now += _IDLE_SECONDS
         if scheduler.prefixes is not None:
             self.counters["prefix_hit_tokens"] = scheduler.prefixes.hit_tokens
@@ -186,14 +201,19 @@ class _Run:
         except ValueError as error:
             raise CapacityError(f"request {index} of the trace can never run: {error}") from None
 
-    def _step(self, plan: StepPlan) -> None:
+    def _start(self, plan: StepPlan) -> _Started:
         loads = sum(use.num_pages for use in plan.loads) * self.sim.page_bytes
         work = step_work(plan.chunks, lambda digest: self.bytes[digest], loads, self.sim.buckets)
         for chunk in plan.chunks:
             record = self.records[self._index(chunk.seq)]
             record.scheduled = self.now if record.scheduled is None else record.scheduled
         seconds = self.sim.cost.seconds(work)
-        self.now += seconds
+        self.free = max(self.free, self.now) + seconds
+        return _Started(plan, work, seconds, self.free)
+
+    def _take(self, step: _Started) -> None:
+        """Takes a step's results when it ends."""
+        plan, work, seconds, self.now = step
         if self.sim.log_steps:
             self.steps.add(self.now, seconds, work)
         if self.now >= self.next_sample:

@@ -62,6 +62,20 @@ def test_adapters_have_the_sizes_of_the_paper():
     assert [simulation.adapter(i).num_pages for i in range(4)] == [16, 8, 4, 2]
 
 
+def test_steps_that_overlap_are_planned_one_ahead():
+    """Who comes while a step runs finds the next one planned, as in an engine."""
+    cost = CostModel(name="a second a step", step=1.0)
+    trace = [TraceRequest(0.0, None, 4, 6), TraceRequest(0.5, None, 4, 2)]
+    alone, ahead = (run(trace, cost=cost, overlap=overlap) for overlap in (False, True))
+    assert [r.first_token for r in alone.records] == [1.0, 2.0]
+    assert [r.first_token for r in ahead.records] == [1.0, 3.0]
+    assert [r.finished for r in alone.records] == [6.0, 3.0]
+    assert [r.finished for r in ahead.records] == [6.0, 4.0]
+    assert alone.counters["steps"] == ahead.counters["steps"] == 6
+    late = [TraceRequest(0.0, None, 4, 1), TraceRequest(9.5, None, 4, 1)]
+    assert [r.first_token for r in run(late, cost=cost, overlap=True).records] == [1.0, 10.5]  # nothing was planned
+
+
 def test_a_cost_model_survives_its_file(tmp_path):
     path = tmp_path / "cost.json"
     path.write_text(SLOW.to_json())
