@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, log_fallback, use_mosaic
 from pallas_kernels.geometry import Geometry
-from pallas_kernels.lora import kernel_sm90, reference
+from pallas_kernels.lora import kernel_matmul_sm90, kernel_sm90, reference
 from pallas_kernels.lora.config import PRODUCT_STEP
 from pallas_kernels.lora.table import AdapterTable, empty_table
 from pallas_kernels.lora.token_rows import Intermediate, from_token_rows, to_token_rows
@@ -183,7 +183,7 @@ def lora_matmul(
     geometries: dict[str, Any] = dict(shrink=shrink_geometry, expand=expand_geometry)
     chosen = pair_implementation(x, x, pages, **geometries, **options, implementation=implementation)
     if chosen == "mosaic" and weights is not None and x.shape[0] >= PRODUCT_STEP:
-        reason = kernel_sm90.unsupported_product(x, weights, pages, group=group, geometry=expand_geometry)
+        reason = kernel_matmul_sm90.unsupported(x, weights, pages, group=group, geometry=expand_geometry)
         if reason is None:
             a = kernel_sm90.Matrices(table=shrink, geometry=shrink_geometry)
             b = kernel_sm90.Matrices(table=expand, geometry=expand_geometry)

@@ -43,7 +43,7 @@ _CTAS = 132
 
 
 def unsupported(x, w, pages, *, group: str, geometry: Geometry) -> str | None:
-    """Why the kernel cannot take this, or None if it can. w: [layers, in, out]."""
+    """Why the kernel cannot take what `lora_add` can, or None if it can. w: [layers, in, out]. geometry: of the B's."""
     if x.shape[0] % TILE:
         return f"{x.shape[0]} tokens are not a multiple of {TILE}"
     if w.dtype != x.dtype:

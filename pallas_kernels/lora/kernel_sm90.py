@@ -189,11 +189,6 @@ def add_sm90(
     return out[:num_tokens]
 
 
-def unsupported_product(x, weights, pages, *, group: str, geometry: Geometry) -> str | None:
-    """Why `matmul_sm90` cannot take what `add_sm90` can, or None if it can. geometry: of the B's."""
-    return kernel_matmul_sm90.unsupported(x, weights, pages, group=group, geometry=geometry)
-
-
 def matmul_sm90(
     x: Float[Array, "T d"],
     weights: Float[Array, "L d c"],

@@ -20,7 +20,8 @@ from pallas_kernels.dispatch import log_fallback
 from pallas_kernels.geometry import GROUPS
 from pallas_kernels.lora.arg_specs import SPECS
 from pallas_kernels.lora.config import PRODUCT_STEP, SHORT_SEGMENT
-from pallas_kernels.lora.kernel_sm90 import Matrices, matmul_sm90, unsupported_product
+from pallas_kernels.lora.kernel_matmul_sm90 import unsupported
+from pallas_kernels.lora.kernel_sm90 import Matrices, matmul_sm90
 from pallas_kernels.lora.plan import NUM_TOKENS, OFFSET, TOKEN, make_plan, max_token_blocks
 from pallas_kernels.lora.product_tiles import ProductTiles
 from pallas_kernels.lora.windows import TILE, WINDOW, make_tiles
@@ -169,7 +170,7 @@ def test_unsupported_names_the_reason():
     g = WIDE
     x = jnp.zeros((1152, 512), jnp.bfloat16)
     weights, pages = jnp.zeros((2, 512, 1024), jnp.bfloat16), jnp.zeros((2, 1, g.page_elements), jnp.bfloat16)
-    reason = functools.partial(unsupported_product, pages=pages, group="qkv")
+    reason = functools.partial(unsupported, pages=pages, group="qkv")
     assert reason(x, weights, geometry=g) is None
     assert "1100" in reason(x[:1100], weights, geometry=g)
     assert "float32" in reason(x, weights.astype(jnp.float32), geometry=g)
