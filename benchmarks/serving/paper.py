@@ -200,6 +200,10 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("--seqs", "--tokens"):
         small.add_argument(name, type=_numbers, help="sizes of steps")
     args = parser.parse_args(argv)
+    if (args.ideal or args.slots) and not args.forecast:
+        parser.error("--ideal and --slots go with --forecast")
+    if min(args.slots, default=1) < 1:
+        parser.error(f"--slots must be at least 1, not {min(args.slots)}")
     words = [word for word in args.only.split(",") if word]
     names = args.part or [n for n in PARTS if not words or any(word in n for word in words)]
     parts = {name: PARTS[name] for name in names}

@@ -80,7 +80,8 @@ def forecast(path: Path, names: Iterable[str], slots: Iterable[int] = (), *, on_
     head = f"{'req/s':>6} {'running':>7} {'adapters GB':>11}  {'TTFT p50':>8} {'p99':>6}"
     print(f"\n{'':38} {head}  {'waiting p50':>11} {'p99':>6}")
     parts = {name: PARTS[name].smaller(result["requests"], lengths, result["speed"]) for name in names}
-    parts |= {f"{name}, {n} slots": dataclasses.replace(part, slots=n) for name, part in parts.items() for n in slots}
+    own = {name: part for name, part in parts.items() if not part.slots}
+    parts |= {f"{name}, {n} slots": dataclasses.replace(part, slots=n) for name, part in own.items() for n in slots}
     for name, part in parts.items():
         alike = _alike(points, part)
         if part.kind == "profile" or not alike:

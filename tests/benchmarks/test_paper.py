@@ -64,6 +64,20 @@ def test_parts_are_chosen_by_name_and_say_which_policy_ran(tmp_path):
     assert engines[0]["policy_options"] == {"oldest": 8}
 
 
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--slots", "32"], "go with --forecast"),
+        (["--ideal"], "go with --forecast"),
+        (["--forecast", "--slots", "4,0"], "at least 1, not 0"),
+    ],
+)
+def test_slots_and_the_ideal_device_are_for_forecasts(tmp_path, capsys, options, words):
+    with pytest.raises(SystemExit):
+        paper.main(["--json", str(tmp_path / "out.json"), *options])
+    assert words in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_nothing_begins_when_the_time_is_up(tmp_path, capsys):
     path = tmp_path / "out.json"
     paper.main(["--json", str(path), *SMALL, "--budget", "1"])
