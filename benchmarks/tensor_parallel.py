@@ -6,7 +6,7 @@
 Measures, on random weights made on the devices: the time of a decode step beside its floor (bytes that the busiest
 device reads / copy bandwidth + all-reduces at their measured time), and requests/s served of a burst of S-LoRA's
 synthetic trace. Says which collectives XLA made and where a step's time goes. Results are written after every part;
-started again with the same --json it goes on with what is missing. --budget seconds after its turn began it begins
+started again with the same --json it goes on with what is missing. --budget seconds after its start it begins
 nothing new. --tp 1 measures one GPU: base only, and with adapters ("one-gpu").
 
 benchmarks/tensor_parallel_all.py runs it for all models and numbers of GPUs; --compile-only leaves the programs in the
@@ -14,11 +14,9 @@ persistent cache.
 """
 
 import os
-import sys
 
-# A benchmark has the GPUs to itself but for NCCL; processes that compile at the same time share them.
+# A benchmark has the GPUs to itself but for NCCL.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.88")
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false" if "--compile-only" in sys.argv else "true")
 os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "128")  # pinned images of the adapters in three layouts
 os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast stays off
 

@@ -56,8 +56,8 @@ class Job:
         self.listener = threading.Thread()
 
     def start(self) -> None:
-        """The first run: compiles, and ends the job where there is no second."""
-        self._spawn("compiling", self.first)
+        """The first run, beside others: compiles, and ends the job where there is no second."""
+        self._spawn("compiling", self.first, XLA_PYTHON_CLIENT_PREALLOCATE="false")  # others are on the same GPUs
 
     def go(self, seconds: float, **more: str) -> None:
         """The run that measures."""
