@@ -28,7 +28,7 @@ _IDLE_SECONDS = 0.002  # between two looks at a queue from which nothing may sta
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Simulation:
-    """What is simulated. Defaults are an engine's on a GPU; see EngineConfig.
+    """What is simulated. Defaults are an engine's on a GPU (see EngineConfig), but for `overlap`.
 
     config: sizes of the base model. setting: ranks and targets of the adapters. cost: how long a step takes.
     page_pool_bytes: of pages whose elements take `item_bytes`. buckets: to which steps are padded; None: not at all.
