@@ -46,6 +46,7 @@ class Asked:
     reason: str | None = None
     error: str | None = None
     cancelled: bool = False
+    at: float = dataclasses.field(default_factory=time.monotonic)
 
 
 class Soak:
@@ -169,6 +170,7 @@ class Soak:
     def check(self) -> dict[str, Any]:
         """Compares every answer with that of the same contents alone, and looks for what was left behind."""
         engine, wrong = self.engine, Counter[str]()
+        examples: list[dict[str, Any]] = []
         for name in list(self.names):
             engine.remove_adapter(name)
         alone = {i: f"alone-{i}" for i in range(len(self.contents))}
@@ -185,12 +187,20 @@ class Soak:
                 params = SamplingParams(max_tokens=max(self.answers), ignore_eos=True)
                 name = None if asked.contents == BASE else alone[asked.contents]
                 known[key] = engine.generate([Request(None, name, params, self.prompts[asked.prompt])])[0].token_ids
-            if not asked.cancelled and asked.reason != "length":
-                wrong[f"ended with {asked.reason}: {asked.error}"] += 1
-            elif not asked.cancelled and len(asked.tokens) != asked.answer:
-                wrong["wrong length"] += 1
-            elif asked.tokens != known[key][: len(asked.tokens)]:
-                wrong["differs from its solo run"] += 1
+            what = self._what_is_wrong(asked, known[key])
+            if what:
+                wrong[what] += 1
+                same = [a == b for a, b in zip(asked.tokens, known[key], strict=False)]
+                examples.append(
+                    dict(
+                        what=what,
+                        after_seconds=asked.at - self.asked[0].at,
+                        contents=asked.contents,
+                        prompt_tokens=len(self.prompts[asked.prompt]),
+                        tokens=len(asked.tokens),
+                        first_wrong=same.index(False) if False in same else None,
+                    )
+                )
         for name in alone.values():
             engine.remove_adapter(name)
         engine.check_integrity()
@@ -205,6 +215,7 @@ class Soak:
             cancelled=sum(a.cancelled for a in self.asked),
             failed_as_they_must=sum(a.contents == BROKEN for a in self.asked),
             wrong=dict(wrong),
+            examples=examples[:20],
             leaked_pages=left,
             host_bytes_left=stats["adapter_tiers"]["host"]["bytes"],
             memory_growth=grown,
@@ -214,6 +225,15 @@ class Soak:
             actions=dict(self.actions),
             ok=not wrong and not left and not stats["adapter_tiers"]["host"]["bytes"] and grown < 0.1,
         )
+
+    @staticmethod
+    def _what_is_wrong(asked: Asked, alone: list[int]) -> str:
+        """Of a request whose adapter can be read. alone: the tokens of its solo run."""
+        if not asked.cancelled and asked.reason != "length":
+            return f"ended with {asked.reason}: {asked.error}"
+        if not asked.cancelled and len(asked.tokens) != asked.answer:
+            return "wrong length"
+        return "" if asked.tokens == alone[: len(asked.tokens)] else "differs from its solo run"
 
     def _write(self, which: int) -> Path:
         """A directory of its own that holds some contents, whose bytes are on the disk once."""
