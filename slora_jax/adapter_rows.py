@@ -52,7 +52,9 @@ class AdapterRows:
         self._looked_up: tuple[PagePool, int] | None = None  # and its owners_made, when all pages were last looked up
 
     def current(self, pool: PagePool) -> Table | None:
-        """The last table, if the adapters that were last placed still are where it says, and in the same rows."""
+        """The last table, if the adapters that were last placed still are where it says, and in the same rows. It says
+        nothing of others, which may have been evicted and loaded again since.
+        """
         return self._table if self._looked_up == (pool, pool.owners_made) else None
 
     def place(
@@ -61,8 +63,6 @@ class AdapterRows:
         """Row of each adapter, and the table. All of them must have their pages in the pool. Arrays of a table that was
         given out never change; `put` may delete them when the next one comes.
         """
-        if (table := self.current(pool)) is not None and self._row.keys() >= set(digests):
-            return self._row, table
         self._looked_up = pool, pool.owners_made
         for digest in digests:
             row = self._row.get(digest)

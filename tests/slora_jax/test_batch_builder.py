@@ -1,5 +1,7 @@
 """A step's arrays against the plan they are built from, over many steps of a random run."""
 
+import dataclasses
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import numpy as np
@@ -8,6 +10,7 @@ from slora_jax.adapter_pages import adapter_owner
 from slora_jax.adapters import random_adapter
 from slora_jax.batch_builder import BatchBuilder
 from slora_jax.buckets import Buckets
+from slora_jax.page_loads import PageLoads
 from slora_jax.page_pool import PagePool
 from slora_jax.scheduler import Scheduler
 from slora_jax.seats import sequence_owner
@@ -58,15 +61,17 @@ def check(builder, plan, pool):
     requests=st.lists(
         st.tuples(st.integers(1, 60), st.integers(1, 30), st.sampled_from([None, *range(6)]), st.booleans()),
         min_size=1,
-        max_size=10,
+        max_size=24,
     ),
     spare=st.integers(6, 60),
     max_seqs=st.integers(1, 3),
+    step_pages=st.sampled_from([None, 1, 8]),
 )
-def test_batches_say_what_the_plans_say(requests, spare, max_seqs):
+def test_batches_say_what_the_plans_say(requests, spare, max_seqs, step_pages):
     num_pages = max(use.num_pages for use in USES) + spare
     pool = PagePool(num_pages)
-    scheduler = Scheduler(pool, max_seqs=max_seqs, max_step_tokens=24, prefix_page_cost=0.01)
+    loads = PageLoads(chunk_pages=1, step_pages=step_pages)
+    scheduler = Scheduler(pool, max_seqs=max_seqs, max_step_tokens=24, prefix_page_cost=0.01, loads=loads)
     builder = BatchBuilder(CONFIG.geometry, Buckets.default(max_seqs, 24), num_pages, 96)
     for i, (prompt, answer, use, logprobs) in enumerate(requests):
         tokens = [(i % 3 * 7 + t) % 256 for t in range(prompt)]
@@ -87,6 +92,35 @@ def test_batches_say_what_the_plans_say(requests, spare, max_seqs):
                     if chunk.seq.output_len == chunk.seq.max_tokens:
                         scheduler.remove(chunk.seq)
         pending = plan if plan.chunks else None
+
+
+def test_an_adapter_that_was_evicted_and_loaded_again_beside_others_is_looked_up():
+    """Its next sequence begins with a cached prefix, so nobody gets first pages in the step in which it starts."""
+    beside, again = USES[0], dataclasses.replace(USES[3], reload_cost=1e-6)
+    num_pages = beside.num_pages + again.num_pages + 7
+    pool = PagePool(num_pages)
+    loads = PageLoads(chunk_pages=1, step_pages=1)
+    scheduler = Scheduler(pool, max_seqs=2, max_step_tokens=96, prefix_page_cost=1.0, loads=loads)
+    builder = BatchBuilder(CONFIG.geometry, Buckets.default(2, 96), num_pages, 96)
+    shared = list(range(40))
+    in_its_place = [200] * 90
+    # the prefix is used more often than the other one, and stays
+    requests = [*[(again, shared, 1)] * 3, (beside, [1, 2], 80), (beside, in_its_place, 1), (again, shared, 3)]
+    for i, (use, tokens, answer) in enumerate(requests):
+        was_there, first, goes_on = pool.holds(adapter_owner(again.digest)), [], answer == 80
+        seq = Sequence(seq_id=i, tokens=[*tokens], prompt_len=len(tokens), max_tokens=answer, adapter=use)
+        scheduler.add(seq)
+        while seq.output_len < (1 if goes_on else answer):
+            plan = scheduler.schedule()
+            check(builder, plan, pool)
+            first += [chunk.start for chunk in plan.chunks if chunk.seq is seq]
+            scheduler.complete(plan)
+            for chunk in plan.chunks:
+                if chunk.samples:
+                    chunk.seq.push(7)
+                    if chunk.seq.output_len == chunk.seq.max_tokens:
+                        scheduler.remove(chunk.seq)
+    assert not was_there and first[0] == 32 and len(plan.chunks) == 2
 
 
 def test_a_table_that_was_given_out_never_changes():
