@@ -1,11 +1,13 @@
-"""The random load of benchmarks.soak on the twin: the engine's scheduler, allocator and prefix cache, simulated time.
+"""The random load of benchmarks.soak on the twin: the engine's scheduler, allocator, prefix cache and batches, in
+simulated time.
 
     python -m benchmarks.soak_twin --minutes 30
 
 Requests arrive and are cancelled at random; adapters are added, removed, replaced under the same name and unreadable;
 pages hold a few adapters, host memory a few images. Instead of a device there is a memory that knows what was written
-to each slot of each page: a token's value is a hash of its adapter, of itself and of the value before it, as it lies in
-its page. So an answer is that of its solo run only if no page was lost, mixed up or left from somebody else.
+to each slot of each page, and reads what a step's batch says and nothing else. A token's value is a hash of its
+adapter, of itself and of the value before it, as it lies in its page. So an answer is that of its solo run only if no
+page was lost, mixed up or left from somebody else, and none was looked for where it no longer is.
 Deterministic mode, results taken a step late as in the engine; a step takes what bytes and operations need on an H200.
 """
 
@@ -19,14 +21,19 @@ import random
 import time
 from typing import Any
 
+import numpy as np
+
 from benchmarks.record import write_result
 from pallas_kernels.geometry import PAGE_TOKENS
 from slora_jax.adapter_pages import adapter_owner
+from slora_jax.adapters import AdapterShape, random_adapter
+from slora_jax.batch import Batch
+from slora_jax.batch_builder import BatchBuilder
+from slora_jax.buckets import Buckets
 from slora_jax.page_loads import PageLoads
 from slora_jax.page_pool import PagePool
 from slora_jax.policies import make_policy
 from slora_jax.scheduler import Scheduler
-from slora_jax.seats import sequence_owner
 from slora_jax.sequence import AdapterUse, Chunk, Sequence
 from slora_jax.shapes import named_shape
 from slora_jax.step_plan import StepPlan
@@ -37,6 +44,16 @@ _SHAPE = "llama-2-7b"
 _NAMES = 8
 _IMAGES = 3  # of adapters that host memory holds
 _IDLE_SECONDS = 0.002
+_MAX_LEN = 320  # tokens of the longest prompt and answer, and some
+_TINY = named_shape("tiny-gqa")
+_ANY = random_adapter(_TINY, 4, seed=0)
+
+
+class _Shapes(dict[str, AdapterShape]):
+    """One shape for all digests: of an adapter's row only its pages matter here."""
+
+    def __missing__(self, digest: str) -> AdapterShape:
+        return _ANY
 
 
 class Memory:
@@ -44,8 +61,9 @@ class Memory:
     is not its own.
     """
 
-    def __init__(self, pool: PagePool, rng: random.Random):
-        self._pool, self._random = pool, rng
+    def __init__(self, pool: PagePool, rng: random.Random, builder: BatchBuilder):
+        self._pool, self._random, self._builder = pool, rng, builder
+        self._shapes = _Shapes()
         self._values: dict[tuple[int, int], int] = {}  # (page, slot) -> value
         self._adapters: dict[int, tuple[str, int]] = {}  # page -> digest, and which of its pages it holds
         self._last: dict[int, int] = {}  # row -> token sampled last
@@ -64,22 +82,36 @@ class Memory:
             pages = self._pool.pages(adapter_owner(load.adapter.digest))
             for i in range(load.start, load.stop):
                 self._adapters[pages[i]] = load.adapter.digest, i
-        return [token for chunk in plan.chunks for token in self._compute(chunk)]
+        if not plan.chunks:
+            return []
+        batch, _ = self._builder.build(plan.chunks, self._pool, self._shapes, decode_only=plan.decode_only)
+        return [token for i, chunk in enumerate(plan.chunks) for token in self._compute(chunk, i, batch)]
 
-    def _compute(self, chunk: Chunk) -> list[tuple[Sequence, int]]:
-        seq = chunk.seq
-        pages = self._pool.pages(sequence_owner(seq))
+    def _compute(self, chunk: Chunk, number: int, batch: Batch) -> list[tuple[Sequence, int]]:
+        seq, first = chunk.seq, int(batch.q_start[number])
+        pages = batch.page_tables[number].tolist()
+        assert batch.kv_lens[number] == chunk.start + chunk.length, "not the sequence's length"
+        row = int(batch.seg_adapter[np.searchsorted(batch.seg_start, first, "right") - 1])
         if seq.adapter:
-            held = [self._adapters.get(page) for page in self._pool.pages(adapter_owner(seq.group))]
+            place = int(batch.adapters.page_start[row])
+            held = [
+                self._adapters.get(page)
+                for page in batch.adapters.pages[place : place + seq.adapter.num_pages].tolist()
+            ]
             assert held == [(seq.group, i) for i in range(seq.adapter.num_pages)], "not the adapter's weights"
+        else:
+            assert row < 0, "an adapter's weights"
         if chunk.start:
             some = self._random.randrange(chunk.start)
             assert self._values[self._slot(pages, some)] == self._expected(seq, some), "not the sequence's own past"
         value = self._values[self._slot(pages, chunk.start - 1)] if chunk.start else 0
-        for i in range(chunk.start, chunk.start + chunk.length):
-            value = self.value(value, seq.tokens[i] if i < len(seq.tokens) else self._last[seq.row], seq.group)
-            self._values[self._slot(pages, i)] = value
-            self._adapters.pop(pages[i // PAGE_TOKENS], None)
+        here = slice(first, first + chunk.length)
+        for token, page, slot in zip(
+            *(a[here].tolist() for a in (batch.tokens, batch.page_ids, batch.slots)), strict=True
+        ):
+            value = self.value(value, token if token >= 0 else self._last[-1 - token], seq.group)
+            self._values[page, slot] = value
+            self._adapters.pop(page, None)
         if not chunk.samples:
             return []
         self._last[seq.row] = self.token(value)
@@ -113,7 +145,9 @@ class TwinSoak:
             clock=lambda: self.now,
         )
         self.scheduler.adapters.is_ready = self._ready
-        self.memory = Memory(self.pool, random.Random(seed + 1))
+        buckets = Buckets.default(max_seqs, max_step_tokens)
+        builder = BatchBuilder(_TINY.geometry, buckets, num_pages, _MAX_LEN, deterministic=True)
+        self.memory = Memory(self.pool, random.Random(seed + 1), builder)
         self.cost = ideal_cost(named_shape(_SHAPE), item_bytes=2)
         self.prompts = [[self.random.randrange(_VOCAB) for _ in range(n)] for n in (1, 5, 17, 40, 90, 160)]
         self.names: dict[str, AdapterUse] = {}

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import adapter_loading, register_adapters, soak, soak_twin
 from slora_jax import prefix_cache
+from slora_jax.adapter_rows import AdapterRows
 
 
 def test_adapter_loading(tmp_path):
@@ -42,6 +43,19 @@ def test_the_twin_notices_pages_of_another_adapter(monkeypatch):
 
     monkeypatch.setattr(prefix_cache, "page_keys", blind)
     with pytest.raises(AssertionError, match="own past|solo run"):
+        soak_twin.main(["--minutes", "0.5"])
+
+
+def test_the_twin_notices_adapters_that_came_back_to_other_pages(monkeypatch):
+    look_up = AdapterRows.place
+
+    def trusting(self, digests, pool, adapters):
+        if (table := self.current(pool)) is not None and self._row.keys() >= set(digests):
+            return self._row, table
+        return look_up(self, digests, pool, adapters)
+
+    monkeypatch.setattr(AdapterRows, "place", trusting)
+    with pytest.raises(AssertionError, match="not the adapter's weights"):
         soak_twin.main(["--minutes", "0.5"])
 
 

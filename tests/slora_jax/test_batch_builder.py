@@ -59,7 +59,13 @@ def check(builder, plan, pool):
 @settings(max_examples=20)
 @given(
     requests=st.lists(
-        st.tuples(st.integers(1, 60), st.integers(1, 30), st.sampled_from([None, *range(6)]), st.booleans()),
+        st.tuples(
+            st.sampled_from([1, 20, 40, 60]),
+            st.integers(1, 30),
+            st.sampled_from([None, *range(6)]),
+            st.integers(0, 7).map(lambda n: n == 0),
+            st.integers(0, 40),
+        ),
         min_size=1,
         max_size=24,
     ),
@@ -73,14 +79,18 @@ def test_batches_say_what_the_plans_say(requests, spare, max_seqs, step_pages):
     loads = PageLoads(chunk_pages=1, step_pages=step_pages)
     scheduler = Scheduler(pool, max_seqs=max_seqs, max_step_tokens=24, prefix_page_cost=0.01, loads=loads)
     builder = BatchBuilder(CONFIG.geometry, Buckets.default(max_seqs, 24), num_pages, 96)
-    for i, (prompt, answer, use, logprobs) in enumerate(requests):
+    arrivals = []
+    for i, (prompt, answer, use, logprobs, pause) in enumerate(requests):
         tokens = [(i % 3 * 7 + t) % 256 for t in range(prompt)]
         adapter = None if use is None else USES[use]
         seq = Sequence(seq_id=i, tokens=tokens, prompt_len=prompt, max_tokens=answer, adapter=adapter)
         seq.prompt_logprobs = logprobs
-        scheduler.add(seq)
-    pending = None
-    while scheduler.has_work() or pending:
+        arrivals.append((pause + (arrivals[-1][0] if arrivals else 0), seq))
+    pending, now = None, 0
+    while arrivals or scheduler.has_work() or pending:
+        while arrivals and arrivals[0][0] <= now:
+            scheduler.add(arrivals.pop(0)[1])
+        now += 1
         plan = scheduler.schedule()
         if plan.chunks:
             check(builder, plan, pool)
