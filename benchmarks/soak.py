@@ -37,7 +37,7 @@ BASE, BROKEN = -1, -2  # contents that are no adapter's
 
 @dataclasses.dataclass
 class Asked:
-    """A request, what its adapter's name meant when it came, and what it got."""
+    """A request, what its adapter's name meant when it came, at which second (monotonic), and what it got."""
 
     contents: int
     prompt: int
