@@ -4,6 +4,8 @@ The deltas never cross memory: after its last columns of x, a tile of 128 tokens
 segments that reach into it, each like 64 more columns: y of their tokens, zero for all others, and their adapter's B.
 Two warpgroups multiply, 64 tokens each, a third fills the ring in shared memory. The base's sum is rounded before the
 deltas are added and the result once more, as if lora_expand had followed: the bits do not show which of the two it was.
+A thread's registers hold no more than the deltas of half of its outputs, so the segments are gone through twice. Where
+all their stages fit into the ring, which is the rule, they stay there for the second time.
 
 A persistent grid after jax.experimental.pallas.ops.gpu.hopper_matmul_mgpu.
 """
@@ -176,7 +178,7 @@ def _launch(
             def tile_body(n, issued):
                 tile, column = order.place(n)
                 module, place_in_group, width, first_tile = order.module_of(column)
-                begin, end = first_block[tile], first_block[tile + 1]
+                begin, end, length = first_block[tile], first_block[tile + 1], stages[tile, layer, module]
                 base(tile, column, issued)
 
                 def block_body(block, issued):
@@ -199,7 +201,7 @@ def _launch(
                     return issued + count
 
                 once = lambda _, issued: lax.fori_loop(begin, end, block_body, issued)  # noqa: E731
-                return lax.fori_loop(0, _PASSES, once, issued + steps)
+                return lax.fori_loop(0, jnp.where(length <= _STAGES, 1, _PASSES), once, issued + steps)
 
             zeros = first_block[tiles]
             drain(empty, lax.fori_loop(0, count, tile_body, zero), _STAGES)
@@ -209,18 +211,20 @@ def _launch(
             plgpu.set_max_registers(224, action="increase")
             mine = pl.ds(pl.multiple_of(wg * WINDOW, WINDOW), WINDOW)
 
-            def product(seen, length, columns=slice(None), width=_COLUMNS):
-                """Sum over the ring's next `length` stages, of some of a tile's outputs."""
+            def product(seen, length, columns=slice(None), width=_COLUMNS, first=True, last=True):
+                """Sum over the ring's next `length` stages, of some of a tile's outputs. first, last: of the times that
+                they are gone through.
+                """
 
                 def accumulate(acc):
                     @pl.loop(0, length)
                     def _(k):
                         slot = lax.rem(seen + k, jnp.int32(_STAGES))
-                        plgpu.barrier_wait(full.at[slot])
+                        pl.when(first)(lambda: plgpu.barrier_wait(full.at[slot]))
                         rows = pl.ds(pl.multiple_of(slot * STAGE_ROWS, STAGE_ROWS), STAGE_ROWS)
                         plgpu.wgmma(acc, a.at[slot, mine], operand.at[rows, columns])
                         plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(empty.at[slot])
+                        pl.when(last)(lambda: plgpu.barrier_arrive(empty.at[slot]))
 
                     return acc[...]
 
@@ -238,9 +242,11 @@ def _launch(
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 for i in range(_SLOTS):
                     c[wg, i] = base[:, i * TILE_COLS : (i + 1) * TILE_COLS]
+                again = length > _STAGES  # the stages come a second time
                 for half in range(_PASSES):
-                    delta = product(seen, length, slice(half * _HALF, (half + 1) * _HALF), _HALF)
-                    seen += length
+                    columns, leave = slice(half * _HALF, (half + 1) * _HALF), again | (half == _PASSES - 1)
+                    delta = product(seen, length, columns, _HALF, first=again | (half == 0), last=leave)
+                    seen += jnp.where(leave, length, 0)
                     for slot in range(_SLOTS):
                         first = slot * TILE_COLS
                         if half == 0:

@@ -18,6 +18,9 @@ from pallas_kernels.lora.plan import NUM_TOKENS, OFFSET, Plan, module_field
 from pallas_kernels.lora.windows import WINDOW
 
 _CTAS = 3 * 132
+_PARTS = 2
+"""Items that the tokens of a block are cut into: a program's registers hold all splits of one, and more run at once."""
+_TOKENS = WINDOW // _PARTS
 
 
 def operand(y, plan: Plan, layer, *, group: str, max_rank: int, interpret=None):
@@ -45,10 +48,13 @@ def _launch(y, counts, records, scaling, layer, *, out, group: str, interpret=No
     def lora_operand(y_ref, counts, records, scaling, layer_ref, out_ref, tile):
         cta, layer, used = lax.axis_index("cta"), layer_ref[0], counts[0]
 
-        @pl.loop(0, dealt((used + 1) * (len(modules) * rank_tiles), cta, ctas))
+        per_block = len(modules) * rank_tiles * _PARTS
+
+        @pl.loop(0, dealt((used + 1) * per_block, cta, ctas))
         def item_body(n):
             index = dealt_item(cta, n, ctas)
-            block, part = lax.div(index, len(modules) * rank_tiles), lax.rem(index, len(modules) * rank_tiles)
+            block, rest = lax.div(index, per_block), lax.rem(index, per_block)
+            first_token, part = lax.rem(rest, _PARTS) * _TOKENS, lax.div(rest, _PARTS)
             number, rank_tile = lax.div(part, rank_tiles), lax.rem(part, rank_tiles)
             module = jnp.int32(modules[0])
             for i, m in enumerate(modules):
@@ -61,18 +67,19 @@ def _launch(y, counts, records, scaling, layer, *, out, group: str, interpret=No
             @pl.when((granules * TILE_RANKS > rank_tile * STAGE_ROWS) | (block == used))
             def _():
                 window = pl.ds(row + rank_tile * STAGE_ROWS, STAGE_ROWS)
+                tokens = pl.ds(pl.multiple_of(first_token, _TOKENS), _TOKENS)
                 parts = [
-                    plgpu.load(y_ref.at[block, s, window], layout=plgpu.Layout.WGMMA, optimized=False)
+                    plgpu.load(y_ref.at[block, s, window, tokens], layout=plgpu.Layout.WGMMA, optimized=False)
                     for s in range(y.shape[1])
                 ]
                 total = total_of(granules, rank_tile, scaling[block, layer, module], parts, out.dtype)
-                token = plgpu.broadcasted_iota(jnp.int32, total.shape, 1, layout=plgpu.Layout.WGMMA)
+                token = plgpu.broadcasted_iota(jnp.int32, total.shape, 1, layout=plgpu.Layout.WGMMA) + first_token
                 own = (token >= offset) & (token < offset + num_tokens)
                 total = jnp.where(own, total, jnp.zeros_like(total))
                 tile.T[...] = plgpu.layout_cast(total, plgpu.Layout.WGMMA_TRANSPOSED)
                 plgpu.commit_smem()
-                column = pl.multiple_of(part * STAGE_ROWS, STAGE_ROWS)
-                plgpu.copy_smem_to_gmem(tile, out_ref.at[block, :, pl.ds(column, STAGE_ROWS)])
+                columns = pl.ds(pl.multiple_of(part * STAGE_ROWS, STAGE_ROWS), STAGE_ROWS)
+                plgpu.copy_smem_to_gmem(tile, out_ref.at[block, tokens, columns])
                 plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(
@@ -80,6 +87,6 @@ def _launch(y, counts, records, scaling, layer, *, out, group: str, interpret=No
         out_type=out,
         grid=(ctas,),
         grid_names=("cta",),
-        scratch_types=dict(tile=plgpu.SMEM((WINDOW, STAGE_ROWS), out.dtype, transforms=OPERAND)),
+        scratch_types=dict(tile=plgpu.SMEM((_TOKENS, STAGE_ROWS), out.dtype, transforms=OPERAND)),
         interpret=interpret,
     )(y, counts, records, scaling, layer)
