@@ -63,7 +63,7 @@ def unsupported(x, w, pages, *, group: str, geometry: Geometry) -> str | None:
 def matmul(x, w, y, pages, half: Half, tiles: Tiles, layer, *, group: str, config: LoraConfig, interpret=None):
     """``x @ w[layer]`` and the deltas of the plan's segments, bfloat16 [T, out].
 
-    y: of `operand`. half: of the adapters' B, cut at windows, as `tiles` is. layer: int32[1].
+    y: of `shrink_y`. half: of the adapters' B, cut at windows, as `tiles` is. layer: int32[1].
     """
     source = ChunkSource(geometry=half.geometry, num_pages=pages.shape[1], chunk=CHUNK, whole=not interpret)
     out = jax.ShapeDtypeStruct((x.shape[0], w.shape[2]), x.dtype)

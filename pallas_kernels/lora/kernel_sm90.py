@@ -17,9 +17,9 @@ from pallas_kernels.lora import kernel_matmul_sm90
 from pallas_kernels.lora.config import SHORT_SEGMENT, SHORT_STEP, LoraConfig, chunk_tiles, default_config
 from pallas_kernels.lora.kernel_add_sm90 import add
 from pallas_kernels.lora.kernel_expand_sm90 import expand
-from pallas_kernels.lora.kernel_operand_sm90 import operand
 from pallas_kernels.lora.kernel_short_sm90 import short
 from pallas_kernels.lora.kernel_shrink_sm90 import shrink
+from pallas_kernels.lora.kernel_shrink_y_sm90 import shrink_y
 from pallas_kernels.lora.plan import Half, by_length, group_loads, make_plan
 from pallas_kernels.lora.table import AdapterTable
 from pallas_kernels.lora.windows import WINDOW, make_tiles
@@ -35,7 +35,7 @@ _shrink = jax.jit(shrink, static_argnames=_STATIC)
 _expand = jax.jit(expand, static_argnames=_STATIC)
 _make_plan = jax.jit(make_plan, static_argnames=("num_tokens", "geometry", "block_tokens", "windows"))
 _make_tiles = jax.jit(make_tiles, static_argnames="num_tokens")
-_operand = jax.jit(operand, static_argnames=("group", "max_rank", "interpret"))
+_shrink_y = jax.jit(shrink_y, static_argnames=_STATIC)
 _matmul = jax.jit(kernel_matmul_sm90.matmul, static_argnames=("group", "config", "interpret"))
 _add = jax.jit(add, static_argnames=("group", "config", "chunk", "max_rank"))
 _short = jax.jit(short, static_argnames=("phase", "group", "config", "chunk", "max_rank", "interpret"))
@@ -212,8 +212,8 @@ def matmul_sm90(
     a, b = (matrices.half(seg_start, long, num_tokens, config, windows=True) for matrices in (shrink, expand))
     options: dict[str, Any] = dict(group=group, config=config, interpret=interpret)
     chunk = chunk_tiles(a.geometry, config.chunk_tiles)
-    y = _shrink(x, pages, a.page_ids, a.plan, where, geometry=a.geometry, chunk=chunk, max_rank=max_rank, **options)
-    y = _operand(y, b.plan, where, group=group, max_rank=max_rank, interpret=interpret)
+    widths: dict[str, Any] = dict(geometry=a.geometry, chunk=chunk, max_rank=max_rank)
+    y = _shrink_y(x, pages, a.page_ids, a.plan, b.plan, where, **widths, **options)
     out = _matmul(x, weights, y, pages, b, _make_tiles(b.plan, num_tokens=num_tokens), where, **options)
     if interpret:
         return out

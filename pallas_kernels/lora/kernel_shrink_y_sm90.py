@@ -1,0 +1,257 @@
+"""Hopper kernel of lora_shrink before a product with the base weights: y of every token block as wgmma takes it.
+
+A program takes sixteen tokens of a window and sums all ranks and the whole input width, so that nobody waits for a
+stranger and no partial sum crosses memory; that A is read by four programs instead of one costs less. The splits of the
+input width are summed on their own and added in order, as the other kernels do, so the bits are theirs. Then y is
+scaled and written tokens first, zero for tokens of other segments and past a module's own ranks. After the blocks in
+use stands one more, of zeros.
+"""
+
+import functools
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry, ceil_div
+from pallas_kernels.lora.any_rows import any_rows
+from pallas_kernels.lora.config import LoraConfig
+from pallas_kernels.lora.expand_y import total_of
+from pallas_kernels.lora.mosaic_common import (
+    OPERAND,
+    PLAN_ROWS,
+    SHARED_BYTES,
+    STAGE_CHUNKS,
+    STAGE_ROWS,
+    STEP_ROWS,
+    ChunkSource,
+    capacity,
+    drain,
+)
+from pallas_kernels.lora.mosaic_common import ceil_div as blocks_of
+from pallas_kernels.lora.plan import (
+    NUM_TOKENS,
+    OFFSET,
+    PAGE_START,
+    TOKEN,
+    Plan,
+    group_fields,
+    module_field,
+    y_rows,
+)
+from pallas_kernels.lora.short_items import split_chunks
+from pallas_kernels.lora.windows import WINDOW
+
+_TOKENS = 16
+"""Of an item: as few as leave work for every multiprocessor in a step of 2,048 tokens."""
+_PARTS = WINDOW // _TOKENS
+_STAGES = 5
+_CTAS = 132
+_WGMMA = plgpu.Layout.WGMMA
+
+
+def shrink_y(
+    x,
+    pages,
+    page_ids,
+    a: Plan,
+    b: Plan,
+    layer,
+    *,
+    group: str,
+    geometry: Geometry,
+    config: LoraConfig,
+    chunk: int,
+    max_rank: int,
+    interpret=None,
+):
+    """bfloat16 ``[token blocks, 64 tokens, modules x 64 ranks]``, each module's ranks padded to a multiple of 64.
+
+    a, b: plans of the two matrices, cut at windows. page_ids, geometry: of A's. layer: int32[1].
+    """
+    source = ChunkSource(geometry=geometry, num_pages=pages.shape[1], chunk=chunk, whole=not interpret)
+    blocks, columns = len(b.records), len(GROUPS[group]) * ceil_div(max_rank, STAGE_ROWS) * STAGE_ROWS
+    out = jax.ShapeDtypeStruct((blocks, WINDOW, columns), x.dtype)
+    views = source.view_of_tokens(x), source.view_of_pool(pages)
+    args = (*views, page_ids, a.counts, a.records, b.records, b.scaling, layer)
+    options = dict(group=group, config=config, source=source, sums_rows=y_rows(group, max_rank))
+    with jax.named_scope("lora_shrink"):
+        if interpret:
+            return _launch(*args, **options, out=out, interpret=interpret)
+        rows = {0: capacity(STEP_ROWS, x.shape[0])} | dict.fromkeys((4, 5, 6), capacity(PLAN_ROWS, blocks))
+        largest = jax.ShapeDtypeStruct((rows[4], *out.shape[1:]), out.dtype)
+        return any_rows(_launch, args, rows=rows, out=(out,), in_place=False, options=options | dict(out=largest))[0]
+
+
+def _launch(
+    x,
+    pool,
+    page_ids,
+    counts,
+    a_records,
+    b_records,
+    scaling,
+    layer,
+    *,
+    group,
+    config,
+    source,
+    sums_rows,
+    out,
+    interpret=None,
+):
+    modules, dtype = GROUPS[group], out.dtype
+    ctas = 2 if interpret else _CTAS
+    total, per_split, splits = split_chunks(source.geometry, group, config, source.chunk)
+    in_tiles = source.geometry.in_tiles(modules[0])
+    rank_tiles = out.shape[2] // (len(modules) * STAGE_ROWS)
+    max_span = sums_rows // TILE_RANKS * in_tiles
+    fixed_bytes = 4 * sums_rows * _TOKENS + 2 * _TOKENS * STAGE_ROWS
+    stage_bytes = 2 * (STAGE_ROWS + _TOKENS) * source.chunk * TILE_COLS
+    stages = min(_STAGES, (SHARED_BYTES - fixed_bytes) // stage_bytes)
+
+    def lora_shrink_y(
+        x_ref,
+        pool,
+        page_ids,
+        counts,
+        a_records,
+        b_records,
+        scaling,
+        layer_ref,
+        y_ref,
+        ring,
+        x_ring,
+        sums,
+        tile,
+        full,
+        empty,
+    ):
+        operand, chunks = source.views(ring)
+        x_smem, x_target = source.views(x_ring)
+        cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
+        layer, used = layer_ref[0], counts[0]
+        # Dealt out without turning back: of a window with two segments the parts of one without tokens of its own are
+        # then not always the same programs'.
+        num_items = jnp.maximum(blocks_of((used + 1) * _PARTS - cta, ctas), 0)
+
+        def describe(n):
+            """Token block, first token of the item in it, and rank blocks to sum: none if all tokens are others'."""
+            item = cta + n * ctas
+            block = lax.div(item, jnp.int32(_PARTS))
+            first = (item - block * _PARTS) * _TOKENS
+            offset, num_tokens = (b_records[block, layer, i] for i in (OFFSET, NUM_TOKENS))
+            granules = a_records[block, layer, group_fields(group)[1]]
+            live = (block < used) & (offset < first + _TOKENS) & (offset + num_tokens > first)
+            return block, first, jnp.where(live, granules, 0)
+
+        @pl.when(wg == 1)
+        def producer():
+            def item_body(n, issued):
+                block, first, all_granules = describe(n)
+                read = (a_records[block, layer, i] for i in (TOKEN, PAGE_START, *group_fields(group)))
+                token, page_start, section, _, *known = read
+                item_pages = source.pages(section, max_span, known, page_start, page_ids)
+
+                def stage_body(stage, carry):
+                    rank_block = lax.div(stage, jnp.int32(total))
+                    column = (stage - rank_block * total) * source.chunk
+                    slot = lax.rem(issued + stage, jnp.int32(stages))
+                    granules = jnp.minimum(all_granules - rank_block * STAGE_CHUNKS, STAGE_CHUNKS)
+                    first_tile = section + rank_block * (STAGE_CHUNKS * in_tiles) + column
+                    wanted = [s < granules for s in range(STAGE_CHUNKS)]
+                    indices = [
+                        source.locate(jnp.where(w, first_tile + s * in_tiles, first_tile), item_pages)
+                        for s, w in enumerate(wanted)
+                    ]
+
+                    @pl.when(issued + stage >= stages)
+                    def _():
+                        plgpu.barrier_wait(empty.at[slot])
+
+                    source.expect(full.at[slot], granules, _TOKENS // TILE_RANKS)
+                    source.copy_tokens(
+                        x_ref, token + first, column, x_target.at[slot], _TOKENS, full.at[slot], jnp.bool_(True)
+                    )
+                    for s in range(STAGE_CHUNKS):
+                        source.copy(pool, indices[s], chunks, slot * STAGE_CHUNKS + s, full.at[slot], wanted[s])
+                    return carry
+
+                num_stages = blocks_of(all_granules, STAGE_CHUNKS) * total
+                lax.fori_loop(0, num_stages, stage_body, ())
+                return issued + num_stages
+
+            drain(empty, lax.fori_loop(0, num_items, item_body, jnp.int32(0)), stages)
+
+        @pl.when(wg == 0)
+        def consumer():
+            def sum_of(seen, split):
+                def accumulate(acc):
+                    @pl.loop(split * per_split, min((split + 1) * per_split, total))
+                    def _(c):
+                        slot = lax.rem(seen + c, jnp.int32(stages))
+                        plgpu.barrier_wait(full.at[slot])
+                        rows = pl.ds(pl.multiple_of(slot * STAGE_ROWS, STAGE_ROWS), STAGE_ROWS)
+                        plgpu.wgmma(acc, operand.at[rows], x_smem.at[slot].T)
+                        plgpu.wgmma_wait(0)
+                        plgpu.barrier_arrive(empty.at[slot])
+
+                    return acc[...]
+
+                return pl.run_scoped(accumulate, plgpu.ACC((STAGE_ROWS, _TOKENS), jnp.float32))
+
+            def item_body(n, seen):
+                block, first, all_granules = describe(n)
+
+                def rank_body(rank_block, seen):
+                    parts = [sum_of(seen, split) for split in range(splits)]
+                    sums[pl.ds(rank_block * STAGE_ROWS, STAGE_ROWS)] = functools.reduce(jnp.add, parts)
+                    return seen + total
+
+                seen = lax.fori_loop(0, blocks_of(all_granules, STAGE_CHUNKS), rank_body, seen)
+                plgpu.commit_smem()
+                offset, num_tokens = (b_records[block, layer, i] for i in (OFFSET, NUM_TOKENS))
+                tokens = pl.ds(pl.multiple_of(first, _TOKENS), _TOKENS)
+                for number, module in enumerate(modules):
+                    granules, row = (b_records[block, layer, module_field(module) + i] for i in (1, 2))
+                    granules, row = (jnp.where(block < used, value, 0) for value in (granules, row))
+
+                    @pl.loop(0, jnp.where(block < used, blocks_of(granules, STAGE_CHUNKS), rank_tiles))
+                    def write_tile(rank_tile, number=number, module=module, granules=granules, row=row):
+                        window = pl.ds(row + rank_tile * STAGE_ROWS, STAGE_ROWS)
+                        part = plgpu.load(sums.at[window], layout=_WGMMA, optimized=False)
+                        y = total_of(granules, rank_tile, scaling[block, layer, module], [part], dtype)
+                        token = plgpu.broadcasted_iota(jnp.int32, y.shape, 1, layout=_WGMMA) + first
+                        own = (token >= offset) & (token < offset + num_tokens)
+                        y = jnp.where(own, y, jnp.zeros_like(y))
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        tile.T[...] = plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
+                        plgpu.commit_smem()
+                        column = pl.multiple_of((number * rank_tiles + rank_tile) * STAGE_ROWS, STAGE_ROWS)
+                        plgpu.copy_smem_to_gmem(tile, y_ref.at[block, tokens, pl.ds(column, STAGE_ROWS)])
+
+                return seen
+
+            lax.fori_loop(0, num_items, item_body, jnp.int32(0))
+            plgpu.wait_smem_to_gmem(0)
+
+    kernel = plgpu.kernel(
+        lora_shrink_y,
+        out_type=out,
+        grid=(ctas,),
+        grid_names=("cta",),
+        num_threads=2,
+        thread_name="wg",
+        scratch_types=dict(
+            ring=source.ring(stages * STAGE_ROWS, x.dtype),
+            x_ring=source.tokens((stages,), _TOKENS, x.dtype),
+            sums=plgpu.SMEM((sums_rows, _TOKENS), jnp.float32),
+            tile=plgpu.SMEM((_TOKENS, STAGE_ROWS), dtype, transforms=OPERAND),
+            full=plgpu.Barrier(num_arrivals=source.arrivals(STAGE_CHUNKS, _TOKENS // TILE_RANKS), num_barriers=stages),
+            empty=plgpu.Barrier(num_barriers=stages),
+        ),
+        interpret=interpret,
+    )
+    return kernel(x, pool, page_ids, counts, a_records, b_records, scaling, layer)
