@@ -26,13 +26,13 @@ from pallas_kernels.lora.cluster_items import AddItem, AddItems
 from pallas_kernels.lora.config import CLUSTER, CLUSTERS, LoraConfig
 from pallas_kernels.lora.expand_items import ExpandItems
 from pallas_kernels.lora.expand_y import RowTiles
-from pallas_kernels.lora.kernel_short_sm90 import ExpandScratch, full_arrivals, ring_stages
+from pallas_kernels.lora.kernel_short_sm90 import ExpandScratch, ring_stages
 from pallas_kernels.lora.mosaic_common import PLAN_ROWS, STAGE_ROWS, STEP_ROWS, ChunkSource, capacity, drain
 from pallas_kernels.lora.plan import Half, y_rows
 from pallas_kernels.lora.ranges import MAX_LOG_RANGES
 from pallas_kernels.lora.short_expand import ShortExpand
 from pallas_kernels.lora.short_items import ShrinkItems, split_chunks
-from pallas_kernels.lora.short_ring import ShortRing, ring_type, sync_warpgroup
+from pallas_kernels.lora.short_ring import ShortRing, full_arrivals, ring_type, sync_warpgroup
 from pallas_kernels.lora.short_shrink import ShortShrink
 
 _REGISTERS = 128

@@ -38,7 +38,7 @@ from pallas_kernels.lora.mosaic_common import (
 from pallas_kernels.lora.plan import Half, y_rows
 from pallas_kernels.lora.short_expand import ShortExpand
 from pallas_kernels.lora.short_items import ShrinkItems, split_chunks
-from pallas_kernels.lora.short_ring import SIDE_BLOCKS, WARPS, ShortRing, ring_type
+from pallas_kernels.lora.short_ring import SIDE_BLOCKS, ShortRing, full_arrivals, ring_type
 from pallas_kernels.lora.short_shrink import ShortShrink
 
 
@@ -165,11 +165,6 @@ def _shrink(*args, names, group, config: LoraConfig, source: ChunkSource, max_ra
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=interpret,
     )(*args)
-
-
-def full_arrivals(source: ChunkSource, side: int) -> int:
-    """Arrivals of a slot's barrier. side: copies to its side, in interpret mode."""
-    return WARPS if source.whole else STAGE_CHUNKS * source.chunk + side
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

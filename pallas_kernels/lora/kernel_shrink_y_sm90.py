@@ -42,10 +42,12 @@ from pallas_kernels.lora.plan import (
     y_rows,
 )
 from pallas_kernels.lora.short_items import split_chunks
+from pallas_kernels.lora.short_ring import WARP_CHUNKS, WARPS, full_arrivals
 from pallas_kernels.lora.windows import WINDOW
 
 _TOKENS = 16
 """Of an item: as few as leave work for every multiprocessor in a step of 2,048 tokens."""
+_OCTETS = _TOKENS // TILE_RANKS
 _PARTS = WINDOW // _TOKENS
 _STAGES = 5
 _CTAS = 132
@@ -148,56 +150,78 @@ def _launch(
             return block, first, jnp.where(live, granules, 0)
 
         @pl.when(wg == 1)
-        def producer():
-            def item_body(n, issued):
-                block, first, all_granules = describe(n)
-                read = (a_records[block, layer, i] for i in (TOKEN, PAGE_START, *group_fields(group)))
-                token, page_start, section, _, *known = read
-                item_pages = source.pages(section, max_span, known, page_start, page_ids)
+        def load():
+            # Each warp copies two granules of a stage and, the first two, eight of its tokens: one alone would take
+            # longer to start the copies of a stage than they take.
+            @plgpu.warp_map
+            def _(warp):
+                mine = [warp * WARP_CHUNKS + i for i in range(WARP_CHUNKS)]
+                octet = lax.rem(warp, jnp.int32(_OCTETS))
+                has_tokens = warp < _OCTETS
 
-                def stage_body(stage, carry):
-                    rank_block = lax.div(stage, jnp.int32(total))
-                    column = (stage - rank_block * total) * source.chunk
-                    slot = lax.rem(issued + stage, jnp.int32(stages))
-                    granules = jnp.minimum(all_granules - rank_block * STAGE_CHUNKS, STAGE_CHUNKS)
-                    first_tile = section + rank_block * (STAGE_CHUNKS * in_tiles) + column
-                    wanted = [s < granules for s in range(STAGE_CHUNKS)]
-                    indices = [
-                        source.locate(jnp.where(w, first_tile + s * in_tiles, first_tile), item_pages)
-                        for s, w in enumerate(wanted)
-                    ]
+                def tokens_of(slot):
+                    if source.whole:
+                        return x_target.at[slot, pl.ds(octet, 1)]
+                    return x_target.at[slot, pl.ds(pl.multiple_of(octet * TILE_RANKS, TILE_RANKS), TILE_RANKS)]
 
-                    @pl.when(issued + stage >= stages)
-                    def _():
-                        plgpu.barrier_wait(empty.at[slot])
+                def item_body(n, issued):
+                    block, first, all_granules = describe(n)
+                    read = (a_records[block, layer, i] for i in (TOKEN, PAGE_START, *group_fields(group)))
+                    token, page_start, section, _, *known = read
+                    item_pages = source.pages(section, max_span, known, page_start, page_ids)
+                    token += first + octet * TILE_RANKS
 
-                    source.expect(full.at[slot], granules, _TOKENS // TILE_RANKS)
-                    source.copy_tokens(
-                        x_ref, token + first, column, x_target.at[slot], _TOKENS, full.at[slot], jnp.bool_(True)
-                    )
-                    for s in range(STAGE_CHUNKS):
-                        source.copy(pool, indices[s], chunks, slot * STAGE_CHUNKS + s, full.at[slot], wanted[s])
-                    return carry
+                    def rank_body(rank_block, issued):
+                        granules = all_granules - rank_block * STAGE_CHUNKS
+                        wanted = [s < granules for s in mine]
+                        start = section + rank_block * (STAGE_CHUNKS * in_tiles)
+                        rows = [jnp.where(w, start + s * in_tiles, start) for s, w in zip(mine, wanted, strict=True)]
+                        copies = sum(w.astype(jnp.int32) for w in wanted)
 
-                num_stages = blocks_of(all_granules, STAGE_CHUNKS) * total
-                lax.fori_loop(0, num_stages, stage_body, ())
-                return issued + num_stages
+                        def stage_body(stage, _):
+                            column = stage * source.chunk
+                            slot = lax.rem(issued + stage, jnp.int32(stages))
+                            indices = [source.locate(row + column, item_pages) for row in rows]
 
-            drain(empty, lax.fori_loop(0, num_items, item_body, jnp.int32(0)), stages)
+                            @pl.when(issued + stage >= stages)
+                            def _():
+                                plgpu.barrier_wait(empty.at[slot])
+
+                            source.expect(full.at[slot], copies, has_tokens.astype(jnp.int32))
+                            source.copy_tokens(
+                                x_ref, token, column, tokens_of(slot), TILE_RANKS, full.at[slot], has_tokens
+                            )
+                            for s, index, w in zip(mine, indices, wanted, strict=True):
+                                source.copy(pool, index, chunks, slot * STAGE_CHUNKS + s, full.at[slot], w)
+                            return ()
+
+                        lax.fori_loop(0, total, stage_body, ())
+                        return issued + total
+
+                    return lax.fori_loop(0, blocks_of(all_granules, STAGE_CHUNKS), rank_body, issued)
+
+                drain(empty, lax.fori_loop(0, num_items, item_body, jnp.int32(0)), stages)
 
         @pl.when(wg == 0)
         def consumer():
             def sum_of(seen, split):
+                first, last = split * per_split, min((split + 1) * per_split, total)
+
+                def free(c):
+                    plgpu.barrier_arrive(empty.at[lax.rem(seen + c, jnp.int32(stages))])
+
                 def accumulate(acc):
-                    @pl.loop(split * per_split, min((split + 1) * per_split, total))
+                    @pl.loop(first, last)
                     def _(c):
                         slot = lax.rem(seen + c, jnp.int32(stages))
                         plgpu.barrier_wait(full.at[slot])
                         rows = pl.ds(pl.multiple_of(slot * STAGE_ROWS, STAGE_ROWS), STAGE_ROWS)
                         plgpu.wgmma(acc, operand.at[rows], x_smem.at[slot].T)
-                        plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(empty.at[slot])
+                        plgpu.wgmma_wait(1)
+                        pl.when(c > first)(lambda: free(c - 1))
 
+                    plgpu.wgmma_wait(0)
+                    free(last - 1)
                     return acc[...]
 
                 return pl.run_scoped(accumulate, plgpu.ACC((STAGE_ROWS, _TOKENS), jnp.float32))
@@ -249,7 +273,7 @@ def _launch(
             x_ring=source.tokens((stages,), _TOKENS, x.dtype),
             sums=plgpu.SMEM((sums_rows, _TOKENS), jnp.float32),
             tile=plgpu.SMEM((_TOKENS, STAGE_ROWS), dtype, transforms=OPERAND),
-            full=plgpu.Barrier(num_arrivals=source.arrivals(STAGE_CHUNKS, _TOKENS // TILE_RANKS), num_barriers=stages),
+            full=plgpu.Barrier(num_arrivals=full_arrivals(source, WARPS * source.chunk), num_barriers=stages),
             empty=plgpu.Barrier(num_barriers=stages),
         ),
         interpret=interpret,

@@ -40,6 +40,11 @@ def ring_type(source: ChunkSource, stages: int, dtype):
     )
 
 
+def full_arrivals(source: ChunkSource, side: int) -> int:
+    """Arrivals of a slot's barrier. side: copies to its side, in interpret mode."""
+    return WARPS if source.whole else STAGE_CHUNKS * source.chunk + side
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShortRing:
     """operand, chunks, rows: the ring's views. full, empty: barriers of the slots. Who waits for `full` must do so for
