@@ -173,7 +173,6 @@ def _launch(*args, names, group, config: LoraConfig, sources: tuple[ChunkSource,
 
         roles = ((multiply_a, 96), (multiply_b, 216), (load, 96), (prepare, 104))
         for i, (role, registers) in enumerate(roles):
-
             # Without short segments nobody waits for records of a plan that has none.
             @pl.when((wg == i) & (num_blocks > 0))
             def _(role=role, registers=registers):

@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry
 from pallas_kernels.lora.any_rows import any_rows
 from pallas_kernels.lora.bulk_copy import start_copy
-from pallas_kernels.lora.config import LoraConfig
+from pallas_kernels.lora.config import LoraConfig, chunk_tiles
 from pallas_kernels.lora.expand_items import ExpandItem, ExpandItems
 from pallas_kernels.lora.mosaic_common import (
     OPERAND,
@@ -44,19 +44,18 @@ _HALF = _COLUMNS // _PASSES
 _CTAS = 132
 
 
-def unsupported(x, w, pages, *, group: str, geometry: Geometry) -> str | None:
-    """Why the kernel cannot take what `lora_add` can, or None if it can. w: [layers, in, out]. geometry: of the B's."""
+def unsupported(x, w, shrink: Geometry, expand: Geometry) -> str | None:
+    """Why the kernel cannot take what `lora_add` can, or None if it can. w: [layers, in, out]. shrink, expand: of the
+    A's and of the B's.
+    """
     if x.shape[0] % TILE:
         return f"{x.shape[0]} tokens are not a multiple of {TILE}"
     if w.dtype != x.dtype:
         return f"weights are {w.dtype} and activations {x.dtype}"
-    if x.shape[1] % STAGE_ROWS:
-        return f"a width of {x.shape[1]} is not a multiple of {STAGE_ROWS}"
-    for m in GROUPS[group]:
-        if geometry.out_sizes[m] % _COLUMNS:
-            return f"a width of {geometry.out_sizes[m]} is not a multiple of {_COLUMNS}"
-    if geometry.page_tiles % CHUNK:
-        return f"a page of {geometry.page_tiles} tiles is not a multiple of {CHUNK}"
+    for geometry in (shrink, expand):
+        # All widths, not only the group's: else an adapter's sections begin somewhere in a chunk.
+        if chunk_tiles(geometry, CHUNK) < CHUNK:
+            return f"a page or a projection's width is not a multiple of {CHUNK} tiles ({_COLUMNS} columns)"
     return None
 
 

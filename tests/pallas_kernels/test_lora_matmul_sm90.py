@@ -2,7 +2,6 @@
 machine.
 """
 
-import functools
 import re
 
 from hypothesis import given, settings
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 import jax
 from jax import numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from lora_batches import RANKS, TINY, WIDE, Batch, abstract, abstract_table
+from lora_batches import RANKS, TINY, WIDE, Batch, abstract, abstract_table, geometry
 import numpy as np
 from oracles import relative_error
 import pytest
@@ -23,7 +22,8 @@ from pallas_kernels.lora.config import PRODUCT_STEP, SHORT_SEGMENT
 from pallas_kernels.lora.kernel_matmul_sm90 import unsupported
 from pallas_kernels.lora.kernel_sm90 import Matrices, matmul_sm90
 from pallas_kernels.lora.plan import NUM_TOKENS, OFFSET, TOKEN, make_plan, max_token_blocks
-from pallas_kernels.lora.product_tiles import ProductTiles
+from pallas_kernels.lora.product_tiles import CHUNK, ProductTiles
+from pallas_kernels.lora.table import section_starts
 from pallas_kernels.lora.windows import TILE, WINDOW, make_tiles
 
 HIGH = [[8] * 7, [16, 4, 0, 8, 40, 80, 8], [80, 8, 16, 8, 8, 8, 8]]
@@ -167,14 +167,28 @@ def test_large_steps_share_their_kernels():
 
 
 def test_unsupported_names_the_reason():
-    g = WIDE
-    x = jnp.zeros((1152, 512), jnp.bfloat16)
-    weights, pages = jnp.zeros((2, 512, 1024), jnp.bfloat16), jnp.zeros((2, 1, g.page_elements), jnp.bfloat16)
-    reason = functools.partial(unsupported, pages=pages, group="qkv")
-    assert reason(x, weights, geometry=g) is None
-    assert "1100" in reason(x[:1100], weights, geometry=g)
-    assert "float32" in reason(x, weights.astype(jnp.float32), geometry=g)
-    assert "128" in reason(x, weights, geometry=TINY)
+    x, weights = jnp.zeros((1152, 512), jnp.bfloat16), jnp.zeros((2, 512, 1024), jnp.bfloat16)
+    assert unsupported(x, weights, WIDE, WIDE) is None
+    assert "1100" in unsupported(x[:1100], weights, WIDE, WIDE)
+    assert "float32" in unsupported(x, weights.astype(jnp.float32), WIDE, WIDE)
+    assert "256" in unsupported(x, weights, TINY, WIDE)
+    assert "256" in unsupported(x, weights, WIDE, TINY)
+
+
+@given(
+    hidden=st.integers(2, 18),
+    intermediate=st.integers(2, 24),
+    kv_heads=st.integers(1, 4),
+    granules=st.lists(st.integers(0, 32), min_size=7, max_size=7),
+)
+def test_sections_begin_with_a_chunk_where_it_is_supported(hidden, intermediate, kv_heads, granules):
+    """Widths of the other groups count, too: those of SmolLM2's hidden state (9 tiles) moved the B's of gate and up."""
+    g = geometry(64 * hidden, 64 * kv_heads, 64 * intermediate, kv_heads=kv_heads)
+    x, weights = jnp.zeros((1152, 512), jnp.bfloat16), jnp.zeros((2, 512, 1024), jnp.bfloat16)
+    if unsupported(x, weights, g, g) is None:
+        _, b_start = section_starts(jnp.array(granules), g)
+        assert not any(start % CHUNK for start in b_start)
+        assert g.page_tiles % CHUNK == 0
 
 
 @pytest.mark.gpu
