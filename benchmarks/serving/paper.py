@@ -139,6 +139,7 @@ class Bench:
             policy=part.policy,
             policy_option=list(part.options.items()),
             prompt_gap=part.prompt_gap,
+            slo=part.slo,
         )
 
         def make(model, config, adapters, stack) -> Engine:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any, Literal
 
+from benchmarks.serving.policies import POINTS, noisy
 from slora_jax.traces import SETTINGS, Setting, TraceRequest, burst, synthetic_trace
 
 _SEED = 42
@@ -43,6 +44,13 @@ FAMILIES = {
         seqs=(32, 128, 256),
         tokens=(512, 768, 1024, 2048),
     ),
+    "tight": Family(  # the pool that S-LoRA gave an A10G: 14,500 tokens
+        shape="llama-7b",
+        ranks=SETTINGS["S2"].ranks,
+        seqs=(32, 64),
+        tokens=(128, 256, 512),
+        pool_bytes=14_500 * (512 << 10),
+    ),
 }
 
 
@@ -71,6 +79,12 @@ class Part:
     window: tuple[float, float] | None = None
     slots: int = 0
     seconds: float = 45.0
+    cv: float = 1.0
+    alpha: float = 1.0
+    last: float | None = None
+    slo: float = 6.0
+    tenants: int = 0
+    loud: bool = False
 
     def smaller(self, requests: int | None, lengths: tuple[int, int] | None, speed: float) -> "Part":
         """The same in little: of at most so many requests, of other lengths, so many times as fast."""
@@ -80,6 +94,7 @@ class Part:
             lengths=lengths or self.lengths,
             rate=self.rate * speed,
             until=self.until and self.until / speed,
+            last=self.last and self.last / speed,
             window=self.window and (self.window[0] / speed, self.window[1] / speed),
             seconds=self.seconds / speed,
         )
@@ -90,11 +105,14 @@ class Part:
         return 2 * (self.lengths[1] - 1)
 
     def trace(self) -> list[TraceRequest]:
+        if self.tenants and self.last:
+            return noisy(self.tenants, self.rate, self.last, self.lengths)[self.loud]
         options: dict[str, Any] = dict(adapters=self.adapters, rate=self.rate, requests=self.requests)
-        trace = synthetic_trace(**options, lengths=self.lengths, seed=_SEED)
+        trace = synthetic_trace(**options, cv=self.cv, alpha=self.alpha, lengths=self.lengths, seed=_SEED)
         if self.kind in ("burst", "profile"):
             return burst(trace)
-        return [r for r in trace if self.until is None or r.arrival < self.until]
+        last = self.last or self.until
+        return [r for r in trace if last is None or r.arrival < last]
 
 
 def _burst(setting: str, adapters: int, max_seqs: int) -> Part:
@@ -137,6 +155,52 @@ def _mixed_load(slots: int, **changes: Any) -> Part:
     load = dict(kind="load", rate=40.0, requests=1120, until=28.0, window=(12.0, 28.0), seconds=34.0)
     return dataclasses.replace(_mixed(slots), **load, **changes)
 
+
+def _policy(policy: str, cv: float, alpha: float, **options: Any) -> Part:
+    """A point of S-LoRA's figures 10 to 12, a sixth as long in all its times as with S-LoRA's target of 6 s."""
+    return Part(
+        family="tight",
+        setting=SETTINGS["S2"],
+        adapters=32,
+        kind="rate",
+        max_seqs=64,
+        policy=policy,
+        options=options,
+        rate=24.0,
+        requests=1000,
+        cv=cv,
+        alpha=alpha,
+        last=12.0,
+        until=13.1,
+        slo=1.0,
+        seconds=15.0,
+    )
+
+
+def _tenants(policy: str, loud: bool) -> Part:
+    """Five quiet tenants of 4.8 requests/s each, and a noisy one."""
+    return Part(
+        family="tight",
+        setting=SETTINGS["S2"],
+        adapters=10,
+        kind="rate",
+        max_seqs=32,
+        policy=policy,
+        rate=4.8,
+        tenants=5,
+        loud=loud,
+        last=12.0,
+        until=13.1,
+        lengths=(8, 128),
+        seconds=15.0,
+    )
+
+
+POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "first come": ("fcfs", {}),
+    "early abort": ("early-abort", dict(ttft=1.0)),
+    "clustering": ("cluster", dict(adapters=8, patience=5.0)),
+}
 
 PARTS = {
     "burst S2 n=200, 256 running": _burst("S2", 200, 256),
@@ -191,5 +255,14 @@ PARTS = {
     "load S4 n=1000": _load("S4", 1000, "13b"),
     "load S4 n=1000, 256 running, gather": _gathered("S4", 1000, 256, "13b"),
     "load S4 n=100, 256 running, gather": _gathered("S4", 100, 256, "13b"),
+    "tenants, quiet alone": _tenants("fair", False),
+    "tenants, fair": _tenants("fair", True),
+    **{
+        f"policy {name}, cv {cv}, alpha {alpha:g}": _policy(policy, cv, alpha, **options)
+        for cv, alpha in POINTS
+        for name, (policy, options) in POLICIES.items()
+        if name != "early abort" or alpha == 1  # S-LoRA's figure 10 has no other alpha
+    },
+    "tenants, first come": _tenants("fcfs", True),
 }
 """In order of importance; those of a family stand together, because each family compiles."""

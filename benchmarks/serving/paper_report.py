@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.serving.baselines.split_pool import pool_of_slots, seat_by_slot
 from benchmarks.serving.paper_parts import PARTS, Part
+from benchmarks.serving.policy_report import show_policies
 from benchmarks.serving.window import window_figures
 from slora_jax.buckets import Buckets
 from slora_jax.shapes import named_shape
@@ -130,6 +131,7 @@ def report(path: Path) -> None:
             mine, theirs = ((rate(p) if "figures" in p else 0.0) for p in (points.get(name, {}), points.get(other, {})))
             if mine and theirs:
                 print(f"{name} / {other}: {mine / theirs:.3f}")
+    show_policies(points, {name: PARTS[name].smaller(result["requests"], lengths, result["speed"]) for name in points})
 
 
 def _start(started: Mapping[str, Any]) -> str:

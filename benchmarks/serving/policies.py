@@ -68,11 +68,13 @@ def clustering() -> Iterator[dict[str, Any]]:
         }
 
 
-def noisy(tenants: int, rate: float, seconds: float = 120) -> tuple[list[TraceRequest], list[TraceRequest]]:
+def noisy(
+    tenants: int, rate: float, seconds: float = 120, lengths: tuple[int, int] = (8, 64)
+) -> tuple[list[TraceRequest], list[TraceRequest]]:
     """Quiet tenants of `rate` requests a second each; and they beside one of ten times that."""
-    quiet = synthetic_trace(adapters=8, rate=tenants * rate, seconds=seconds, lengths=(8, 64), seed=1)
+    quiet = synthetic_trace(adapters=8, rate=tenants * rate, seconds=seconds, lengths=lengths, seed=1)
     quiet = [dataclasses.replace(r, tenant=f"quiet-{i % tenants}") for i, r in enumerate(quiet)]
-    loud = synthetic_trace(adapters=1, rate=10 * rate, seconds=seconds, lengths=(8, 64), seed=2)
+    loud = synthetic_trace(adapters=1, rate=10 * rate, seconds=seconds, lengths=lengths, seed=2)
     return quiet, merge(quiet, [dataclasses.replace(r, tenant="noisy", adapter=9) for r in loud])
 
 
