@@ -10,6 +10,7 @@ point begins with empty pages. The file is written after every point, and those 
 """
 
 import argparse
+from collections.abc import Mapping
 import contextlib
 import dataclasses
 import gc
@@ -63,11 +64,12 @@ def pool_bytes(family: Family, limit: int | None) -> int | None:
 
 
 class Bench:
-    """Measures parts on what is compiled for their family."""
+    """Measures parts on what is compiled for their family: for the longest of them."""
 
-    def __init__(self, args: argparse.Namespace, results: Report):
+    def __init__(self, args: argparse.Namespace, results: Report, parts: Mapping[str, Part]):
         self.args = args
         self.results = results
+        self.parts = parts
         self.started: dict[str, Any] = {}
         self._family: str | None = None
         self._model: LoadedModel | None = None
@@ -79,12 +81,13 @@ class Bench:
         args = parse_arguments(["bench", "--quiet", f"--shape={setting.shape}", *names])
         return argparse.Namespace(**vars(args) | changes | dict(dtype=self.args.dtype))
 
-    def run(self, name: str, part: Part) -> None:
+    def run(self, name: str) -> None:
+        part = self.parts[name]
         if not self.results.missing(name):
             return
         if part.family != self._family:
             self.results.check(_COMPILE_SECONDS + part.seconds)
-            self._open(part.family, part.longest)
+            self._open(part.family, max(p.longest for p in self.parts.values() if p.family == part.family))
         self.results.run(name, lambda: self._measure(part), part.seconds)
 
     def _open(self, name: str, longest: int) -> None:
@@ -225,10 +228,10 @@ def main(argv: list[str] | None = None) -> None:
     settings = {name: list(v) if isinstance(v := getattr(args, name), tuple) else v for name in kept}
     results = Report(args.json, settings, time.monotonic() + args.budget - process_seconds())
     results.parts = {name: point for name, point in results.parts.items() if "error" not in point}
-    bench = Bench(args, results)
-    for name, part in parts.items():
+    bench = Bench(args, results, {n: p.smaller(args.requests, args.lengths, args.speed) for n, p in parts.items()})
+    for name in parts:
         try:
-            bench.run(name, part.smaller(args.requests, args.lengths, args.speed))
+            bench.run(name)
         except OutOfTime:
             print(f"no time for: {name}", flush=True)
 

@@ -18,7 +18,7 @@ def show_policies(points: Mapping[str, Any], parts: Mapping[str, Part] = PARTS) 
         for policy in POLICIES:
             names = [f"policy {policy}, cv {cv}, alpha {alpha:g}" for cv, alpha in POINTS]
             print(f"| {policy} | " + " | ".join(map(_attained, map(points.get, names))) + " |")
-    waits = {name: _waits(points[name], parts[name]) for name in points if name.startswith("tenants")}
+    waits = {name: quiet_waits(points[name], parts[name]) for name in points if name.startswith("tenants")}
     for name, others in waits.items():
         p50, p99 = np.percentile(others, (50, 99))
         print(f"{name}: first tokens of the quiet tenants' {len(others)} requests: p50 {p50:.4f} s, p99 {p99:.4f} s")
@@ -30,7 +30,7 @@ def _attained(point: Mapping[str, Any] | None) -> str:
     return f"{point['figures']['slo_attainment']:.3f} / {point['figures']['satisfaction']:.2f}"
 
 
-def _waits(point: Mapping[str, Any], part: Part) -> list[float]:
+def quiet_waits(point: Mapping[str, Any], part: Part) -> list[float]:
     """Seconds to the first tokens of all tenants but the noisy one. Who had none when the part ended waited until then,
     at least.
     """

@@ -1,15 +1,20 @@
 """``python -m benchmarks.serving.paper`` on a tiny model: points share compiled steps; figures are what they say."""
 
+import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.ceilings import measure_ceilings
-from benchmarks.serving import paper
+from benchmarks.serving import paper, replay
 from benchmarks.serving.idle import idle_figures
 from benchmarks.serving.paper_parts import FAMILIES, PARTS
+from benchmarks.serving.policies import POINTS
+from benchmarks.serving.policy_report import quiet_waits
 from benchmarks.serving.window import window_figures
+from slora_jax.requests import Timings
 from slora_jax.traces import TraceRequest
 from slora_jax.twin import Record, StepLog, StepWork
 
@@ -131,3 +136,47 @@ def test_ceilings_are_measured():
     ceilings = measure_ceilings("float32")
     assert 1e8 < ceilings.bytes_per_second < 1e14 and 1e8 < ceilings.operations_per_second < 1e16
     assert 1e7 < ceilings.host_bytes_per_second < 1e14 and measure_ceilings("float32") is ceilings
+
+
+def test_policies_and_tenants_are_shown_side_by_side(tmp_path, capsys):
+    """Parts of different lengths share what was compiled, also if the shorter ones come first."""
+    path, small = tmp_path / "out.json", [o for o in SMALL if o not in ("--lengths", "4,32")]
+    names = ["tenants, quiet alone", "policy early abort, cv 8, alpha 1", "policy clustering, cv 8, alpha 1"]
+    paper.main(["--json", str(path), *small, "--budget", "100000", *(f"--part={name}" for name in names)])
+    points = json.loads(path.read_text())["parts"]
+    assert not any("error" in point for point in points.values())
+    assert [p["engine"]["policy"] for p in points.values()] == ["fair", "early-abort", "cluster"]
+    paper.main(["--json", str(path), "--report"])
+    text = capsys.readouterr().out
+    figures = points[names[1]]["figures"]
+    assert f"| early abort |  |  |  |  | {figures['slo_attainment']:.3f} / {figures['satisfaction']:.2f} |" in text
+    assert f"quiet tenants' {points[names[0]]['figures']['requests']} requests: p50" in text
+
+
+def test_whoever_was_cut_off_waited_until_then_at_least():
+    part = dataclasses.replace(PARTS["tenants, fair"], last=0.5, until=2.0)
+    trace = part.trace()
+    assert {r.tenant for r in trace} == {"noisy", *(f"quiet-{i}" for i in range(5))}
+    quiet = [r.arrival for r in trace if r.tenant != "noisy"]
+    rows = [f"{r.arrival:.4f} {r.arrival + 0.25:.4f}" if i % 2 else f"{r.arrival:.4f} -" for i, r in enumerate(trace)]
+    waits = quiet_waits(dict(requests=dict(columns=["arrival", "first_token"], rows=rows)), part)
+    assert len(waits) == len(quiet) < len(trace)
+    assert all(w == pytest.approx(0.25, abs=2e-4) or w > 1.4 for w in waits) and len({round(w, 2) for w in waits}) > 1
+
+
+def test_points_of_a_policy_differ_in_nothing_else():
+    for cv, alpha in POINTS:
+        parts = [part for name, part in PARTS.items() if name.endswith(f", cv {cv}, alpha {alpha:g}")]
+        assert len(parts) == (3 if alpha == 1 else 2)
+        alike = {str(dataclasses.replace(part, policy="", options={})) for part in parts}
+        assert len(alike) == 1 and len({part.policy for part in parts}) == len(parts)
+        assert max(r.arrival for r in parts[0].trace()) < parts[0].last
+
+
+def test_whoever_ran_when_all_was_cut_off_keeps_their_first_token():
+    timings = Timings(arrival=5.0, scheduled=5.5, first_token=6.0)
+    request, output = TraceRequest(0.5, None, 1, 9), SimpleNamespace(finish_reason="abort", timings=timings)
+    record = replay._record(request, output, 5.0)
+    assert (record.ttft, record.finished, record.aborted) == (0.5, None, False)
+    timings.first_token = timings.scheduled = None
+    assert replay._record(request, output, 5.0) == Record(request, aborted=True)
