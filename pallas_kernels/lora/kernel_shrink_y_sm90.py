@@ -178,7 +178,7 @@ def _launch(
                         rows = [jnp.where(w, start + s * in_tiles, start) for s, w in zip(mine, wanted, strict=True)]
                         copies = sum(w.astype(jnp.int32) for w in wanted)
 
-                        def stage_body(stage, _):
+                        def stage_body(stage, carry):
                             column = stage * source.chunk
                             slot = lax.rem(issued + stage, jnp.int32(stages))
                             indices = [source.locate(row + column, item_pages) for row in rows]
@@ -193,7 +193,7 @@ def _launch(
                             )
                             for s, index, w in zip(mine, indices, wanted, strict=True):
                                 source.copy(pool, index, chunks, slot * STAGE_CHUNKS + s, full.at[slot], w)
-                            return ()
+                            return carry
 
                         lax.fori_loop(0, total, stage_body, ())
                         return issued + total

@@ -223,13 +223,15 @@ def test_logits_are_those_of_one_gpu(lora, devices):
     rng = np.random.default_rng(0)
     ranks = [16, rng.choice([0, 8, 24, 64], (config.num_layers, 7)), 1]
     adapters = [None, *[random_adapter(config, r, seed=i, dtype=jnp.bfloat16) for i, r in enumerate(ranks)]]
-    prompts = [
-        (rng.integers(0, config.vocab_size, n).tolist(), a) for n, a in zip((1, 9, 70, 33), adapters, strict=True)
-    ]
+
+    def prompts(*lengths):
+        return [(rng.integers(0, config.vocab_size, n).tolist(), a) for n, a in zip(lengths, adapters, strict=True)]
+
     options = dict(dtype=jnp.bfloat16, last_only=True)
     parallel = make_parallel(config, devices, lora)
     sharded = shard_params(config, params, parallel)
-    for some in (prompts, [([7], adapters[1])]):  # and a step of one token, whose rows XLA treats otherwise
+    # One token, whose rows XLA treats otherwise; and as many as have base projections and deltas in one kernel.
+    for some in (prompts(1, 9, 70, 33), [([7], adapters[1])], prompts(101, 300, 113, 510)):
         wanted = prompt_logits(config, params, some, **options)
         found = prompt_logits(config, sharded, some, parallel=parallel, **options)
         for one, many in zip(wanted, found, strict=True):
