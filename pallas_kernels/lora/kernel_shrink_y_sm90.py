@@ -151,8 +151,8 @@ def _launch(
 
         @pl.when(wg == 1)
         def load():
-            # Each warp copies two granules of a stage and, the first two, eight of its tokens: one alone would take
-            # longer to start the copies of a stage than they take.
+            # Each warp copies two granules of a stage and, the first two, eight of its tokens: started one after
+            # another, the copies of a stage take longer to start than to arrive.
             @plgpu.warp_map
             def _(warp):
                 mine = [warp * WARP_CHUNKS + i for i in range(WARP_CHUNKS)]
