@@ -19,11 +19,12 @@ from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels import GROUPS, MODULES
 from pallas_kernels.geometry import PAGE_TOKENS, ceil_div
-from sharding import WHOLE, CostModel, Shards, choose_layout, make_mesh, partition
+from sharding import WHOLE, CostModel, Shards, make_mesh, partition
 from slora_jax import EngineConfig, ModelConfig
 from slora_jax.adapters import Adapter, random_adapter
 from slora_jax.batch_builder import BatchBuilder
 from slora_jax.buckets import Buckets
+from slora_jax.layout_choice import auto_layout
 from slora_jax.loading import LoadedModel, load_model
 from slora_jax.loading.random import compile_random_params
 from slora_jax.memory import device_memory, page_bytes, step_options, weight_bytes
@@ -113,12 +114,16 @@ class Subject:
             return make_parallel(self.config, self.mesh, "comm-free")
         if layout == "s-lora":
             return make_parallel(self.config, self.mesh, "s-lora")
-        lora = choose_layout(  # what an engine of max_seqs takes at its start
-            self.config.geometry,
-            devices=self.args.tp,
-            tokens=max(1, self.args.max_seqs // 2),
+        lora = auto_layout(  # what an engine of these settings takes at its start
+            self.config,
+            self.mesh,
+            dtype=self.args.dtype,
+            max_seqs=self.args.max_seqs,
+            max_model_len=self.max_model_len,
             adapters=count,
             rank=max(self.setting.ranks),
+            groups=self.groups,
+            pool_bytes=None,
             model=self.cost,
         )
         return make_parallel(self.config, self.mesh, lora)

@@ -4,7 +4,7 @@ other way.
 """
 
 from sharding.collectives import embed, sum_rows
-from sharding.cost import CostModel, choose_layout, collective_timer, measure_latency
+from sharding.cost import CostModel, Room, choose_layout, collective_timer, measure_latency
 from sharding.layout import ROW_GROUPS, Layout, LoraLayout
 from sharding.lora import project, run_length
 from sharding.mesh import ADAPTER_IMAGE, AXIS, LOGITS, POOL, RULES, WHOLE, make_mesh, partition
@@ -20,6 +20,7 @@ __all__ = [
     "POOL",
     "ROW_GROUPS",
     "RULES",
+    "Room",
     "WHOLE",
     "CostModel",
     "Layout",

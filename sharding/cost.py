@@ -1,13 +1,14 @@
 """Which of the two adapter layouts a group of projections gets.
 
 S-LoRA's layout costs one small collective a group, layer and step; the communication-free one costs reading A (of qkv
-and gu) or B (of o and down) whole on every device, once for each adapter of the step.
+and gu) or B (of o and down) whole on every device, once for each adapter of the step, and the room to keep it there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 import dataclasses
+import itertools
 import time
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from jax import lax
@@ -21,6 +22,7 @@ from sharding.layout import ROW_GROUPS, LoraLayout
 from sharding.mesh import AXIS, WHOLE, partition
 
 _MEMORY_SHARE = 0.62
+_BASE_SHARE = 0.88  # of the memory's rate, that copies and the base model's products reach
 _CHAIN = 64  # collectives in a row, so that the call itself does not count
 
 
@@ -75,23 +77,65 @@ class CostModel:
         return others * adapters * rank * len(modules) * width * 2 / self.memory_rate
 
 
-def choose_layout(
-    geometry: Geometry, *, devices: int, tokens: int, adapters: int, rank: int, model: CostModel
-) -> tuple[LoraLayout, ...]:
-    """The cheaper layout of each group, in the order of GROUPS, for decode steps of `tokens` tokens, each with one of
-    `adapters` adapters at random.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Room:
+    """What bounds the number of sequences that run on a device.
+
+    bytes: for keys and values and adapters. context: tokens of a sequence, typically. weights: bytes of the base model
+    that a step reads.
     """
-    distinct = adapters * (1 - (1 - 1 / max(adapters, 1)) ** tokens)
-    layouts: tuple[LoraLayout, ...] = ("comm-free", "s-lora")
-    return tuple(
-        min(
-            layouts,
-            key=lambda layout: model.extra_seconds(
-                layout, group, geometry, devices=devices, tokens=tokens, adapters=distinct, rank=rank
-            ),
-        )
-        for group in GROUPS
-    )
+
+    bytes: float
+    context: int
+    weights: float
+
+
+def choose_layout(
+    geometry: Geometry,
+    *,
+    devices: int,
+    tokens: int,
+    adapters: int,
+    rank: int,
+    model: CostModel,
+    groups: Collection[str] = tuple(GROUPS),
+    room: Room | None = None,
+) -> tuple[LoraLayout, ...]:
+    """The layouts under which most tokens come a second, in the order of GROUPS, of decode steps of `tokens` tokens,
+    each with one of `adapters` adapters at random.
+
+    rank: of every module of `groups`; other groups have no adapters. room: where memory may let fewer sequences run,
+    because a layout keeps more of each adapter on every device; None: all of them do.
+    """
+    kept = room.weights if room else 0.0
+    kv = room.context * 4 * geometry.num_kv_heads * geometry.head_dim * geometry.num_layers / devices if room else 0.0
+
+    def distinct(running: int) -> float:
+        return adapters * (1 - (1 - 1 / max(adapters, 1)) ** running)
+
+    def rate(layouts: tuple[LoraLayout, ...]) -> float:
+        chosen = [(layout, group) for layout, group in zip(layouts, GROUPS, strict=True) if group in groups]
+        held = sum(_adapter_bytes(layout, group, geometry, devices=devices, rank=rank) for layout, group in chosen)
+        running = tokens
+        while room and running > 1 and running * kv + distinct(running) * held > room.bytes:
+            running -= 1
+        options: dict[str, Any] = dict(devices=devices, tokens=running, adapters=distinct(running), rank=rank)
+        seconds = (kept + running * kv) / (model.memory_rate / _MEMORY_SHARE * _BASE_SHARE)
+        for layout, group in chosen:
+            seconds += geometry.num_layers * model.extra_seconds(layout, group, geometry, **options)
+        return running / seconds if seconds else float("inf")
+
+    each: list[tuple[LoraLayout, ...]] = [("comm-free", "s-lora") if g in groups else ("comm-free",) for g in GROUPS]
+    return max(itertools.product(*each), key=rate)
+
+
+def _adapter_bytes(layout: LoraLayout, group: str, geometry: Geometry, *, devices: int, rank: int) -> float:
+    """Of a group's part of an adapter on each device, in 2 bytes."""
+    modules = GROUPS[group]
+    whole = geometry.out_sizes if group in ROW_GROUPS else geometry.in_sizes
+    cut = sum(geometry.in_sizes[m] + geometry.out_sizes[m] for m in modules) / devices
+    more = sum(whole[m] for m in modules) * (devices - 1) / devices if layout == "comm-free" else 0.0
+    return 2.0 * geometry.num_layers * rank * (cut + more)
 
 
 def measure_latency(mesh: Mesh, shape: tuple[int, ...] = (256,), dtype: DTypeLike = jnp.float32) -> float:

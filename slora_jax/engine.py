@@ -23,13 +23,14 @@ from slora_jax.engine_loop import EngineLoop
 from slora_jax.engine_requests import EngineRequests
 from slora_jax.errors import SloraError
 from slora_jax.jobs import Generation
+from slora_jax.layout_choice import choose_parallel
 from slora_jax.loading import LoadedModel, load_config, load_model
 from slora_jax.memory import check_weights_fit, num_weights, step_options
 from slora_jax.model_config import ModelConfig
 from slora_jax.page_loads import PageLoads
 from slora_jax.page_pool import PagePool
 from slora_jax.page_uses import page_map, used_pages
-from slora_jax.parallel import Parallel, choose_parallel, param_shards, shard_params
+from slora_jax.parallel import Parallel, param_shards, shard_params
 from slora_jax.policies import Quotas, make_policy
 from slora_jax.prefix_cache import prefix_stats
 from slora_jax.progress import progress_bar

@@ -1,11 +1,10 @@
 """A model on several devices: its layout, the shards of its parameters, and the forward pass under shard_map."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
@@ -16,21 +15,15 @@ from sharding import (
     POOL,
     RULES,
     WHOLE,
-    CostModel,
     Layout,
     LoraLayout,
     ShardedTable,
     Shards,
     SplitVocabulary,
-    choose_layout,
-    join,
     make_mesh,
     partition,
 )
-from slora_jax.adapters import AdapterShape
 from slora_jax.batch import Batch, Output, Sampling, State
-from slora_jax.engine_config import ResolvedConfig
-from slora_jax.errors import SloraError
 from slora_jax.model_config import ModelConfig, ParamSpec, param_specs
 
 
@@ -73,44 +66,6 @@ def make_parallel(
     )
     _ = layout.local  # raises where a device's part of a page is no whole number of tiles
     return Parallel(mesh=mesh, layout=layout)
-
-
-def choose_parallel(
-    config: ModelConfig, settings: ResolvedConfig, num_adapters: int, shapes: Collection[AdapterShape]
-) -> Parallel | None:
-    """What an engine's settings ask for; None for one device. lora_layout "auto" takes the cheaper layout for each
-    group, for a full decode step in which the adapters known at start (or, if there are none, as many as sequences) are
-    in use.
-
-    Raises SloraError if there are not enough devices, or if a device's part of a page is no whole number of tiles.
-    """
-    if settings.tensor_parallel == 1 and jax.process_count() == 1:
-        return None
-    try:
-        mesh = make_mesh(settings.tensor_parallel)
-        if {device.process_index for device in mesh.devices.flat} != set(range(jax.process_count())):
-            raise ValueError(
-                f"it leaves a process without a device; there are {jax.device_count()} devices in "
-                f"{jax.process_count()} processes"
-            )
-        if settings.lora_layout != "auto":
-            return make_parallel(config, mesh, settings.lora_layout)
-        if jax.process_count() > 1:
-            join().meet()
-        lora = choose_layout(
-            config.geometry,
-            devices=settings.tensor_parallel,
-            tokens=max(1, settings.max_seqs // 2),  # most steps have fewer than the most
-            adapters=num_adapters or settings.max_seqs,
-            rank=settings.max_lora_rank or max((a.max_rank for a in shapes), default=16),
-            model=CostModel.measure(mesh),
-        )
-        if jax.process_count() > 1:  # each has measured for itself
-            first = multihost_utils.broadcast_one_to_all(np.array([layout == "s-lora" for layout in lora]))
-            lora = tuple("s-lora" if scattered else "comm-free" for scattered in first)
-        return make_parallel(config, mesh, lora)
-    except ValueError as error:
-        raise SloraError(f"tensor_parallel {settings.tensor_parallel} is not possible: {error}") from None
 
 
 def local_config(config: ModelConfig, layout: Layout) -> ModelConfig:

@@ -183,7 +183,7 @@ def lora_matmul(
     geometries: dict[str, Any] = dict(shrink=shrink_geometry, expand=expand_geometry)
     chosen = pair_implementation(x, x, pages, **geometries, **options, implementation=implementation)
     if chosen == "mosaic" and weights is not None and x.shape[0] >= PRODUCT_STEP:
-        reason = kernel_matmul_sm90.unsupported(x, weights, shrink_geometry, expand_geometry)
+        reason = kernel_matmul_sm90.unsupported(x, weights, expand_geometry)
         if reason is None:
             a = kernel_sm90.Matrices(table=shrink, geometry=shrink_geometry)
             b = kernel_sm90.Matrices(table=expand, geometry=expand_geometry)

@@ -44,18 +44,15 @@ _HALF = _COLUMNS // _PASSES
 _CTAS = 132
 
 
-def unsupported(x, w, shrink: Geometry, expand: Geometry) -> str | None:
-    """Why the kernel cannot take what `lora_add` can, or None if it can. w: [layers, in, out]. shrink, expand: of the
-    A's and of the B's.
-    """
+def unsupported(x, w, geometry: Geometry) -> str | None:
+    """Why the kernel cannot take what `lora_add` can, or None if it can. w: [layers, in, out]. geometry: of the B's."""
     if x.shape[0] % TILE:
         return f"{x.shape[0]} tokens are not a multiple of {TILE}"
     if w.dtype != x.dtype:
         return f"weights are {w.dtype} and activations {x.dtype}"
-    for geometry in (shrink, expand):
-        # All widths, not only the group's: else an adapter's sections begin somewhere in a chunk.
-        if chunk_tiles(geometry, CHUNK) < CHUNK:
-            return f"a page or a projection's width is not a multiple of {CHUNK} tiles ({_COLUMNS} columns)"
+    # All widths, not only the group's: else an adapter's sections begin somewhere in a chunk.
+    if chunk_tiles(geometry, CHUNK) < CHUNK:
+        return f"a page or a projection's width is not a multiple of {CHUNK} tiles ({_COLUMNS} columns)"
     return None
 
 

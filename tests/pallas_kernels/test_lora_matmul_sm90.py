@@ -168,11 +168,10 @@ def test_large_steps_share_their_kernels():
 
 def test_unsupported_names_the_reason():
     x, weights = jnp.zeros((1152, 512), jnp.bfloat16), jnp.zeros((2, 512, 1024), jnp.bfloat16)
-    assert unsupported(x, weights, WIDE, WIDE) is None
-    assert "1100" in unsupported(x[:1100], weights, WIDE, WIDE)
-    assert "float32" in unsupported(x, weights.astype(jnp.float32), WIDE, WIDE)
-    assert "256" in unsupported(x, weights, TINY, WIDE)
-    assert "256" in unsupported(x, weights, WIDE, TINY)
+    assert unsupported(x, weights, WIDE) is None
+    assert "1100" in unsupported(x[:1100], weights, WIDE)
+    assert "float32" in unsupported(x, weights.astype(jnp.float32), WIDE)
+    assert "256" in unsupported(x, weights, TINY)
 
 
 @given(
@@ -185,7 +184,7 @@ def test_sections_begin_with_a_chunk_where_it_is_supported(hidden, intermediate,
     """Widths of the other groups count, too: those of SmolLM2's hidden state (9 tiles) moved the B's of gate and up."""
     g = geometry(64 * hidden, 64 * kv_heads, 64 * intermediate, kv_heads=kv_heads)
     x, weights = jnp.zeros((1152, 512), jnp.bfloat16), jnp.zeros((2, 512, 1024), jnp.bfloat16)
-    if unsupported(x, weights, g, g) is None:
+    if unsupported(x, weights, g) is None:
         _, b_start = section_starts(jnp.array(granules), g)
         assert not any(start % CHUNK for start in b_start)
         assert g.page_tiles % CHUNK == 0

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import Geometry
-from sharding import CostModel, Layout, Shards, choose_layout, make_mesh
+from sharding import CostModel, Layout, Room, Shards, choose_layout, make_mesh
 from slora_jax.adapters import random_adapter
 from slora_jax.adapters.shards import shard_adapter, shard_image
 from slora_jax.parallel import make_parallel, param_shards
@@ -132,6 +132,37 @@ def test_auto_chooses_what_was_faster_on_h200s(name, rank, devices, adapters):
     model = CostModel(latency=21e-6, gather_latency=24e-6)
     options = dict(devices=devices, tokens=128, adapters=adapters, rank=rank)
     assert choose_layout(named_shape(name).geometry, model=model, **options) == COMM_FREE
+
+
+def test_auto_leaves_room_for_sequences():
+    """What served more on two H200s with 2,592 pages for 128 requests of 194 tokens on average
+    (benchmarks/results/tensor_parallel_served_h200x2.json): S-LoRA's layout, 1.07 times as many, where a hundred
+    adapters leave no room for all, and the other one where ten do.
+    """
+    geometry, pages = named_shape("llama-70b-m").geometry, 2592
+    per_layer = sum(a * b for a, b in zip(geometry.in_sizes, geometry.out_sizes, strict=True))
+    room = Room(bytes=pages * 20971520, context=194, weights=geometry.num_layers * per_layer)
+    options = dict(devices=2, tokens=128, rank=64, model=CostModel(latency=19e-6, gather_latency=23e-6))
+    options |= dict(groups=("qkv", "o"))
+    assert choose_layout(geometry, adapters=100, room=room, **options)[:2] == ("s-lora", "s-lora")
+    assert choose_layout(geometry, adapters=10, room=room, **options) == COMM_FREE
+    large = dataclasses.replace(room, bytes=10 * room.bytes)
+    for adapters in (10, 100, 1000):
+        free = choose_layout(geometry, adapters=adapters, **options)
+        assert choose_layout(geometry, adapters=adapters, room=large, **options) == free
+
+
+def test_auto_weighs_no_group_without_adapters():
+    options = dict(
+        devices=2,
+        tokens=64,
+        adapters=64,
+        rank=64,
+        model=CostModel(latency=1e-7, gather_latency=1e-7, rows=0.0, gather_rows=0.0),
+    )
+    geometry = named_shape("llama-30b-m").geometry
+    assert choose_layout(geometry, groups=("gu",), **options) == ("comm-free", "comm-free", "s-lora", "comm-free")
+    assert choose_layout(geometry, groups=(), **options) == COMM_FREE
 
 
 def test_auto_without_adapters():
