@@ -79,7 +79,7 @@ class CostModel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Room:
-    """What bounds the number of sequences that run on a device.
+    """What bounds the number of sequences that run on a device, everything counted in 2 bytes.
 
     bytes: for keys and values and adapters. context: tokens of a sequence, typically. weights: bytes of the base model
     that a step reads.
@@ -107,8 +107,9 @@ def choose_layout(
     rank: of every module of `groups`; other groups have no adapters. room: where memory may let fewer sequences run,
     because a layout keeps more of each adapter on every device; None: all of them do.
     """
-    kept = room.weights if room else 0.0
-    kv = room.context * 4 * geometry.num_kv_heads * geometry.head_dim * geometry.num_layers / devices if room else 0.0
+    weights = room.weights if room else 0.0
+    per_token = 4 * geometry.num_kv_heads * geometry.head_dim * geometry.num_layers / devices
+    kv = room.context * per_token if room else 0.0  # of a sequence
 
     def distinct(running: int) -> float:
         return adapters * (1 - (1 - 1 / max(adapters, 1)) ** running)
@@ -120,7 +121,7 @@ def choose_layout(
         while room and running > 1 and running * kv + distinct(running) * held > room.bytes:
             running -= 1
         options: dict[str, Any] = dict(devices=devices, tokens=running, adapters=distinct(running), rank=rank)
-        seconds = (kept + running * kv) / (model.memory_rate / _MEMORY_SHARE * _BASE_SHARE)
+        seconds = (weights + running * kv) / (model.memory_rate / _MEMORY_SHARE * _BASE_SHARE)
         for layout, group in chosen:
             seconds += geometry.num_layers * model.extra_seconds(layout, group, geometry, **options)
         return running / seconds if seconds else float("inf")

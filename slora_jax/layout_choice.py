@@ -3,12 +3,13 @@
 from collections.abc import Collection
 
 import jax
+from jax import numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 import numpy as np
 
-from pallas_kernels.geometry import GROUPS, ceil_div
+from pallas_kernels.geometry import ceil_div
 from sharding import CostModel, LoraLayout, Room, choose_layout, join, make_mesh
 from slora_jax.adapters import AdapterShape
 from slora_jax.engine_config import ResolvedConfig
@@ -89,7 +90,11 @@ def auto_layout(
     weights, memory = weight_bytes(config, dtype, parallel), device_memory()
     if pool_bytes is None and memory is not None:
         pool_bytes = max(0, memory[0] - weights - _SPARE_BYTES)
-    context = min(max_model_len * 3 // 8, _MOST_CONTEXT)
+    room = None
+    if pool_bytes is not None:
+        share = 2 / jnp.dtype(dtype).itemsize  # Room counts in 2 bytes, as CostModel does
+        context = min(max_model_len * 3 // 8, _MOST_CONTEXT)
+        room = Room(bytes=pool_bytes * share, context=context, weights=weights * share)
     return choose_layout(
         config.geometry,
         devices=parallel.layout.devices,
@@ -97,6 +102,6 @@ def auto_layout(
         adapters=adapters,
         rank=rank,
         model=model,
-        groups=[group for group in GROUPS if group in groups],
-        room=None if pool_bytes is None else Room(bytes=pool_bytes, context=context, weights=weights),
+        groups=groups,
+        room=room,
     )

@@ -105,8 +105,10 @@ class Part:
         return 2 * (self.lengths[1] - 1)
 
     def trace(self) -> list[TraceRequest]:
-        if self.tenants and self.last:
-            return noisy(self.tenants, self.rate, self.last, self.lengths)[self.loud]
+        if self.tenants:
+            assert self.last is not None
+            quiet, mixed = noisy(self.tenants, self.rate, self.last, self.lengths)
+            return mixed if self.loud else quiet
         options: dict[str, Any] = dict(adapters=self.adapters, rate=self.rate, requests=self.requests)
         trace = synthetic_trace(**options, cv=self.cv, alpha=self.alpha, lengths=self.lengths, seed=_SEED)
         if self.kind in ("burst", "profile"):
@@ -156,44 +158,35 @@ def _mixed_load(slots: int, **changes: Any) -> Part:
     return dataclasses.replace(_mixed(slots), **load, **changes)
 
 
-def _policy(policy: str, cv: float, alpha: float, **options: Any) -> Part:
-    """A point of S-LoRA's figures 10 to 12, a sixth as long in all its times as with S-LoRA's target of 6 s."""
+def _tight(adapters: int, policy: str, **changes: Any) -> Part:
+    """Twelve seconds in a small pool. Who comes in the last of them may still have a first token within one more."""
     return Part(
         family="tight",
         setting=SETTINGS["S2"],
-        adapters=32,
+        adapters=adapters,
         kind="rate",
-        max_seqs=64,
         policy=policy,
-        options=options,
-        rate=24.0,
-        requests=1000,
-        cv=cv,
-        alpha=alpha,
         last=12.0,
         until=13.1,
-        slo=1.0,
         seconds=15.0,
+        **changes,
     )
+
+
+def _policy(policy: str, cv: float, alpha: float, **options: Any) -> Part:
+    """A point of S-LoRA's figures 10 to 12, a sixth as long in all its times as with S-LoRA's target of 6 s."""
+    trace: dict[str, Any] = dict(rate=24.0, requests=1000, cv=cv, alpha=alpha)
+    return _tight(32, policy, options=options, max_seqs=64, slo=1.0, **trace)
+
+
+def policy_part(name: str, cv: float, alpha: float) -> str:
+    """The name of a point of POLICIES."""
+    return f"policy {name}, cv {cv}, alpha {alpha:g}"
 
 
 def _tenants(policy: str, loud: bool) -> Part:
     """Five quiet tenants of 4.8 requests/s each, and a noisy one."""
-    return Part(
-        family="tight",
-        setting=SETTINGS["S2"],
-        adapters=10,
-        kind="rate",
-        max_seqs=32,
-        policy=policy,
-        rate=4.8,
-        tenants=5,
-        loud=loud,
-        last=12.0,
-        until=13.1,
-        lengths=(8, 128),
-        seconds=15.0,
-    )
+    return _tight(10, policy, max_seqs=32, rate=4.8, tenants=5, loud=loud, lengths=(8, 128))
 
 
 POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -249,6 +242,7 @@ PARTS = {
     "mixed load, 24 GiB, 32 fixed slots": _mixed_load(32),
     "mixed load, 24 GiB, 64 fixed slots": _mixed_load(64),
     "mixed load, 24 GiB, unified, gather": _mixed_load(0, **_GATHER),
+    "mixed load, 24 GiB, unified, gather, oldest 64": _mixed_load(0, **_GATHER | dict(options=dict(oldest=64))),
     "mixed load, 24 GiB, 32 fixed slots, gather": _mixed_load(32, **_GATHER),
     "mixed load, 24 GiB, 64 fixed slots, gather": _mixed_load(64, **_GATHER),
     "load S4 n=100": _load("S4", 100, "13b"),
@@ -258,7 +252,7 @@ PARTS = {
     "tenants, quiet alone": _tenants("fair", False),
     "tenants, fair": _tenants("fair", True),
     **{
-        f"policy {name}, cv {cv}, alpha {alpha:g}": _policy(policy, cv, alpha, **options)
+        policy_part(name, cv, alpha): _policy(policy, cv, alpha, **options)
         for cv, alpha in POINTS
         for name, (policy, options) in POLICIES.items()
         if name != "early abort" or alpha == 1  # S-LoRA's figure 10 has no other alpha

@@ -5,28 +5,29 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.serving.paper_parts import PARTS, POLICIES, Part
+from benchmarks.serving.paper_parts import POLICIES, Part, policy_part
 from benchmarks.serving.policies import POINTS
 
 
-def show_policies(points: Mapping[str, Any], parts: Mapping[str, Part] = PARTS) -> None:
-    """Prints what was measured of them; nothing if nothing was."""
+def show_policies(points: Mapping[str, Any], parts: Mapping[str, Part]) -> None:
+    """Prints what was measured of them; nothing if nothing was. points: measured parts, by name."""
+    points = {name: point for name, point in points.items() if "error" not in point}
     if any(name.startswith("policy") for name in points):
         print("\nSLO attainment / satisfaction\n")
         print("| cv, alpha | " + " | ".join(f"{cv}, {alpha:g}" for cv, alpha in POINTS) + " |")
         print("|---|" + "---|" * len(POINTS))
         for policy in POLICIES:
-            names = [f"policy {policy}, cv {cv}, alpha {alpha:g}" for cv, alpha in POINTS]
-            print(f"| {policy} | " + " | ".join(map(_attained, map(points.get, names))) + " |")
-    waits = {name: quiet_waits(points[name], parts[name]) for name in points if name.startswith("tenants")}
-    for name, others in waits.items():
+            names = [policy_part(policy, cv, alpha) for cv, alpha in POINTS]
+            print(f"| {policy} | " + " | ".join(_attained(points[n]) if n in points else "" for n in names) + " |")
+    for name, point in points.items():
+        if not name.startswith("tenants"):
+            continue
+        others = quiet_waits(point, parts[name])
         p50, p99 = np.percentile(others, (50, 99))
         print(f"{name}: first tokens of the quiet tenants' {len(others)} requests: p50 {p50:.4f} s, p99 {p99:.4f} s")
 
 
-def _attained(point: Mapping[str, Any] | None) -> str:
-    if point is None or "figures" not in point:
-        return ""
+def _attained(point: Mapping[str, Any]) -> str:
     return f"{point['figures']['slo_attainment']:.3f} / {point['figures']['satisfaction']:.2f}"
 
 

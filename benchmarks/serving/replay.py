@@ -147,8 +147,7 @@ def _record(request: TraceRequest, output: RequestOutput, start: float) -> Recor
     timings = output.timings
     if output.finish_reason == "abort":  # given up, or cut off by `until`
         first = _since(start, timings.first_token)
-        scheduled = _since(start, timings.scheduled)
-        return Record(request, scheduled=scheduled, first_token=first, aborted=first is None)
+        return Record(request, _since(start, timings.scheduled), first, aborted=first is None)
     if len(output.token_ids) != request.output_len:
         raise SloraError(f"an answer has {len(output.token_ids)} tokens instead of {request.output_len}")
     return Record(

@@ -15,7 +15,8 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry, ceil_div
+from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry
+from pallas_kernels.geometry import ceil_div as static_ceil_div
 from pallas_kernels.lora.any_rows import any_rows
 from pallas_kernels.lora.config import LoraConfig
 from pallas_kernels.lora.expand_y import total_of
@@ -28,9 +29,9 @@ from pallas_kernels.lora.mosaic_common import (
     STEP_ROWS,
     ChunkSource,
     capacity,
+    ceil_div,
     drain,
 )
-from pallas_kernels.lora.mosaic_common import ceil_div as blocks_of
 from pallas_kernels.lora.plan import (
     NUM_TOKENS,
     OFFSET,
@@ -74,7 +75,7 @@ def shrink_y(
     a, b: plans of the two matrices, cut at windows. page_ids, geometry: of A's. layer: int32[1].
     """
     source = ChunkSource(geometry=geometry, num_pages=pages.shape[1], chunk=chunk, whole=not interpret)
-    blocks, columns = len(b.records), len(GROUPS[group]) * ceil_div(max_rank, STAGE_ROWS) * STAGE_ROWS
+    blocks, columns = len(b.records), len(GROUPS[group]) * static_ceil_div(max_rank, STAGE_ROWS) * STAGE_ROWS
     out = jax.ShapeDtypeStruct((blocks, WINDOW, columns), x.dtype)
     views = source.view_of_tokens(x), source.view_of_pool(pages)
     args = (*views, page_ids, a.counts, a.records, b.records, b.scaling, layer)
@@ -137,7 +138,7 @@ def _launch(
         layer, used = layer_ref[0], counts[0]
         # Dealt out without turning back: of a window with two segments the parts of one without tokens of its own are
         # then not always the same programs'.
-        num_items = jnp.maximum(blocks_of((used + 1) * _PARTS - cta, ctas), 0)
+        num_items = jnp.maximum(ceil_div((used + 1) * _PARTS - cta, ctas), 0)
 
         def describe(n):
             """Token block, first token of the item in it, and rank blocks to sum: none if all tokens are others'."""
@@ -198,12 +199,12 @@ def _launch(
                         lax.fori_loop(0, total, stage_body, ())
                         return issued + total
 
-                    return lax.fori_loop(0, blocks_of(all_granules, STAGE_CHUNKS), rank_body, issued)
+                    return lax.fori_loop(0, ceil_div(all_granules, STAGE_CHUNKS), rank_body, issued)
 
                 drain(empty, lax.fori_loop(0, num_items, item_body, jnp.int32(0)), stages)
 
         @pl.when(wg == 0)
-        def consumer():
+        def multiply():
             def sum_of(seen, split):
                 first, last = split * per_split, min((split + 1) * per_split, total)
 
@@ -234,7 +235,7 @@ def _launch(
                     sums[pl.ds(rank_block * STAGE_ROWS, STAGE_ROWS)] = functools.reduce(jnp.add, parts)
                     return seen + total
 
-                seen = lax.fori_loop(0, blocks_of(all_granules, STAGE_CHUNKS), rank_body, seen)
+                seen = lax.fori_loop(0, ceil_div(all_granules, STAGE_CHUNKS), rank_body, seen)
                 plgpu.commit_smem()
                 offset, num_tokens = (b_records[block, layer, i] for i in (OFFSET, NUM_TOKENS))
                 tokens = pl.ds(pl.multiple_of(first, _TOKENS), _TOKENS)
@@ -242,7 +243,7 @@ def _launch(
                     granules, row = (b_records[block, layer, module_field(module) + i] for i in (1, 2))
                     granules, row = (jnp.where(block < used, value, 0) for value in (granules, row))
 
-                    @pl.loop(0, jnp.where(block < used, blocks_of(granules, STAGE_CHUNKS), rank_tiles))
+                    @pl.loop(0, jnp.where(block < used, ceil_div(granules, STAGE_CHUNKS), rank_tiles))
                     def write_tile(rank_tile, number=number, module=module, granules=granules, row=row):
                         window = pl.ds(row + rank_tile * STAGE_ROWS, STAGE_ROWS)
                         part = plgpu.load(sums.at[window], layout=_WGMMA, optimized=False)

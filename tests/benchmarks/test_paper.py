@@ -146,6 +146,8 @@ def test_policies_and_tenants_are_shown_side_by_side(tmp_path, capsys):
     points = json.loads(path.read_text())["parts"]
     assert not any("error" in point for point in points.values())
     assert [p["engine"]["policy"] for p in points.values()] == ["fair", "early-abort", "cluster"]
+    points |= {name: dict(error="of the device") for name in ("tenants, fair", "policy first come, cv 8, alpha 1")}
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(parts=points)))
     paper.main(["--json", str(path), "--report"])
     text = capsys.readouterr().out
     figures = points[names[1]]["figures"]
