@@ -3,12 +3,17 @@
 import dataclasses
 
 import jax
+from jax import numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import Geometry
+from pallas_kernels.lora.kernel_matmul_sm90 import unsupported
+from pallas_kernels.lora.product_tiles import CHUNK
+from pallas_kernels.lora.table import section_starts
+from pallas_kernels.lora.windows import TILE
 from sharding import CostModel, Layout, Room, Shards, choose_layout, make_mesh
-from slora_jax.adapters import random_adapter
+from slora_jax.adapters import AdapterShape, random_adapter
 from slora_jax.adapters.shards import shard_adapter, shard_image
 from slora_jax.parallel import make_parallel, param_shards
 from slora_jax.shapes import named_shape
@@ -113,6 +118,28 @@ def test_param_shards_name_every_parameter():
         "wdown": (1, 160),
         "lm_head": (0, 256),
     }
+
+
+@pytest.mark.parametrize(
+    "name, devices, supported, aligned",
+    [
+        ("llama-3.1-8b", 4, True, True),
+        ("llama-2-13b", 2, True, True),
+        ("llama-2-7b", 4, False, False),  # read amiss until all widths were asked
+        ("llama-2-13b", 8, False, False),
+    ],
+)
+def test_sections_of_a_part_begin_with_a_chunk_where_lora_matmul_is_supported(name, devices, supported, aligned):
+    config = named_shape(name)
+    parts = Layout(devices=devices, geometry=config.geometry, vocab_size=config.vocab_size, lora=COMM_FREE)
+    ranks = np.full((config.num_layers, 7), 8, np.int32)
+    sizes = dict(in_sizes=config.geometry.in_sizes, out_sizes=config.geometry.out_sizes)
+    adapter = AdapterShape(ranks=ranks, scaling=np.ones_like(ranks, np.float32), **sizes)
+    _, b_start = section_starts(jnp.asarray(adapter.granules), parts.expand)
+    starts = shard_adapter(adapter, parts).expand_start[:, None] + np.stack(b_start)  # [N, 7, L]
+    x, w = jnp.zeros((TILE, 64), jnp.bfloat16), jnp.zeros((1, 64, 64), jnp.bfloat16)
+    assert (unsupported(x, w, parts.expand) is None) == supported
+    assert (starts % CHUNK == 0).all() == aligned
 
 
 def test_auto_weighs_latency_against_bytes():
