@@ -152,13 +152,13 @@ def _launch(
 
         @pl.when(wg == 1)
         def load():
-            # Each warp copies two granules of a stage and, the first two, eight of its tokens: started one after
+            # Each warp copies two granules of a stage and, the last two, eight of its tokens: started one after
             # another, the copies of a stage take longer to start than to arrive.
             @plgpu.warp_map
             def _(warp):
                 mine = [warp * WARP_CHUNKS + i for i in range(WARP_CHUNKS)]
                 octet = lax.rem(warp, jnp.int32(_OCTETS))
-                has_tokens = warp < _OCTETS
+                has_tokens = warp >= WARPS - _OCTETS  # which copy nothing else of low ranks
 
                 def tokens_of(slot):
                     if source.whole:

@@ -7,10 +7,11 @@ from jax import lax
 from jax import numpy as jnp
 
 from pallas_kernels.geometry import GROUPS, Geometry
-from pallas_kernels.lora.mosaic_common import ceil_div
 
 CHUNK = 4
 """Tiles of weights that a bulk copy moves: a product's tile is as wide."""
+HALVES = 2
+"""Of a tile along the outputs. Those of the last round are shared by two programs each, if there are enough."""
 _BAND = 16
 """Tiles along the tokens that run together: of a step of up to 2,048 tokens all, so that weights are read once."""
 
@@ -30,18 +31,33 @@ class ProductTiles:
         return sum(self.geometry.out_tiles(m) for m in GROUPS[self.group]) // CHUNK
 
     @property
+    def _split(self):
+        """How many tiles the rounds have in which every program has one, and how many more there are in halves."""
+        total = self.tiles * self._columns
+        rest = lax.rem(total, jnp.int32(self.ctas))
+        return total - rest, jnp.where(rest * HALVES <= self.ctas, rest, 0)
+
+    @property
     def count(self):
-        """Tiles of this program."""
-        return jnp.maximum(ceil_div(self.tiles * self._columns - self.cta, self.ctas), 0)
+        """Tiles of this program, one of which may be a half."""
+        whole, halved = self._split
+        last = jnp.where(halved > 0, halved * HALVES, self.tiles * self._columns - whole)
+        return lax.div(whole, jnp.int32(self.ctas)) + jnp.where(self.cta < last, 1, 0)
 
     def place(self, n):
-        """Of this program's n-th tile: which one along the tokens, and which along the outputs."""
+        """Of this program's n-th tile: which one along the tokens, which along the outputs, and which half, or HALVES
+        if it is whole.
+        """
+        whole, halved = self._split
         index = self.cta + n * self.ctas
+        last = (index >= whole) & (halved > 0)
+        index = jnp.where(last, whole + lax.div(self.cta, jnp.int32(HALVES)), index)
+        half = jnp.where(last, lax.rem(self.cta, jnp.int32(HALVES)), HALVES)
         band = lax.div(index, jnp.int32(_BAND * self._columns))
         index -= band * (_BAND * self._columns)
         height = jnp.minimum(self.tiles - band * _BAND, _BAND)
         column = lax.div(index, height)
-        return band * _BAND + index - column * height, column
+        return band * _BAND + index - column * height, column, half
 
     def module_of(self, column):
         """Of a tile along the outputs: its module and the place of that in the group, the module's width and first

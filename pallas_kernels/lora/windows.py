@@ -17,17 +17,20 @@ from pallas_kernels.lora.plan import PAGE_START, TOKEN, Plan, module_field
 
 WINDOW = 64
 TILE = 2 * WINDOW
+_BITS = 30
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
     """first_block: first token block of every tile, and where the last one's end. stages: how many times 64 ranks a
-    tile multiplies, of each layer and module.
+    tile multiplies, of each layer and module. reach: bit i of a window is set if it has tokens in the i-th of them; all
+    bits, if there are more than fit.
     """
 
     first_block: Int[Array, "M1"]
     stages: Int[Array, "M L 7"]
+    reach: Int[Array, "M L 7 2"]
 
 
 def is_second(before: list, record: list) -> Any:
@@ -48,7 +51,23 @@ def make_tiles(plan: Plan, num_tokens: int) -> Tiles:
     rank_tiles = jnp.where((used & ~second)[:, None, None], -(-granules // STAGE_CHUNKS), 0)
     tile = token // TILE
     number = jnp.arange(tiles, dtype=jnp.int32)
-    stages = jnp.where((tile == number[:, None])[:, :, None, None], rank_tiles, 0).sum(axis=1, dtype=jnp.int32)
     ends = jnp.arange(tiles + 1, dtype=jnp.int32)[:, None]
     first_block = jnp.where(used & (tile < ends), 1, 0).sum(axis=1, dtype=jnp.int32)
-    return Tiles(first_block=first_block, stages=stages)
+    # The stages before a block's in its tile; those of a pair's second block are its first one's.
+    before = jnp.cumsum(rank_tiles, axis=0, dtype=jnp.int32) - rank_tiles
+    before -= before[first_block[jnp.clip(tile, 0, tiles - 1)]]
+    bits = _ones(rank_tiles) << jnp.clip(before, 0, _BITS)
+    bits = jnp.where(second[:, None, None], jnp.roll(bits, 1, axis=0), bits)
+    here = used & (tile == number[:, None])  # [tiles, blocks]
+
+    def total(what, chosen):
+        return jnp.where(chosen[:, :, None, None], what, 0).sum(axis=1, dtype=jnp.int32)
+
+    stages, odd = total(rank_tiles, here), (token // WINDOW) % 2 == 1
+    reach = jnp.stack([total(bits, here & (odd == window)) for window in (False, True)], axis=3)
+    return Tiles(first_block=first_block, stages=stages, reach=jnp.where(stages[..., None] > _BITS, -1, reach))
+
+
+def _ones(count):
+    """So many bits, as far as they fit."""
+    return (1 << jnp.clip(count, 0, _BITS)) - 1

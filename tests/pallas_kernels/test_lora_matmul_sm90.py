@@ -22,10 +22,11 @@ from pallas_kernels.lora.config import PRODUCT_STEP, SHORT_SEGMENT
 from pallas_kernels.lora.kernel_matmul_sm90 import unsupported
 from pallas_kernels.lora.kernel_sm90 import Matrices, matmul_sm90
 from pallas_kernels.lora.plan import NUM_TOKENS, OFFSET, TOKEN, make_plan, max_token_blocks
-from pallas_kernels.lora.product_tiles import CHUNK, ProductTiles
+from pallas_kernels.lora.product_tiles import CHUNK, HALVES, ProductTiles
 from pallas_kernels.lora.table import section_starts
 from pallas_kernels.lora.windows import TILE, WINDOW, make_tiles
 
+UNEVEN = geometry(768, 256, 512, kv_heads=4)
 HIGH = [[8] * 7, [16, 4, 0, 8, 40, 80, 8], [80, 8, 16, 8, 8, 8, 8]]
 
 
@@ -58,9 +59,17 @@ class Product:
         assert relative_error(np.asarray(result), batch.expected()) < 5e-3
 
 
-@pytest.mark.parametrize("lengths, group", [((100, 17, 50, 89), "qkv"), ((128, 80, 30, 18), "gu")], ids=["qkv", "gu"])
-def test_interpreted(lengths, group):
-    product = Product(WIDE, HIGH, lengths, (0, 1, -1, 2), group)
+@pytest.mark.parametrize(
+    "g, lengths, group",
+    [
+        (WIDE, (100, 17, 50, 89), "qkv"),
+        (WIDE, (128, 80, 30, 18), "gu"),
+        (UNEVEN, (50, 28, 20, 30), "qkv"),  # five tiles for two programs: the last one in halves
+    ],
+    ids=["qkv", "gu", "halves"],
+)
+def test_interpreted(g, lengths, group):
+    product = Product(g, HIGH, lengths, (0, 1, -1, 2), group)
     product.check(product.run(interpret=plgpu.InterpretGPUParams()))
 
 
@@ -98,7 +107,7 @@ def test_tiles_list_every_pair_of_a_segment_and_a_tile(lengths, chosen):
     rank_tiles = -(-np.asarray(table.granules) // 8)  # [adapters, layers, 7]
     for t in range(tokens // TILE):
         # runs of the same adapter: a pair may go from one segment to the next where a window ends between them
-        pairs, last = [], None
+        pairs, reached, last = [], [], None
         for w in (2 * t, 2 * t + 1):
             inside = [
                 a
@@ -106,20 +115,33 @@ def test_tiles_list_every_pair_of_a_segment_and_a_tile(lengths, chosen):
                 if a >= 0 and b < (w + 1) * WINDOW and e > w * WINDOW
             ]
             same = w % 2 == 1 and inside and last is not None and inside[0] == last
+            if same:
+                reached[-1].add(w % 2)
             pairs += inside[1:] if same else inside
+            reached += [{w % 2} for _ in (inside[1:] if same else inside)]
             last = inside[-1] if inside else None
         wanted = sum((rank_tiles[a] for a in pairs), np.zeros_like(rank_tiles[0]))
         np.testing.assert_array_equal(tiles.stages[t], wanted)
+        for layer, module in np.ndindex(*wanted.shape):
+            touched = [r for a, r in zip(pairs, reached, strict=True) for _ in range(rank_tiles[a, layer, module])]
+            bits = [sum(1 << i for i, windows in enumerate(touched) if w in windows) for w in (0, 1)]
+            expected = bits if len(touched) <= 30 else [-1, -1]
+            assert tiles.reach[t, layer, module].tolist() == expected
 
 
 @pytest.mark.parametrize("tiles", [1, 7, 16, 37])
 def test_programs_share_every_tile_of_a_product(tiles):
     g, ctas = SPECS["8b_prefill_2048_8_segments_r16"].geometry, 132
-    found = []
+    found, most = [], 0
     for cta in range(ctas):
         order = ProductTiles(geometry=g, group="qkv", cta=jnp.int32(cta), ctas=ctas, tiles=jnp.int32(tiles))
-        found += [tuple(map(int, order.place(jnp.int32(n)))) for n in range(int(order.count))]
-    assert sorted(found) == [(t, c) for t in range(tiles) for c in range(6144 // 256)]
+        own = [tuple(map(int, order.place(jnp.int32(n)))) for n in range(int(order.count))]
+        found += [(t, c, h) for t, c, half in own for h in ((0, 1) if half == HALVES else (half,))]
+        most = max(most, sum(1 if half == HALVES else 0.5 for *_, half in own))
+    columns = 6144 // 256
+    assert sorted(found) == [(t, c, h) for t in range(tiles) for c in range(columns) for h in (0, 1)]
+    rest = tiles * columns % ctas
+    assert most == tiles * columns // ctas + (0 if not rest else 0.5 if 2 * rest <= ctas else 1)
     places = [list(map(int, order.module_of(jnp.int32(c)))) for c in (0, 15, 16, 19, 20, 23)]
     assert places == [[0, 0, 64, 0]] * 2 + [[1, 1, 16, 64]] * 2 + [[2, 2, 16, 80]] * 2
 
