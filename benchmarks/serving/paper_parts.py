@@ -108,7 +108,7 @@ class Part:
         if self.tenants:
             assert self.last is not None
             quiet, mixed = noisy(self.tenants, self.rate, self.last, self.lengths)
-            return mixed if self.loud else quiet
+            return (mixed if self.loud else quiet)[: self.requests]
         options: dict[str, Any] = dict(adapters=self.adapters, rate=self.rate, requests=self.requests)
         trace = synthetic_trace(**options, cv=self.cv, alpha=self.alpha, lengths=self.lengths, seed=_SEED)
         if self.kind in ("burst", "profile"):

@@ -159,6 +159,7 @@ def test_whoever_was_cut_off_waited_until_then_at_least():
     part = dataclasses.replace(PARTS["tenants, fair"], last=0.5, until=2.0)
     trace = part.trace()
     assert {r.tenant for r in trace} == {"noisy", *(f"quiet-{i}" for i in range(5))}
+    assert part.smaller(7, None, 1.0).trace() == trace[:7]
     quiet = [r.arrival for r in trace if r.tenant != "noisy"]
     rows = [f"{r.arrival:.4f} {r.arrival + 0.25:.4f}" if i % 2 else f"{r.arrival:.4f} -" for i, r in enumerate(trace)]
     waits = quiet_waits(dict(requests=dict(columns=["arrival", "first_token"], rows=rows)), part)
