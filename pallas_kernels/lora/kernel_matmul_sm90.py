@@ -23,7 +23,7 @@ from pallas_kernels.lora.config import LoraConfig, chunk_tiles
 from pallas_kernels.lora.expand_items import ExpandItems
 from pallas_kernels.lora.mosaic_common import OPERAND, PLAN_ROWS, STAGE_ROWS, STEP_ROWS, ChunkSource, capacity
 from pallas_kernels.lora.plan import Half
-from pallas_kernels.lora.product_load import PASSES, ProductLoad
+from pallas_kernels.lora.product_load import ProductLoad
 from pallas_kernels.lora.product_ring import COLUMNS, HALF, STAGES, ProductRing, arrivals, weights_type
 from pallas_kernels.lora.product_tiles import CHUNK, HALVES, ProductTiles
 from pallas_kernels.lora.windows import TILE, WINDOW, Tiles
@@ -187,8 +187,8 @@ def _launch(
                 for i in range(_SLOTS):
                     c[wg, i] = base[:, i * TILE_COLS : (i + 1) * TILE_COLS]
                 again = length > STAGES  # the stages come a second time
-                for half in range(PASSES):
-                    leave = again | (half == PASSES - 1)
+                for half in range(HALVES):
+                    leave = again | (half == HALVES - 1)
                     delta = product(seen, length, ring.columns(half), HALF, again | (half == 0), leave, reached)
                     seen += jnp.where(leave, length, 0)
                     for slot in range(_SLOTS):
@@ -226,7 +226,7 @@ def _launch(
                 pl.when(whole)(lambda: whole_tile(seen, length, reached, rows, column))
                 pl.when(~whole)(lambda: half_tile(seen, length, reached, rows, column, half))
                 twice = whole & (length > STAGES)
-                return seen + steps + jnp.where(twice, PASSES, 1) * length, *following
+                return seen + steps + jnp.where(twice, HALVES, 1) * length, *following
 
             @pl.when(count > 0)
             def _():

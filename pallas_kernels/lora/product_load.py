@@ -14,14 +14,11 @@ from pallas_kernels.lora.product_ring import COLUMNS, HALF, STAGES, ProductRing
 from pallas_kernels.lora.product_tiles import CHUNK, HALVES, ProductTiles
 from pallas_kernels.lora.windows import TILE, WINDOW, is_second
 
-PASSES = HALVES
-"""How many times a whole tile goes through its deltas: a thread's registers hold those of half of its outputs."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProductLoad:
-    """x: [T, in], w: [layers, in, out], y: [blocks + 1, 64, module * most_ranks], the last block zeros. page_ids,
-    records: of the plan. first_block, stages: of `Tiles`. All in global memory.
+    """x: [T, in], w: [layers, in, out], y: [blocks, 64, modules * most_ranks * 64], zeros after the blocks in use.
+    page_ids: of the adapters' B. first_block, stages: of `Tiles`. All in global memory.
     """
 
     ring: ProductRing
@@ -69,7 +66,7 @@ class ProductLoad:
             return issued + count
 
         once = lambda _, issued: lax.fori_loop(begin, end, block_body, issued)  # noqa: E731
-        times = jnp.where((length <= STAGES) | (half < HALVES), 1, PASSES)
+        times = jnp.where((length <= STAGES) | (half < HALVES), 1, HALVES)
         return lax.fori_loop(0, times, once, issued + self.w.shape[1] // STAGE_ROWS)
 
     def _base(self, tile, column, half, issued):
