@@ -1,4 +1,6 @@
-"""What the documentation shows can be used: manifests are YAML of known kinds, and their options exist."""
+"""What the documentation shows can be used: manifests are YAML of known kinds, and their options exist; links lead
+somewhere, and the list of modules has all of them.
+"""
 
 from pathlib import Path
 import re
@@ -9,7 +11,9 @@ import yaml
 from sharding.launch import parser as launcher
 from slora_jax.cli.parser import parse_arguments
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("benchmarks/**/*.md"), *ROOT.glob("examples/*.md")]
 KINDS = {
     "Deployment": "apps/v1",
     "Service": "v1",
@@ -56,3 +60,26 @@ def test_the_servers_options_exist(container):
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         if probe in container:
             assert container[probe]["httpGet"]["path"] in ("/ready", "/health")
+
+
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_architecture_names_every_module():
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    modules = {path.stem for path in (ROOT / "slora_jax").glob("[!_]*.py")}
+    assert not {module for module in modules if f"`{module}`" not in text}
