@@ -66,24 +66,8 @@ def matmul(x, w, y, pages, half: Half, tiles: Tiles, layer, *, group: str, confi
         return any_rows(_launch, args, rows=rows, out=(out,), in_place=False, options=options)[0]
 
 
-def _launch(
-    x,
-    w,
-    y,
-    pool,
-    page_ids,
-    records,
-    first_block,
-    stages,
-    reach,
-    number,
-    *,
-    out,
-    group,
-    config,
-    source,
-    interpret=None,
-):
+def _launch(*args, out, group, config, source, interpret=None):
+    x, _, y, *_ = args
     geometry, modules = source.geometry, GROUPS[group]
     ctas = 2 if interpret else _CTAS
     steps = x.shape[1] // STAGE_ROWS
@@ -248,4 +232,4 @@ def _launch(
             empty=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
         ),
         interpret=interpret,
-    )(x, w, y, pool, page_ids, records, first_block, stages, reach, number)
+    )(*args)
