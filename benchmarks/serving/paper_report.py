@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.serving.baselines.split_pool import pool_of_slots, seat_by_slot
 from benchmarks.serving.paper_parts import PARTS, Part
 from benchmarks.serving.policy_report import show_policies
-from benchmarks.serving.window import window_figures
+from benchmarks.serving.window import cut_off, window_figures
 from slora_jax.buckets import Buckets
 from slora_jax.shapes import named_shape
 from slora_jax.traces import Setting
@@ -43,6 +43,11 @@ def rate(point: Mapping[str, Any]) -> float:
     return (point.get("window") or dict(by_tokens=point["figures"]["requests_per_second"]))["by_tokens"]
 
 
+def first_tokens(figures: Mapping[str, Any]) -> dict[str, float]:
+    """p50 and p99 of the seconds to the first token; nan where there was none."""
+    return figures["ttft"] or dict(p50=float("nan"), p99=float("nan"))
+
+
 def setting_of(point: Mapping[str, Any]) -> Setting:
     return Setting(**{k: tuple(v) if isinstance(v, list) else v for k, v in point["setting"].items()})
 
@@ -56,7 +61,10 @@ def ideal(point: Mapping[str, Any]) -> CostModel:
 def simulated(
     point: Mapping[str, Any], part: Part, cost: CostModel, buckets: Buckets | None = None, **options: Any
 ) -> dict[str, Any]:
-    """What a part would be on a device of such costs. buckets: to which steps are padded. options: of Simulation."""
+    """What a part would be on a device of such costs. buckets: to which steps are padded. options: of Simulation.
+
+    figures are of what came before the part was cut off, as when it is measured; records and steps go on to the end.
+    """
     setting = setting_of(point)
     if part.slots:
         setting = dataclasses.replace(setting, ranks=(max(setting.ranks),))
@@ -73,7 +81,8 @@ def simulated(
         **point["limits"],
     )
     result = simulate(simulation, part.trace(), **_memory(simulation, part))
-    found: dict[str, Any] = dict(figures=summarise(result.records), records=result.records, steps=result.steps)
+    known = result.records if part.until is None else cut_off(result.records, part.until)
+    found: dict[str, Any] = dict(figures=summarise(known, part.slo), records=result.records, steps=result.steps)
     if part.window:
         found["window"] = window_figures(result.records, result.steps, *part.window)
     return found
@@ -115,7 +124,7 @@ def report(path: Path) -> None:
             rate(point["floor"] | dict(figures=point["floor"])) if "floor" in point else None,
         )
         share = f"{best:6.1f} {rate(point) / best:5.2f}" if best else " " * 12
-        ttft = figures["ttft"] or dict(p50=float("nan"), p99=float("nan"))
+        ttft = first_tokens(figures)
         print(
             f"{name:38} {rate(point):6.2f} {share}  {ttft['p50']:8.3f} {ttft['p99']:7.3f}  "
             f"{figures['slo_attainment']:5.3f}  {point['most_running']:7d}"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.serving.paper_parts import PARTS, Part
-from benchmarks.serving.paper_report import ideal, rate, simulated
+from benchmarks.serving.paper_report import first_tokens, ideal, rate, simulated
 from slora_jax import EngineConfig
 from slora_jax.buckets import Buckets
 from slora_jax.twin import fit_cost
@@ -48,9 +48,8 @@ def compare(path: Path) -> None:
     """Shows measured and predicted figures side by side."""
     result = json.loads(path.read_text())
     points, lengths = result["parts"], result["lengths"] and tuple(result["lengths"])
-    print(
-        f"\n{'':34} {'req/s':>6} {'twin':>6} {'off':>6}  steps off   {'TTFT p50':>8} {'twin':>7} {'p99':>7} {'twin':>7}"
-    )
+    heads = (f"{'TTFT p50':>8} {'twin':>7}", f"{'p99':>7} {'twin':>7}", f"{'SLO':>6} {'twin':>6}")
+    print(f"\n{'':34} {'req/s':>6} {'twin':>6} {'off':>6}  steps off   {'  '.join(heads)}")
     for name, point in points.items():
         part = PARTS[name]
         if "error" in point or part.kind == "profile" or part.slots:
@@ -62,9 +61,10 @@ def compare(path: Path) -> None:
         off = predicted / measured - 1 if measured else float("nan")
         line = f"{name:34} {measured:6.2f} {predicted:6.2f} {off:+6.1%}  "
         line += f"{twin['step_error']:9.1%}   "
-        if part.until is None:  # where it is cut off, the last ones never had a first token
-            mine, its = point["figures"]["ttft"], twin["figures"]["ttft"]
-            line += f"{mine['p50']:8.3f} {its['p50']:7.3f} {mine['p99']:7.2f} {its['p99']:7.2f}"
+        mine, its = point["figures"], twin["figures"]
+        ttft, twins = first_tokens(mine), first_tokens(its)
+        line += f"{ttft['p50']:8.3f} {twins['p50']:7.3f}  {ttft['p99']:7.2f} {twins['p99']:7.2f}  "
+        line += f"{mine['slo_attainment']:6.3f} {its['slo_attainment']:6.3f}"
         print(line)
 
 

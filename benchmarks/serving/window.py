@@ -1,6 +1,7 @@
-"""What a run did between two moments: the steady state of a load that no engine keeps up with."""
+"""What a run did between two moments: the steady state of a load that no engine keeps up with; and until one."""
 
 from collections.abc import Sequence
+import dataclasses
 from typing import Any
 
 from slora_jax.twin import Record, StepLog
@@ -27,3 +28,14 @@ def window_figures(records: Sequence[Record], steps: StepLog, start: float, end:
         steps=len(work),
         sequences=sum(w.sequences for w in work) / max(len(work), 1),
     )
+
+
+def cut_off(records: Sequence[Record], until: float) -> list[Record]:
+    """What is known of requests when a run ends at `until`, as replay does it: what came later never came."""
+    return [
+        dataclasses.replace(r, scheduled=scheduled, first_token=first, finished=finished, aborted=first is None)
+        for r in records
+        for scheduled, first, finished in [
+            [at if at is not None and at <= until else None for at in (r.scheduled, r.first_token, r.finished)]
+        ]
+    ]

@@ -13,7 +13,7 @@ from benchmarks.serving.idle import idle_figures
 from benchmarks.serving.paper_parts import FAMILIES, PARTS
 from benchmarks.serving.policies import POINTS
 from benchmarks.serving.policy_report import quiet_waits
-from benchmarks.serving.window import window_figures
+from benchmarks.serving.window import cut_off, window_figures
 from slora_jax.requests import Timings
 from slora_jax.traces import TraceRequest
 from slora_jax.twin import Record, StepLog, StepWork
@@ -119,6 +119,15 @@ def test_idle_is_the_time_between_kernels():
     assert figures["idle"] == pytest.approx(101 / 108, rel=1e-9) and figures["gaps"] == 1
     assert figures["longest_gaps_us"] == pytest.approx([99], abs=0.06)
     assert idle_figures([]) is None
+
+
+def test_what_came_after_a_run_was_cut_off_is_not_known():
+    request = TraceRequest(arrival=1.0, adapter=0, prompt_len=4, output_len=3)
+    ended, begun, waiting = (Record(request, at, at + 1, at + 3) for at in (1.0, 4.0, 6.0))
+    known = cut_off([ended, begun, waiting], 5.0)
+    assert known[0] == ended
+    assert (known[1].first_token, known[1].finished, known[1].aborted) == (5.0, None, False)
+    assert (known[2].scheduled, known[2].first_token, known[2].aborted) == (None, None, True)
 
 
 def test_a_window_counts_what_ended_in_it():
