@@ -117,8 +117,8 @@ class Part:
         return [r for r in trace if last is None or r.arrival < last]
 
 
-def _burst(setting: str, adapters: int, max_seqs: int) -> Part:
-    return Part(family="7b", setting=SETTINGS[setting], adapters=adapters, kind="burst", max_seqs=max_seqs)
+def _burst(setting: str, adapters: int, max_seqs: int, **changes: Any) -> Part:
+    return Part(family="7b", setting=SETTINGS[setting], adapters=adapters, kind="burst", max_seqs=max_seqs, **changes)
 
 
 def _load(setting: str, adapters: int, family: str = "7b", **changes: Any) -> Part:
@@ -227,6 +227,9 @@ PARTS = {
     "load S2 n=1000": _load("S2", 1000),
     "burst S1 n=200, 512 running": _burst("S1", 200, 512),
     "burst base, 512 running": _burst("S2", 0, 512),
+    "burst base, 512 running, gap": _burst("S2", 0, 512, prompt_gap=4),
+    "burst S2 n=200, 512 running, gap": _burst("S2", 200, 512, prompt_gap=4),
+    "burst S1 n=200, 512 running, gap": _burst("S1", 200, 512, prompt_gap=4),
     "load S2 n=2000, 256 running, gather": _gathered("S2", 2000, 256),
     "load S2 n=5, 256 running, gather": _gathered("S2", 5, 256),
     "load S2 n=2000, 384 running, gather": _gathered("S2", 2000, 384),
