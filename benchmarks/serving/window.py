@@ -32,10 +32,17 @@ def window_figures(records: Sequence[Record], steps: StepLog, start: float, end:
 
 def cut_off(records: Sequence[Record], until: float) -> list[Record]:
     """What is known of requests when a run ends at `until`, as replay does it: what came later never came."""
+
+    def known(moment: float | None) -> float | None:
+        return moment if moment is not None and moment <= until else None
+
     return [
-        dataclasses.replace(r, scheduled=scheduled, first_token=first, finished=finished, aborted=first is None)
+        dataclasses.replace(
+            r,
+            scheduled=known(r.scheduled),
+            first_token=known(r.first_token),
+            finished=known(r.finished),
+            aborted=known(r.first_token) is None,
+        )
         for r in records
-        for scheduled, first, finished in [
-            [at if at is not None and at <= until else None for at in (r.scheduled, r.first_token, r.finished)]
-        ]
     ]
