@@ -9,6 +9,7 @@ the same kernel: "matmul" is lora_matmul, that projection included, of steps tha
 projection alone.
 Floor: distinct weights of the batch, activations read and base outputs read and written, over the measured copy
 bandwidth; of "matmul" and "base" the projection's operations over the measured rate of a large product.
+--profile also gives the time on the device of each kernel that runs once a layer, without what lies between launches.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from jax import lax
 from jax import numpy as jnp
 import numpy as np
 
+from benchmarks.decode_step import kernel_times
 from benchmarks.kernels.bench_attention import ceilings, seconds
 from benchmarks.record import write_result
 from pallas_kernels import lora_matmul
@@ -187,6 +189,15 @@ def products(inputs: Inputs, group: str, num_layers: int):
     return {"matmul": (compiled(lora), (x, weights, *inputs.where())), "base": (compiled(base), (x, weights))}
 
 
+def launches_us(fn, args, layers: int) -> dict[str, float]:
+    """Kernel name -> microseconds of a launch on the device, of those that run in every layer, longest first."""
+    runs = 4
+    jax.block_until_ready(fn(*args))
+    found = kernel_times(lambda: jax.block_until_ready([fn(*args) for _ in range(runs)]))
+    each = {name: total / count * 1e6 for name, (total, count) in found.items() if count >= runs * layers}
+    return dict(sorted(each.items(), key=lambda item: -item[1]))
+
+
 _TUNED = {  # op of the table -> shapes whose times are multiplied
     "lora_short": ("decode_64_distinct_r16_qkvo", "decode_256_distinct_r16_qkvo", "decode_64_mixed_qkvo"),
     "lora_long": ("prefill_2048_1_segments_r16", "prefill_2048_8_segments_r64"),
@@ -229,6 +240,7 @@ def main() -> None:
     parser.add_argument("--op", action="append", choices=_OPS, help="all if not given; may be repeated")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--compare", action="store_true", help="time the XLA implementation and lax.ragged_dot too")
+    parser.add_argument("--profile", action="store_true", help="also the device time of each launch")
     parser.add_argument("--json", type=Path)
     parser.add_argument(
         "--tune", action="store_true", help="fill the kernels' table of configs for this device, no more"
@@ -266,6 +278,10 @@ def main() -> None:
                     f"{name:34s} {group:5s} {op:16s} {micros:9.2f} us  floor {floor:8.2f}  x{micros / floor:.2f}",
                     flush=True,
                 )
+                if args.profile:
+                    rows[-1]["launches_us"] = launches_us(fn, fn_args, layers[op])
+                    for kernel, micros in rows[-1]["launches_us"].items():
+                        print(f"{'':42s}{micros:9.2f} us  {kernel[:60]}", flush=True)
             if args.json:  # after every group: a run cut short leaves what it has
                 write_result(args.json, dict(ceilings=found, results=rows))
         del inputs
