@@ -200,15 +200,6 @@ requests are of one adapter, and the 34 that run are of eight or nine: from eigh
 
 PARTS = {
     "burst S2 n=200, 256 running": _burst("S2", 200, 256),
-    "profile S2 n=200, 256 running": Part(
-        family="7b",
-        setting=SETTINGS["S2"],
-        adapters=200,
-        kind="profile",
-        requests=700,
-        until=9.5,
-        seconds=18.0,
-    ),
     "load S2 n=2000": _load("S2", 2000),
     "load S2 n=5": _load("S2", 5),
     "burst S2 n=200, 512 running": _burst("S2", 200, 512),
@@ -230,6 +221,16 @@ PARTS = {
     "burst base, 512 running, gap": _burst("S2", 0, 512, prompt_gap=4),
     "burst S2 n=200, 512 running, gap": _burst("S2", 200, 512, prompt_gap=4),
     "burst S1 n=200, 512 running, gap": _burst("S1", 200, 512, prompt_gap=4),
+    # After bursts: a process on a GPU that began with it had written nothing after 350 s. Why is not known.
+    "profile S2 n=200, 256 running": Part(
+        family="7b",
+        setting=SETTINGS["S2"],
+        adapters=200,
+        kind="profile",
+        requests=700,
+        until=9.5,
+        seconds=18.0,
+    ),
     "load S2 n=2000, 256 running, gather": _gathered("S2", 2000, 256),
     "load S2 n=5, 256 running, gather": _gathered("S2", 5, 256),
     "load S2 n=2000, 384 running, gather": _gathered("S2", 2000, 384),
