@@ -221,7 +221,8 @@ PARTS = {
     "burst base, 512 running, gap": _burst("S2", 0, 512, prompt_gap=4),
     "burst S2 n=200, 512 running, gap": _burst("S2", 200, 512, prompt_gap=4),
     "burst S1 n=200, 512 running, gap": _burst("S1", 200, 512, prompt_gap=4),
-    # After bursts: a process on a GPU that began with it had written nothing after 350 s. Why is not known.
+    # After bursts: a process on a GPU that began with it had written nothing after 350 s. Why is not known; elsewhere
+    # profilers hang beside CUDA graphs (meta-pytorch/tritonbench#413).
     "profile S2 n=200, 256 running": Part(
         family="7b",
         setting=SETTINGS["S2"],
