@@ -173,7 +173,7 @@ def gpu_turn(path: Path | None):
 def measure(
     case: Case, config: ModelConfig, params, args, found: dict[str, float], programs: dict[Case, Any]
 ) -> dict[str, Any]:
-    """programs: what was compiled for cases, to which this one's is added if it is new (else compiling takes none)."""
+    """programs: what was compiled, by case; this one's is added if it is new, and if not, compiling takes no time."""
     dtype = params["embed"].dtype
     batch, num_pages = make_batch(case, config)
     state = State(pages=random_pages(config, num_pages, dtype))

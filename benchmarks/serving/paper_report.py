@@ -63,7 +63,8 @@ def simulated(
 ) -> dict[str, Any]:
     """What a part would be on a device of such costs. buckets: to which steps are padded. options: of Simulation.
 
-    figures are of what came before the part was cut off, as when it is measured; records and steps go on to the end.
+    figures are of what came before the part was cut off, as when it is measured; records, steps and pages go on to the
+    end.
     """
     setting = setting_of(point)
     if part.slots:
@@ -82,7 +83,8 @@ def simulated(
     )
     result = simulate(simulation, part.trace(), **_memory(simulation, part))
     known = result.records if part.until is None else cut_off(result.records, part.until)
-    found: dict[str, Any] = dict(figures=summarise(known, part.slo), records=result.records, steps=result.steps)
+    found: dict[str, Any] = dict(figures=summarise(known, part.slo), records=result.records)
+    found |= dict(steps=result.steps, pages=result.pages)
     if part.window:
         found["window"] = window_figures(result.records, result.steps, *part.window)
     return found

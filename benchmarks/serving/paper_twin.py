@@ -12,6 +12,7 @@ import numpy as np
 
 from benchmarks.serving.paper_parts import PARTS, Part
 from benchmarks.serving.paper_report import first_tokens, ideal, rate, simulated
+from benchmarks.serving.window import pages_in_use
 from slora_jax import EngineConfig
 from slora_jax.buckets import Buckets
 from slora_jax.twin import fit_cost
@@ -44,27 +45,36 @@ def _from(alike: Iterable[Mapping[str, Any]], point: Mapping[str, Any], part: Pa
     return simulated(point, part, cost, buckets, overlap=True, **loads) | dict(step_error=deviation)
 
 
+def _off(predicted: float, measured: float) -> float:
+    return predicted / measured - 1 if measured else float("nan")
+
+
 def compare(path: Path) -> None:
     """Shows measured and predicted figures side by side."""
     result = json.loads(path.read_text())
     points, lengths = result["parts"], result["lengths"] and tuple(result["lengths"])
     heads = (f"{'TTFT p50':>8} {'twin':>7}", f"{'p99':>7} {'twin':>7}", f"{'SLO':>6} {'twin':>6}")
+    heads += (f"{'pages':>6} {'twin':>6} {'off':>6}",)
     print(f"\n{'':34} {'req/s':>6} {'twin':>6} {'off':>6}  steps off   {'  '.join(heads)}")
     for name, point in points.items():
-        part = PARTS[name]
+        part = PARTS[name].smaller(result["requests"], lengths, result["speed"])
         if "error" in point or part.kind == "profile" or part.slots:
             continue
-        twin = predict(points, name, part.smaller(result["requests"], lengths, result["speed"]))
+        twin = predict(points, name, part)
         if twin is None:
             continue
         measured, predicted = rate(point), rate(twin)
-        off = predicted / measured - 1 if measured else float("nan")
-        line = f"{name:34} {measured:6.2f} {predicted:6.2f} {off:+6.1%}  "
+        line = f"{name:34} {measured:6.2f} {predicted:6.2f} {_off(predicted, measured):+6.1%}  "
         line += f"{twin['step_error']:9.1%}   "
         mine, its = point["figures"], twin["figures"]
         ttft, twins = first_tokens(mine), first_tokens(its)
         line += f"{ttft['p50']:8.3f} {twins['p50']:7.3f}  {ttft['p99']:7.2f} {twins['p99']:7.2f}  "
-        line += f"{mine['slo_attainment']:6.3f} {its['slo_attainment']:6.3f}"
+        line += f"{mine['slo_attainment']:6.3f} {its['slo_attainment']:6.3f}  "
+        if "pages" in point:  # the first results had none
+            # until one of the two has nothing more to do, or is cut off
+            span = part.window or (0.0, min(p["pages"][-1]["seconds"] for p in (point, twin)))
+            held, twins_held = (pages_in_use(p["pages"], *span) for p in (point, twin))
+            line += f"{held:6.0f} {twins_held:6.0f} {_off(twins_held, held):+6.1%}"
         print(line)
 
 

@@ -1,8 +1,10 @@
 """What a run did between two moments: the steady state of a load that no engine keeps up with; and until one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Any
+
+import numpy as np
 
 from slora_jax.twin import Record, StepLog
 
@@ -28,6 +30,18 @@ def window_figures(records: Sequence[Record], steps: StepLog, start: float, end:
         steps=len(work),
         sequences=sum(w.sequences for w in work) / max(len(work), 1),
     )
+
+
+def pages_in_use(samples: Sequence[Mapping[str, float]], start: float, end: float) -> float:
+    """Pages that running requests and their adapters held, on average between the seconds `start` and `end` of a run.
+
+    samples: seconds and used_pages(), in their order; between two of them pages grow or shrink evenly.
+    """
+    moments = np.array([s["seconds"] for s in samples])
+    held = np.array([s["kv"] + s["adapter"] for s in samples])
+    inside = moments[(start < moments) & (moments < end)]
+    at = np.concatenate([[start], inside, [end]])
+    return float(np.trapezoid(np.interp(at, moments, held), at)) / (end - start)
 
 
 def cut_off(records: Sequence[Record], until: float) -> list[Record]:

@@ -13,7 +13,7 @@ from benchmarks.serving.idle import idle_figures
 from benchmarks.serving.paper_parts import FAMILIES, PARTS
 from benchmarks.serving.policies import POINTS
 from benchmarks.serving.policy_report import quiet_waits
-from benchmarks.serving.window import cut_off, window_figures
+from benchmarks.serving.window import cut_off, pages_in_use, window_figures
 from slora_jax.requests import Timings
 from slora_jax.traces import TraceRequest
 from slora_jax.twin import Record, StepLog, StepWork
@@ -128,6 +128,13 @@ def test_what_came_after_a_run_was_cut_off_is_not_known():
     assert known[0] == ended
     assert (known[1].first_token, known[1].finished, known[1].aborted) == (5.0, None, False)
     assert (known[2].scheduled, known[2].first_token, known[2].aborted) == (None, None, True)
+
+
+def test_pages_in_use_are_those_of_who_runs_on_average():
+    samples = [dict(seconds=t, kv=kv, adapter=2, idle_kv=50, idle_adapter=9, free=1) for t, kv in ((1, 10), (3, 30))]
+    assert pages_in_use(samples, 1.0, 3.0) == pytest.approx(22)
+    assert pages_in_use(samples, 2.0, 3.0) == pytest.approx(27)
+    assert pages_in_use(samples, 0.0, 1.0) == pytest.approx(12)  # as when it was first looked at
 
 
 def test_a_window_counts_what_ended_in_it():
