@@ -3,7 +3,15 @@
 from pallas_kernels.add_rms_norm import add_rms_norm
 from pallas_kernels.dispatch import Implementation, UnsupportedInput
 from pallas_kernels.geometry import GROUPS, MODULES, PAGE_TOKENS, Geometry
-from pallas_kernels.lora import AdapterTable, empty_table, lora_add, lora_expand, lora_matmul, lora_shrink
+from pallas_kernels.lora import (
+    AdapterTable,
+    empty_table,
+    lora_add,
+    lora_expand,
+    lora_matmul,
+    lora_matmul_silu_mul,
+    lora_shrink,
+)
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.rope_write_kv import rope_write_kv
 from pallas_kernels.silu_mul import silu_mul
@@ -23,6 +31,7 @@ __all__ = [
     "lora_add",
     "lora_expand",
     "lora_matmul",
+    "lora_matmul_silu_mul",
     "lora_shrink",
     "paged_attention",
     "rope_write_kv",

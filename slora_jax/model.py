@@ -21,6 +21,7 @@ from pallas_kernels import (
     Implementation,
     add_rms_norm,
     lora_matmul,
+    lora_matmul_silu_mul,
     paged_attention,
     rope_write_kv,
     silu_mul,
@@ -161,24 +162,30 @@ class Llama(nn.Module):
     def _has_bias(self, group: str) -> bool:
         return self.config.qkv_bias and group == "qkv"
 
+    def _adapted(self, batch: Batch, group: str) -> bool:
+        return batch.use_adapters and group in self.lora_groups
+
     def _project(self, x, pages, batch: Batch, layer: int | Int[Array, ""], group: str):
         """The same with the adapters' deltas; over several devices also sums what must be summed."""
-        options: dict[str, Any] = dict(
-            layer=layer, group=group, max_rank=self.max_rank, implementation=self.implementation
-        )
         base = functools.partial(self._base, x, layer, group)
         weights = None if self._has_bias(group) else self.weights[_WEIGHTS[group]]
-        segments = batch.seg_start, batch.seg_adapter
-        adapted = batch.use_adapters and group in self.lora_groups
-        if self.layout is not None:
-            assert isinstance(batch.adapters, ShardedTable), "the batch was built for one device"
-            table = batch.adapters if adapted else None
-            return project(x, weights, base, pages, table, *segments, layout=self.layout, **options)
-        if not adapted:
+        if self.layout is None and not self._adapted(batch, group):
             return base()
-        assert isinstance(batch.adapters, AdapterTable), "the batch was built for several devices"
-        options |= dict.fromkeys(("shrink_geometry", "expand_geometry"), self.config.geometry)
-        return lora_matmul(x, weights, base, pages, batch.adapters, batch.adapters, *segments, **options)
+        table, segments, options = self._segments(batch, layer)
+        if self.layout is None:
+            return lora_matmul(x, weights, base, pages, table, table, *segments, **options, group=group)
+        table = table if self._adapted(batch, group) else None
+        return project(x, weights, base, pages, table, *segments, layout=self.layout, **options, group=group)
+
+    def _segments(self, batch: Batch, layer: int | Int[Array, ""]) -> tuple[Any, tuple, dict[str, Any]]:
+        """Adapters, segments and options of the LoRA operations."""
+        options: dict[str, Any] = dict(layer=layer, max_rank=self.max_rank, implementation=self.implementation)
+        if self.layout is None:
+            assert isinstance(batch.adapters, AdapterTable), "the batch was built for several devices"
+            options |= dict.fromkeys(("shrink_geometry", "expand_geometry"), self.config.geometry)
+        else:
+            assert isinstance(batch.adapters, ShardedTable), "the batch was built for one device"
+        return batch.adapters, (batch.seg_start, batch.seg_adapter), options
 
     def _add_norm(self, name: str, layer: int | Int[Array, ""] | None, x, delta):
         """``x + delta`` and its norm. layer: None where the weight has no layer axis."""
@@ -208,6 +215,11 @@ class Llama(nn.Module):
         return self._project(out, pages, batch, i, "o"), pages
 
     def _mlp(self, i, h, pages, batch: Batch):
-        gate_up = self._project(h, pages, batch, i, "gu")
-        h = silu_mul(gate_up, implementation=self.implementation)
+        if self.layout is None and self._adapted(batch, "gu"):
+            base = functools.partial(self._base, h, i, "gu")
+            table, segments, options = self._segments(batch, i)
+            where = pages, table, table, *segments
+            h = lora_matmul_silu_mul(h, self.weights[_WEIGHTS["gu"]], base, *where, **options)
+        else:
+            h = silu_mul(self._project(h, pages, batch, i, "gu"), implementation=self.implementation)
         return self._project(h, pages, batch, i, "down")

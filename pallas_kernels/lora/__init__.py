@@ -3,20 +3,21 @@
 Tokens are ordered in segments of one adapter. Weights are gathered from pages at their true rank (the MBGMV and MBGMM
 kernels of S-LoRA, arXiv 2311.03285, section 5.3). ``lora_shrink`` and ``lora_expand`` are a pair: what one returns,
 the other takes. ``lora_add`` does both, on GPUs in one launch where segments are short. ``lora_matmul`` does both and
-the base projection; on GPUs, in large steps, in one kernel with it.
+the base projection; on GPUs, in large steps, in one kernel with it. ``lora_matmul_silu_mul`` goes on to SiLU·mul.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, log_fallback, use_mosaic
 from pallas_kernels.geometry import Geometry
-from pallas_kernels.lora import kernel_matmul_sm90, kernel_sm90, reference
+from pallas_kernels.lora import kernel_gated_sm90, kernel_matmul_sm90, kernel_sm90, reference
 from pallas_kernels.lora.config import PRODUCT_STEP
 from pallas_kernels.lora.table import AdapterTable, empty_table
 from pallas_kernels.lora.token_rows import Intermediate, from_token_rows, to_token_rows
+from pallas_kernels.silu_mul import silu_mul
 
 __all__ = [
     "AdapterTable",
@@ -25,6 +26,7 @@ __all__ = [
     "lora_add",
     "lora_expand",
     "lora_matmul",
+    "lora_matmul_silu_mul",
     "lora_shrink",
     "pair_implementation",
     "to_token_rows",
@@ -179,27 +181,65 @@ def lora_matmul(
     `lora_add` to the same base outputs, rounded to x's dtype. Otherwise as lora_shrink. Raises UnsupportedInput if
     implementation is "mosaic" and the kernels of lora_add cannot take the input.
     """
+    geometries: dict[str, Any] = dict(shrink_geometry=shrink_geometry, expand_geometry=expand_geometry)
     options: dict[str, Any] = dict(group=group, max_rank=max_rank)
+    chosen = _product_implementation(x, weights, pages, **geometries, **options, implementation=implementation)
+    if chosen == "product":
+        assert weights is not None
+        a, b = _matrices(shrink, expand, **geometries)
+        return kernel_sm90.matmul_sm90(x, weights, pages, a, b, seg_start, seg_adapter, layer=layer, **options)
+    segments = pages, shrink, expand, seg_start, seg_adapter
+    options |= geometries
+    return lora_add(base(), x, *segments, layer=layer, **options, implementation=chosen)
+
+
+def lora_matmul_silu_mul(
+    x: Float[Array, "T d"],
+    weights: Float[Array, "L d F2"],
+    base: Callable[[], Float[Array, "T F2"]],
+    pages: Float[Array, "L P E"],
+    shrink: AdapterTable,
+    expand: AdapterTable,
+    seg_start: Int[Array, "S1"],
+    seg_adapter: Int[Array, "S"],
+    *,
+    layer: int | Int[Array, ""],
+    shrink_geometry: Geometry,
+    expand_geometry: Geometry,
+    max_rank: int,
+    implementation: Implementation = "auto",
+) -> Float[Array, "T F"]:
+    """`silu_mul` of `lora_matmul` for the group "gu", with the same bits; on GPUs, in large steps, in one kernel."""
+    geometries: dict[str, Any] = dict(shrink_geometry=shrink_geometry, expand_geometry=expand_geometry)
+    options: dict[str, Any] = dict(group=kernel_gated_sm90.GROUP, max_rank=max_rank)
+    chosen = _product_implementation(x, weights, pages, **geometries, **options, implementation=implementation)
+    if chosen == "product":
+        reason = kernel_gated_sm90.unsupported(expand_geometry)
+        if reason is None:
+            where = pages, *_matrices(shrink, expand, **geometries), seg_start, seg_adapter
+            return kernel_sm90.gated_sm90(x, weights, *where, layer=layer, max_rank=max_rank)
+        log_fallback("lora_matmul_silu_mul", "SiLU·mul is a kernel of its own", reason)
+    segments = pages, shrink, expand, seg_start, seg_adapter
+    options |= geometries
+    out = lora_matmul(x, weights, base, *segments, layer=layer, **options, implementation=implementation)
+    return silu_mul(out, implementation=implementation)
+
+
+def _product_implementation(
+    x, weights, pages, *, group, shrink_geometry, expand_geometry, max_rank, implementation
+) -> Implementation | Literal["product"]:
+    """Which implementation lora_add can take, or that one kernel does the base projection as well."""
     geometries: dict[str, Any] = dict(shrink=shrink_geometry, expand=expand_geometry)
-    chosen = pair_implementation(x, x, pages, **geometries, **options, implementation=implementation)
+    options: dict[str, Any] = dict(group=group, max_rank=max_rank, implementation=implementation)
+    chosen = pair_implementation(x, x, pages, **geometries, **options)
     if chosen == "mosaic" and weights is not None and x.shape[0] >= PRODUCT_STEP:
         reason = kernel_matmul_sm90.unsupported(x, weights, expand_geometry)
         if reason is None:
-            a = kernel_sm90.Matrices(table=shrink, geometry=shrink_geometry)
-            b = kernel_sm90.Matrices(table=expand, geometry=expand_geometry)
-            return kernel_sm90.matmul_sm90(x, weights, pages, a, b, seg_start, seg_adapter, layer=layer, **options)
+            return "product"
         log_fallback("lora_matmul", "base projection and deltas are two kernels", reason)
-    return lora_add(
-        base(),
-        x,
-        pages,
-        shrink,
-        expand,
-        seg_start,
-        seg_adapter,
-        layer=layer,
-        shrink_geometry=shrink_geometry,
-        expand_geometry=expand_geometry,
-        implementation=chosen,
-        **options,
-    )
+    return chosen
+
+
+def _matrices(shrink, expand, *, shrink_geometry, expand_geometry) -> tuple[kernel_sm90.Matrices, kernel_sm90.Matrices]:
+    a = kernel_sm90.Matrices(table=shrink, geometry=shrink_geometry)
+    return a, kernel_sm90.Matrices(table=expand, geometry=expand_geometry)

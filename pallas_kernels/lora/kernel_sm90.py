@@ -13,7 +13,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry
-from pallas_kernels.lora import kernel_matmul_sm90
+from pallas_kernels.lora import kernel_gated_sm90, kernel_matmul_sm90
 from pallas_kernels.lora.config import SHORT_SEGMENT, SHORT_STEP, LoraConfig, chunk_tiles, default_config
 from pallas_kernels.lora.kernel_add_sm90 import add
 from pallas_kernels.lora.kernel_expand_sm90 import expand
@@ -22,7 +22,8 @@ from pallas_kernels.lora.kernel_shrink_sm90 import shrink
 from pallas_kernels.lora.kernel_shrink_y_sm90 import shrink_y
 from pallas_kernels.lora.plan import Half, by_length, group_loads, make_plan
 from pallas_kernels.lora.table import AdapterTable
-from pallas_kernels.lora.windows import WINDOW, make_tiles
+from pallas_kernels.lora.windows import WINDOW, make_tiles, touched_windows
+from pallas_kernels.silu_mul.kernel_sm90 import silu_mul_again_sm90
 
 _WHOLE_ROWS = 8
 """XLA pads matrix products to multiples of so many rows and slices the result. A kernel that changes such a slice in
@@ -37,6 +38,8 @@ _make_plan = jax.jit(make_plan, static_argnames=("num_tokens", "geometry", "bloc
 _make_tiles = jax.jit(make_tiles, static_argnames="num_tokens")
 _shrink_y = jax.jit(shrink_y, static_argnames=_STATIC)
 _matmul = jax.jit(kernel_matmul_sm90.matmul, static_argnames=("group", "config", "interpret"))
+_gated = jax.jit(kernel_gated_sm90.gated_matmul, static_argnames=("config", "interpret"))
+_touched_windows = jax.jit(touched_windows, static_argnames="num_tokens")
 _add = jax.jit(add, static_argnames=("group", "config", "chunk", "max_rank"))
 _short = jax.jit(short, static_argnames=("phase", "group", "config", "chunk", "max_rank", "interpret"))
 
@@ -206,19 +209,75 @@ def matmul_sm90(
     """`add_sm90` to ``x @ weights[layer]``, for steps of many tokens: what long segments add is summed with the
     product, and never written.
     """
+    where, (short, config, b, tiles, y) = _before_product(
+        x,
+        pages,
+        shrink,
+        expand,
+        seg_start,
+        seg_adapter,
+        layer=layer,
+        group=group,
+        max_rank=max_rank,
+        interpret=interpret,
+    )
+    out = _matmul(x, weights, y, pages, b, tiles, where, group=group, config=config, interpret=interpret)
+    if interpret:
+        return out
+    options: dict[str, Any] = dict(layer=layer, group=group, max_rank=max_rank)
+    options |= dict(config=default_config(shrink.geometry, 1))
+    return add_sm90(out, x, pages, shrink, expand, seg_start, short, **options)
+
+
+def gated_sm90(
+    x: Float[Array, "T d"],
+    weights: Float[Array, "L d F2"],
+    pages: Float[Array, "L P E"],
+    shrink: Matrices,
+    expand: Matrices,
+    seg_start: Int[Array, "S1"],
+    seg_adapter: Int[Array, "S"],
+    *,
+    layer: int | Int[Array, ""],
+    max_rank: int,
+    interpret=None,
+) -> Float[Array, "T F"]:
+    """`silu_mul` of `matmul_sm90` for the group "gu", with the same bits. Gate and up are written only around short
+    segments, for which silu_mul is done again.
+    """
+    group = kernel_gated_sm90.GROUP
+    where, (short, config, b, tiles, y) = _before_product(
+        x,
+        pages,
+        shrink,
+        expand,
+        seg_start,
+        seg_adapter,
+        layer=layer,
+        group=group,
+        max_rank=max_rank,
+        interpret=interpret,
+    )
+    windows = _touched_windows(seg_start, short, num_tokens=x.shape[0])
+    h, gate_up = _gated(x, weights, y, pages, b, tiles, windows, where, config=config, interpret=interpret)
+    if interpret:
+        return h
+    options: dict[str, Any] = dict(layer=layer, group=group, max_rank=max_rank)
+    options |= dict(config=default_config(shrink.geometry, 1))
+    gate_up = add_sm90(gate_up, x, pages, shrink, expand, seg_start, short, **options)
+    return silu_mul_again_sm90(gate_up, h, windows)
+
+
+def _before_product(x, pages, shrink, expand, seg_start, seg_adapter, *, layer, group, max_rank, interpret):
+    """The layer as an array, and (short segments' adapters, config, where the long ones' B is, tiles, y of them)."""
     where, num_tokens = jnp.asarray(layer, jnp.int32).reshape(1), x.shape[0]
     short, long = by_length(seg_start, seg_adapter)
     config = dataclasses.replace(default_config(shrink.geometry, SHORT_SEGMENT + 1), block_tokens=WINDOW)
     a, b = (matrices.half(seg_start, long, num_tokens, config, windows=True) for matrices in (shrink, expand))
-    options: dict[str, Any] = dict(group=group, config=config, interpret=interpret)
-    chunk = chunk_tiles(a.geometry, config.chunk_tiles)
-    widths: dict[str, Any] = dict(geometry=a.geometry, chunk=chunk, max_rank=max_rank)
-    y = _shrink_y(x, pages, a.page_ids, a.plan, b.plan, where, **widths, **options)
-    out = _matmul(x, weights, y, pages, b, _make_tiles(b.plan, num_tokens=num_tokens), where, **options)
-    if interpret:
-        return out
-    options = dict(layer=layer, group=group, max_rank=max_rank, config=default_config(shrink.geometry, 1))
-    return add_sm90(out, x, pages, shrink, expand, seg_start, short, **options)
+    options: dict[str, Any] = dict(group=group, config=config, interpret=interpret, geometry=a.geometry)
+    options |= dict(chunk=chunk_tiles(a.geometry, config.chunk_tiles), max_rank=max_rank)
+    y = _shrink_y(x, pages, a.page_ids, a.plan, b.plan, where, **options)
+    return where, (short, config, b, _make_tiles(b.plan, num_tokens=num_tokens), y)
 
 
 def _whole_rows(out: Float[Array, "T c"]) -> Float[Array, "T2 c"]:

@@ -71,3 +71,11 @@ def make_tiles(plan: Plan, num_tokens: int) -> Tiles:
 def _ones(count):
     """So many bits, as far as they fit."""
     return (1 << jnp.clip(count, 0, _BITS)) - 1
+
+
+def touched_windows(seg_start: Int[Array, "S1"], seg_adapter: Int[Array, "S"], num_tokens: int) -> Int[Array, "W"]:
+    """1 for each window of 64 tokens in which a segment has an adapter, else 0."""
+    first = WINDOW * jnp.arange(num_tokens // WINDOW, dtype=jnp.int32)[:, None]
+    begin, end = seg_start[:-1], seg_start[1:]
+    inside = (jnp.maximum(begin, first) < jnp.minimum(end, first + WINDOW)) & (seg_adapter >= 0)
+    return inside.any(axis=1).astype(jnp.int32)
