@@ -262,6 +262,7 @@ class EngineCore:
         assert output.finite is not None  # sample always tells
         hidden = None if step.hidden is None else np.asarray(step.hidden)
         alive, events = self._generations, self._events
+        first: list[Event] = []
         with_logprobs = output.logprobs is not None
         generated = 0
         columns = (step.generations, output.tokens.tolist(), output.finite.tolist(), step.rows.samples.tolist())
@@ -285,11 +286,14 @@ class EngineCore:
                 logprob = None
                 if with_logprobs and generation.completion.logprobs is not None:
                     logprob = token_logprob(output, i, token, generation.job.params.logprobs or 0)
-                events.append((generation, token, logprob, reason, error))
+                begins = len(seq.tokens) == seq.prompt_len + 1
+                (first if begins else events).append((generation, token, logprob, reason, error))
                 generated += 1
                 if reason is not None:
                     self._close(generation)
         self.counters["generated_tokens"] += generated
+        if first:
+            self._deliver(first)  # before the next step is planned; what is not waited for goes out while it runs
 
     def _close(self, generation: Generation) -> None:
         """Computes no more of a completion."""

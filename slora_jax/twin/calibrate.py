@@ -16,6 +16,9 @@ from slora_jax.twin.steps import StepLog, join
 
 _LEAST_STEPS = 20
 _KNEES, _ROUNDS = 24, 2
+_REWEIGHTED = 3
+_TRUSTED = 1.5  # times the median error
+_DOUBT = 0.01
 _LINEAR = ("decode_context", "prompt_context", "adapter_bytes", "load_bytes", "sequences")
 _FIELD = dict(adapter_bytes="adapter_byte", load_bytes="load_byte", sequences="sequence")
 
@@ -24,8 +27,10 @@ def fit_cost(log: StepLog, name: str = "measured") -> tuple[CostModel, float]:
     """Non-negative least squares of the steps' seconds on what they had to do.
 
     ``max(weights, token * tokens)`` is linear on either side of the number of tokens at which the two are equal; that
-    number is found by trying, ever finer. Returns the model and its relative error: the mean absolute one of a step
-    over the mean step. Raises SloraError where there are too few steps.
+    number is found by trying, ever finer. Errors past 1.5 times their median count in proportion, not squared (Huber,
+    Robust Estimation of a Location Parameter, 1964): a host that was busy for a moment says nothing of the device.
+    Returns the model and its relative error: the mean absolute one of a step over the mean step. Raises SloraError
+    where there are too few steps.
     """
     if len(log) < _LEAST_STEPS:
         raise SloraError(f"{len(log)} steps are too few to calibrate a cost model; measure at least {_LEAST_STEPS}")
@@ -33,27 +38,46 @@ def fit_cost(log: StepLog, name: str = "measured") -> tuple[CostModel, float]:
     tokens = np.array([w.tokens for w in log.work], float)
     prompt = np.array([w.prompt_tokens > 0 for w in log.work], float)
     linear = [np.array([getattr(w, field) for w in log.work], float) for field in _LINEAR]
-
-    def fit(knee: float) -> tuple[float, float, np.ndarray]:
-        # Columns: each step; its tokens, of which those up to the knee cost nothing of their own; and so on. The knee
-        # times a token's price is what reading the weights takes.
-        columns = [np.ones_like(tokens), np.maximum(tokens, knee), prompt, *linear]
-        solution, error = _nnls(np.stack(columns, axis=1), seconds)
-        return error, knee, solution
-
     sizes = np.unique(np.concatenate([[0.0], tokens]))
-    knees = sizes[np.linspace(0, len(sizes) - 1, min(len(sizes), _KNEES)).astype(int)]
-    for _ in range(_ROUNDS):  # ever finer around the best
-        _, best, _ = min(map(fit, knees.tolist()), key=lambda result: result[0])
-        at = int(np.searchsorted(knees, best))
-        knees = np.linspace(knees[max(at - 1, 0)], knees[min(at + 1, len(knees) - 1)], _KNEES)
-    _, knee, solution = min(map(fit, knees.tolist()), key=lambda result: result[0])
-    step, token, prompt_step, *rest = map(float, solution)
+
+    def columns(knee: float) -> np.ndarray:
+        # Each step; its tokens, of which those up to the knee cost nothing of their own; and so on. The knee times a
+        # token's price is what reading the weights takes.
+        return np.stack([np.ones_like(tokens), np.maximum(tokens, knee), prompt, prompt * tokens, *linear], axis=1)
+
+    # A price of their own for tokens in steps with prompts counts as so large an error, so that there is none where the
+    # steps without prompts are of one size and do not tell.
+    doubt = np.zeros(len(_LINEAR) + 4)
+    doubt[3] = _DOUBT * len(log) ** 0.5 * tokens.max()
+
+    def best_fit(trust: np.ndarray) -> tuple[float, np.ndarray]:
+        """The knee, and the coefficients of columns. trust: of each step, as a factor of its error."""
+
+        def fit(knee: float) -> tuple[float, float, np.ndarray]:
+            rows, target = columns(knee) * trust[:, None], seconds * trust
+            solution, error = _nnls(np.vstack([rows, doubt]), np.append(target, 0.0))
+            return error, knee, solution
+
+        knees = sizes[np.linspace(0, len(sizes) - 1, min(len(sizes), _KNEES)).astype(int)]
+        for _ in range(_ROUNDS):
+            _, best, _ = min(map(fit, knees.tolist()), key=lambda result: result[0])
+            at = int(np.searchsorted(knees, best))
+            knees = np.linspace(knees[max(at - 1, 0)], knees[min(at + 1, len(knees) - 1)], _KNEES)
+        _, knee, solution = min(map(fit, knees.tolist()), key=lambda result: result[0])
+        return knee, solution
+
+    knee, solution = best_fit(np.ones_like(seconds))
+    for _ in range(_REWEIGHTED):
+        off = np.abs(columns(knee) @ solution - seconds)
+        trusted = max(_TRUSTED * float(np.median(off)), np.finfo(float).tiny)
+        knee, solution = best_fit(np.sqrt(trusted / np.maximum(off, trusted)))
+    step, token, prompt_step, prompt_token, *rest = map(float, solution)
     fields: dict[str, Any] = {_FIELD.get(field, field): value for field, value in zip(_LINEAR, rest, strict=True)}
     model = CostModel(
         name=name,
         step=step,
         prompt_step=prompt_step,
+        prompt_token=prompt_token,
         weights=token * knee,
         token=token,
         **fields,

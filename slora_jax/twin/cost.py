@@ -68,8 +68,9 @@ class CostModel:
     coefficient times its part of the work.
 
     step: that every step takes. prompt_step: that one with prompt tokens takes besides. weights: to read the weights.
-    token: for one token's projections. sequence, decode_context, prompt_context, adapter_byte, load_byte: for one unit
-    of StepWork's field. overlap: copies from the host run beside the step, so that only the longer of the two counts.
+    token: for one token's projections. prompt_token: what one takes besides in a step with prompt tokens. sequence,
+    decode_context, prompt_context, adapter_byte, load_byte: for one unit of StepWork's field. overlap: copies from the
+    host run beside the step, so that only the longer of the two counts.
     """
 
     name: str
@@ -77,6 +78,7 @@ class CostModel:
     prompt_step: float = 0.0
     weights: float = 0.0
     token: float = 0.0
+    prompt_token: float = 0.0
     sequence: float = 0.0
     decode_context: float = 0.0
     prompt_context: float = 0.0
@@ -87,7 +89,7 @@ class CostModel:
     def seconds(self, work: StepWork) -> float:
         compute = (
             self.step
-            + (self.prompt_step if work.prompt_tokens else 0.0)
+            + (self.prompt_step + self.prompt_token * work.tokens if work.prompt_tokens else 0.0)
             + max(self.weights, self.token * work.tokens)
             + self.sequence * work.sequences
             + self.decode_context * work.decode_context

@@ -130,6 +130,21 @@ def test_the_next_step_is_dispatched_before_the_results_of_the_last_are_taken(en
     assert seen == ["forward", "fetch", "forward", "fetch", "forward", "fetch"]  # each needs the tokens before it
 
 
+def test_first_tokens_go_out_before_the_next_step_is_planned_and_others_after(engines, monkeypatch):
+    core, seen = engines[0]._core, []
+    schedule, deliver = core.scheduler.schedule, core._deliver
+    monkeypatch.setattr(core.scheduler, "schedule", lambda: (seen.append("plan"), schedule())[1])
+
+    def told(events):
+        seen.extend(len(generation.seq.tokens) for generation, token, *_ in events if token is not None)
+        deliver(events)
+
+    monkeypatch.setattr(core, "_deliver", told)
+    engines[0].generate([Request(None, None, greedy(3), PROMPT)])
+    n = len(PROMPT)
+    assert seen == ["plan", "plan", n + 1, "plan", "plan", n + 2, n + 3]
+
+
 def test_an_adapter_crosses_the_bus_beside_a_step_and_behind_its_batch(engines, monkeypatch):
     engine, seen = engines[0], []
     digests, pages = [row["digest"] for row in engine.list_adapters()], engine._core.scheduler.adapters
