@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.geometry import TILE_COLS, TILE_RANKS
 from pallas_kernels.lora.bulk_copy import start_copy
 from pallas_kernels.lora.mosaic_common import OPERAND, STAGE_CHUNKS, STAGE_ROWS, SWIZZLED, ChunkSource
+from pallas_kernels.lora.short_ring import WARP_CHUNKS, WARPS
 from pallas_kernels.lora.windows import TILE
 
 CHUNK = 2
@@ -22,6 +23,8 @@ CHUNK = 2
 COLUMNS = CHUNK * TILE_COLS
 MATRICES = 2
 STAGES = 4
+TILE_UNITS = TILE * STAGE_ROWS // (TILE_RANKS * COLUMNS)
+"""Bytes of x, or of y, in a stage, as so many chunks."""
 
 
 def weights_type(source: ChunkSource, dtype):
@@ -36,13 +39,8 @@ def weights_type(source: ChunkSource, dtype):
 
 
 def arrivals(source: ChunkSource) -> int:
-    """Arrivals of a slot's barrier. Interpreted copies arrive one by one: activations, weights of gate and of up."""
-    return 1 if source.whole else 1 + MATRICES + _missing(source)
-
-
-def _missing(source: ChunkSource) -> int:
-    """Copies that a stage of base weights does not have and one of B, with y of two windows, has."""
-    return 0 if source.whole else STAGE_CHUNKS * CHUNK - 1
+    """Arrivals of a slot's barrier: one a warp, but interpreted copies arrive one by one, those of y and B."""
+    return WARPS if source.whole else WARPS * (1 + WARP_CHUNKS * CHUNK)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,34 +59,36 @@ class GatedRing:
         operand, chunks = weights if source.whole else (weights, weights)
         return cls(source=source, rows=rows, operand=operand, chunks=chunks, full=full, empty=empty)
 
-    def claim(self, issued, matrices: int):
-        """The slot of the `issued`-th stage, as soon as it is empty. matrices: of weights that come to it."""
+    def claim(self, issued, units):
+        """The slot of the `issued`-th stage, as soon as it is empty. units: as many bytes as so many chunks come to it
+        from this warp.
+        """
         slot = lax.rem(issued, jnp.int32(STAGES))
 
         @pl.when(issued >= STAGES)
         def _():
             plgpu.barrier_wait(self.empty.at[slot])
 
-        # of x, or of y, as many bytes as so many chunks
-        self.source.expect(self.full.at[slot], matrices * STAGE_CHUNKS, TILE * STAGE_ROWS // (TILE_RANKS * COLUMNS))
+        self.source.expect(self.full.at[slot], units)
         return slot
 
-    def copy(self, source_ref, target, slot):
+    def copy(self, source_ref, target, slot, predicate):
         """Starts a copy to a part of a slot that was claimed."""
         if self.source.whole:
-            start_copy(source_ref, target, self.full.at[slot], jnp.bool_(True))
+            start_copy(source_ref, target, self.full.at[slot], predicate)
         else:
-            self.source.copy_if(jnp.bool_(True), source_ref, target, self.full.at[slot])
+            self.source.copy_if(predicate, source_ref, target, self.full.at[slot])
 
     def arrive_for_missing(self, slot):
-        """Of a stage of base weights: it has fewer copies than the barrier counts in interpret mode."""
-        for _ in range(_missing(self.source)):
-            plgpu.barrier_arrive(self.full.at[slot])
+        """Of a stage of base weights, of three copies: in interpret mode the barrier counts those of B."""
+        if not self.source.whole:
+            for _ in range(arrivals(self.source) // WARPS - 1 - MATRICES):
+                plgpu.barrier_arrive(self.full.at[slot])
 
     def weights(self, slot, matrix: int):
         """A slot's weights of gate (0) or up (1), [64, 128]. B of either is where gate's are."""
         first = (slot * MATRICES + matrix) * STAGE_ROWS
-        return self.operand.at[pl.ds(pl.multiple_of(first, STAGE_ROWS), STAGE_ROWS)]
+        return self.operand.at[pl.ds(first, STAGE_ROWS)]
 
     def chunk(self, slot, s):
         """Row of `chunks` for the chunk in place s of a stage of B."""

@@ -110,19 +110,12 @@ def _launch(*args, out, group, config, source, interpret=None):
         @pl.when(wg == 2)
         def load():
             plgpu.set_max_registers(56, action="decrease")
-            ProductLoad(
-                ring=ring,
-                items=items,
-                order=order,
-                x=x_ref,
-                w=w_ref,
-                y=y_ref,
-                pool=pool,
-                page_ids=page_ids,
-                first_block=first_block,
-                stages=stages,
-                most_ranks=most_ranks,
-            ).run()
+            options = dict(first_block=first_block, stages=stages, most_ranks=most_ranks)
+            refs = dict(x=x_ref, w=w_ref, y=y_ref, pool=pool, page_ids=page_ids)
+
+            @plgpu.warp_map
+            def _(warp):
+                ProductLoad(ring=ring, items=items, order=order, warp=warp, **refs, **options).run()
 
         @pl.when(wg < 2)
         def multiply():

@@ -16,11 +16,14 @@ from pallas_kernels.geometry import TILE_COLS, TILE_RANKS
 from pallas_kernels.lora.bulk_copy import start_copy
 from pallas_kernels.lora.mosaic_common import OPERAND, STAGE_CHUNKS, STAGE_ROWS, SWIZZLED, ChunkSource
 from pallas_kernels.lora.product_tiles import CHUNK, HALVES
+from pallas_kernels.lora.short_ring import WARP_CHUNKS, WARPS
 from pallas_kernels.lora.windows import TILE
 
 COLUMNS = CHUNK * TILE_COLS
 HALF = COLUMNS // HALVES
 STAGES = 4
+TILE_UNITS = TILE * STAGE_ROWS // (TILE_RANKS * COLUMNS)
+"""Bytes of x, or of y, in a stage, as so many chunks."""
 
 
 def weights_type(source: ChunkSource, dtype):
@@ -38,13 +41,8 @@ def weights_type(source: ChunkSource, dtype):
 
 
 def arrivals(source: ChunkSource) -> int:
-    """Arrivals of a slot's barrier. Interpreted copies arrive one by one: activations, weights whole and in halves."""
-    return 1 if source.whole else 3 + _missing(source)
-
-
-def _missing(source: ChunkSource) -> int:
-    """Copies that a stage of base weights does not have and one of B has."""
-    return 0 if source.whole else STAGE_CHUNKS * CHUNK - 1
+    """Arrivals of a slot's barrier: one a warp, but interpreted copies arrive one by one, those of y and B."""
+    return WARPS if source.whole else WARPS * (1 + WARP_CHUNKS * CHUNK)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,8 +62,10 @@ class ProductRing:
         operand, chunks, halves = weights if source.whole else (weights, weights, weights)
         return cls(source=source, rows=rows, operand=operand, chunks=chunks, halves=halves, full=full, empty=empty)
 
-    def claim(self, issued, chunks=STAGE_CHUNKS):
-        """The slot of the `issued`-th stage, as soon as it is empty. chunks: as many bytes of weights come to it."""
+    def claim(self, issued, units):
+        """The slot of the `issued`-th stage, as soon as it is empty. units: as many bytes as so many chunks come to it
+        from this warp.
+        """
         slot = lax.rem(issued, jnp.int32(STAGES))
 
         @pl.when(issued >= STAGES)
@@ -73,8 +73,7 @@ class ProductRing:
             plgpu.barrier_wait(self.empty.at[slot])
 
         if self.source.whole:
-            # of x, or of y, as many bytes as so many groups of eight tokens
-            self.source.expect(self.full.at[slot], jnp.int32(chunks), TILE * STAGE_ROWS // (TILE_RANKS * COLUMNS))
+            self.source.expect(self.full.at[slot], units)
         return slot
 
     def copy(self, source_ref, target, slot, predicate):
@@ -85,9 +84,10 @@ class ProductRing:
             self.source.copy_if(predicate, source_ref, target, self.full.at[slot])
 
     def arrive_for_missing(self, slot):
-        """Of a stage of base weights: it has fewer copies than the barrier counts in interpret mode."""
-        for _ in range(_missing(self.source)):
-            plgpu.barrier_arrive(self.full.at[slot])
+        """Of a stage of base weights, of three copies: in interpret mode the barrier counts those of B."""
+        if not self.source.whole:
+            for _ in range(arrivals(self.source) // WARPS - 3):
+                plgpu.barrier_arrive(self.full.at[slot])
 
     def weights(self, slot):
         """A slot's weights, [64, COLUMNS]."""
@@ -97,7 +97,7 @@ class ProductRing:
         """Where a slot has base weights of half a tile, [64, HALF]."""
         if not self.source.whole:
             return self.halves.at[_rows(slot), pl.ds(0, HALF)]
-        return self.halves.at[pl.ds(pl.multiple_of(slot * HALVES * STAGE_ROWS, STAGE_ROWS), STAGE_ROWS)]
+        return self.halves.at[pl.ds(slot * (HALVES * STAGE_ROWS), STAGE_ROWS)]
 
     def columns(self, half):
         """Of a slot: one half of its weights, [64, HALF]."""
@@ -107,4 +107,4 @@ class ProductRing:
 
 
 def _rows(slot):
-    return pl.ds(pl.multiple_of(slot * STAGE_ROWS, STAGE_ROWS), STAGE_ROWS)
+    return pl.ds(slot * STAGE_ROWS, STAGE_ROWS)
