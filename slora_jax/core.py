@@ -70,6 +70,7 @@ class EngineCore:
         self._in_flight: DispatchedStep | None = None
         self._last_done = 0.0  # when the results of the last step came
         self._events: list[Event] = []  # not delivered yet
+        self._begun: list[Event] = []  # likewise, first tokens
         self.times = StepTimes()
         self.counters = dict(
             steps=0,
@@ -245,7 +246,10 @@ class EngineCore:
         self.times.mark("wait")
         try:
             self._take(step, output)
-        finally:
+        finally:  # first tokens before the next step is planned; what is not waited for goes out while it runs
+            begun, self._begun = self._begun, []
+            if begun:
+                self._deliver(begun)
             self.times.mark("collect")
 
     def _take(self, step: DispatchedStep, output: Output | None) -> None:
@@ -262,7 +266,6 @@ class EngineCore:
         assert output.finite is not None  # sample always tells
         hidden = None if step.hidden is None else np.asarray(step.hidden)
         alive, events = self._generations, self._events
-        first: list[Event] = []
         with_logprobs = output.logprobs is not None
         generated = 0
         columns = (step.generations, output.tokens.tolist(), output.finite.tolist(), step.rows.samples.tolist())
@@ -287,13 +290,11 @@ class EngineCore:
                 if with_logprobs and generation.completion.logprobs is not None:
                     logprob = token_logprob(output, i, token, generation.job.params.logprobs or 0)
                 begins = len(seq.tokens) == seq.prompt_len + 1
-                (first if begins else events).append((generation, token, logprob, reason, error))
+                (self._begun if begins else events).append((generation, token, logprob, reason, error))
                 generated += 1
                 if reason is not None:
                     self._close(generation)
         self.counters["generated_tokens"] += generated
-        if first:
-            self._deliver(first)  # before the next step is planned; what is not waited for goes out while it runs
 
     def _close(self, generation: Generation) -> None:
         """Computes no more of a completion."""

@@ -47,8 +47,7 @@ def fit_cost(log: StepLog, name: str = "measured") -> tuple[CostModel, float]:
 
     # A price of their own for tokens in steps with prompts counts as so large an error, so that there is none where the
     # steps without prompts are of one size and do not tell.
-    doubt = np.zeros(len(_LINEAR) + 4)
-    doubt[3] = _DOUBT * len(log) ** 0.5 * tokens.max()
+    doubt = np.array([0, 0, 0, _DOUBT * len(log) ** 0.5 * tokens.max(), *[0] * len(_LINEAR)])  # in the order of columns
 
     def best_fit(trust: np.ndarray) -> tuple[float, np.ndarray]:
         """The knee, and the coefficients of columns. trust: of each step, as a factor of its error."""

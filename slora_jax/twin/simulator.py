@@ -129,7 +129,7 @@ class _Started(NamedTuple):
 
 class _Run:
     def __init__(self, simulation: Simulation, trace: Sequence[TraceRequest], make_pool: Callable[[int], PagePool]):
-        self.sim = simulation
+        self.sim, cost = simulation, simulation.cost
         self.now = 0.0
         pages = simulation.page_pool_bytes // simulation.page_bytes
         if not pages:
@@ -140,7 +140,7 @@ class _Run:
             max_step_tokens=simulation.max_step_tokens,
             policy=make_policy(simulation.policy, simulation.policy_options),
             quotas=simulation.quotas,
-            prefix_page_cost=simulation.cost.token * PAGE_TOKENS if simulation.prefix_caching else None,
+            prefix_page_cost=(cost.token + cost.prompt_token) * PAGE_TOKENS if simulation.prefix_caching else None,
             prompt_gap=simulation.prompt_gap,
             loads=simulation.loads(),
             clock=lambda: self.now,

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 import pytest
 
-from slora_jax import Engine, Request, SamplingParams
+from slora_jax import Engine, Request, SamplingParams, jobs
 
 
 class Letters:
@@ -143,6 +143,20 @@ def test_first_tokens_go_out_before_the_next_step_is_planned_and_others_after(en
     engines[0].generate([Request(None, None, greedy(3), PROMPT)])
     n = len(PROMPT)
     assert seen == ["plan", "plan", n + 1, "plan", "plan", n + 2, n + 3]
+
+
+def test_an_answer_that_ended_is_told_though_taking_another_s_results_fails(engines, monkeypatch, caplog):
+    advance = jobs.Generation.advance
+
+    def fail(self, token):
+        if self.job.params.max_tokens == 9:
+            raise RuntimeError("the constraint is unwell")
+        return advance(self, token)
+
+    monkeypatch.setattr(jobs.Generation, "advance", fail)
+    short, long = engines[0].generate([Request(None, None, greedy(n), PROMPT) for n in (1, 9)])
+    assert short.finish_reason == "length" and len(short.token_ids) == 1
+    assert long.finish_reason == "error" and "unwell" in long.completions[0].error
 
 
 def test_an_adapter_crosses_the_bus_beside_a_step_and_behind_its_batch(engines, monkeypatch):
