@@ -20,10 +20,11 @@ from pallas_kernels.lora.any_rows import any_rows
 from pallas_kernels.lora.config import LoraConfig
 from pallas_kernels.lora.expand_items import ExpandItems
 from pallas_kernels.lora.gated_load import GatedLoad
-from pallas_kernels.lora.gated_ring import CHUNK, COLUMNS, MATRICES, STAGES, GatedRing, arrivals, weights_type
+from pallas_kernels.lora.gated_ring import CHUNK, COLUMNS, MATRICES, GatedRing, weights_type
 from pallas_kernels.lora.mosaic_common import OPERAND, PLAN_ROWS, STAGE_ROWS, STEP_ROWS, ChunkSource, capacity
 from pallas_kernels.lora.plan import Half
 from pallas_kernels.lora.product_tiles import HALVES, ProductTiles
+from pallas_kernels.lora.stage_ring import STAGES, arrivals
 from pallas_kernels.lora.windows import TILE, WINDOW, Tiles
 from pallas_kernels.vectors_sm90 import unsupported_row
 

@@ -24,8 +24,9 @@ from pallas_kernels.lora.expand_items import ExpandItems
 from pallas_kernels.lora.mosaic_common import OPERAND, PLAN_ROWS, STAGE_ROWS, STEP_ROWS, ChunkSource, capacity
 from pallas_kernels.lora.plan import Half
 from pallas_kernels.lora.product_load import ProductLoad
-from pallas_kernels.lora.product_ring import COLUMNS, HALF, STAGES, ProductRing, arrivals, weights_type
+from pallas_kernels.lora.product_ring import COLUMNS, HALF, ProductRing, weights_type
 from pallas_kernels.lora.product_tiles import CHUNK, HALVES, ProductTiles
+from pallas_kernels.lora.stage_ring import STAGES, arrivals
 from pallas_kernels.lora.windows import TILE, WINDOW, Tiles
 
 _SLOTS = HALF // TILE_COLS
