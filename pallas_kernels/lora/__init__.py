@@ -14,12 +14,14 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.dispatch import Implementation, log_fallback, use_mosaic
 from pallas_kernels.geometry import Geometry
 from pallas_kernels.lora import kernel_gated_sm90, kernel_matmul_sm90, kernel_sm90, reference
-from pallas_kernels.lora.config import PRODUCT_STEP
+from pallas_kernels.lora.config import FEW_TOKENS, MOST_FEW, PRODUCT_STEP
 from pallas_kernels.lora.table import AdapterTable, empty_table
 from pallas_kernels.lora.token_rows import Intermediate, from_token_rows, to_token_rows
 from pallas_kernels.silu_mul import silu_mul
 
 __all__ = [
+    "FEW_TOKENS",
+    "MOST_FEW",
     "AdapterTable",
     "empty_table",
     "from_token_rows",
@@ -173,6 +175,7 @@ def lora_matmul(
     shrink_geometry: Geometry,
     expand_geometry: Geometry,
     max_rank: int,
+    few_adapters: bool = False,
     implementation: Implementation = "auto",
 ) -> Float[Array, "T c"]:
     """`lora_add` to the base projection ``x @ weights[layer]``, which `base` computes unless one kernel does both.
@@ -207,6 +210,7 @@ def lora_matmul_silu_mul(
     shrink_geometry: Geometry,
     expand_geometry: Geometry,
     max_rank: int,
+    few_adapters: bool = False,
     implementation: Implementation = "auto",
 ) -> Float[Array, "T F"]:
     """`silu_mul` of `lora_matmul` for the group "gu", with the same bits; on GPUs, in large steps, in one kernel."""
