@@ -114,6 +114,12 @@ def engine_group(parser: argparse.ArgumentParser) -> None:
         help="of adapters that are copied at most beside a step in which other requests run (default: 128M)",
     )
     group.add_argument(
+        "--few-adapters",
+        action=argparse.BooleanOptionalAction,
+        help="compile small steps once more for adapters of 128 ranks or less in all "
+        "(default: if those given at start have no more, on Hopper GPUs; the server reads its adapters later)",
+    )
+    group.add_argument(
         "--deterministic", action="store_true", help="the same answers bit for bit whatever else runs; slower"
     )
     group.add_argument(
