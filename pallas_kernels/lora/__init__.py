@@ -234,8 +234,8 @@ def lora_matmul_silu_mul(
             return kernel_sm90.gated_sm90(x, weights, *where, layer=layer, max_rank=max_rank)
         log_fallback("lora_matmul_silu_mul", "SiLU·mul is a kernel of its own", reason)
     segments = pages, shrink, expand, seg_start, seg_adapter
-    options |= geometries
-    out = lora_matmul(x, weights, base, *segments, layer=layer, **options, **kind)
+    options |= geometries | kind
+    out = lora_matmul(x, weights, base, *segments, layer=layer, **options)
     return silu_mul(out, implementation=implementation)
 
 

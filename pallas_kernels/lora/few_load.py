@@ -1,11 +1,14 @@
 """The ring in shared memory of the kernel for few adapters, and the warpgroup that fills it.
 
-A slot holds up to 128 columns of all tokens' activations, as many rows of the base weights of each stripe of outputs,
-and as many columns of all A. After the last columns, stages with 64 ranks of B instead of base weights.
+A slot holds 64 columns of all tokens' activations, as many rows of the base weights of each stripe of outputs, and as
+many columns of all A. After the last columns, stages with 64 ranks of B instead of base weights.
+
+One warp copies what any step has, and does not wait to know about adapters; the others copy these.
 """
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 from jax import lax
@@ -13,7 +16,7 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.geometry import TILE_COLS, TILE_RANKS
+from pallas_kernels.geometry import TILE_COLS, TILE_RANKS, ceil_div
 from pallas_kernels.lora.bulk_copy import expect, start_copy
 from pallas_kernels.lora.config import FEW_TOKENS, MOST_FEW
 from pallas_kernels.lora.few_plan import GRANULES
@@ -21,73 +24,71 @@ from pallas_kernels.lora.few_stripes import PairStripes
 from pallas_kernels.lora.mosaic_common import OPERAND, STAGE_CHUNKS, STAGE_ROWS, ChunkSource, drain
 from pallas_kernels.lora.short_ring import WARPS
 
-_TOKEN_PARTS = (32, 16, 8)
-"""Copies that a step of fewer than FEW_TOKENS tokens needs for its activations."""
-TILE_BYTES = 2 * TILE_RANKS * TILE_COLS
-_WARP_GRANULES = GRANULES // WARPS
-_WARP_ROWS = STAGE_CHUNKS // WARPS
-_TOKEN_WARP = WARPS - 1
+TOKEN_PARTS = (32, 16, 8)
+"""Tokens of the copies for a step of fewer than FEW_TOKENS."""
+_TILE_BYTES = 2 * TILE_RANKS * TILE_COLS
+_ADAPTER_WARPS = WARPS - 1
+_WARP_GRANULES = ceil_div(GRANULES, _ADAPTER_WARPS)
+
+
+def delta_stages(granules):
+    """Stages of B of so many granules. One even if there are none: y is zero then."""
+    return jnp.where(granules > STAGE_CHUNKS, 2, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FewRing:
-    """Sizes of the ring: depth: columns of a stage, in tiles. width: stripes. a, b: how A and B are copied."""
+    """Sizes of the ring. width: stripes. tiles: how tiles of the pool are copied."""
 
     slots: int
-    depth: int
     width: int
-    a: ChunkSource
-    b: ChunkSource
+    tiles: ChunkSource
 
     @staticmethod
-    def slot_bytes(depth: int, width: int) -> int:
-        return 2 * depth * TILE_COLS * (FEW_TOKENS + width * STAGE_ROWS + MOST_FEW)
-
-    @property
-    def columns(self) -> int:
-        return self.depth * TILE_COLS
+    def slot_bytes(width: int) -> int:
+        return 2 * TILE_COLS * (FEW_TOKENS + width * STAGE_ROWS + MOST_FEW)
 
     def types(self, dtype) -> dict[str, Any]:
         """Scratch types of activations, weights and A."""
         return dict(
-            x_ring=plgpu.SMEM((self.slots * FEW_TOKENS, self.columns), dtype, transforms=OPERAND),
-            w_ring=self.b.ring(self.slots * self.width * self.columns, dtype),
-            a_ring=self.a.ring(self.slots * MOST_FEW, dtype),
+            x_ring=plgpu.SMEM((self.slots * FEW_TOKENS, TILE_COLS), dtype, transforms=OPERAND),
+            w_ring=self.tiles.ring(self.slots * self.width * STAGE_ROWS, dtype),
+            a_ring=self.tiles.ring(self.slots * MOST_FEW, dtype),
         )
 
     def tokens(self, slot):
         """Rows of activations."""
         return pl.ds(slot * FEW_TOKENS, FEW_TOKENS)
 
-    def weights(self, slot, stripe: int, rows: int):
-        """The first rows of a stripe's weights."""
-        first = (slot * self.width + stripe) * self.columns
-        return pl.ds(first, rows)
+    def weights(self, slot, stripe: int):
+        """Rows of a stripe's weights."""
+        return pl.ds((slot * self.width + stripe) * STAGE_ROWS, STAGE_ROWS)
 
-    def ranks(self, slot, half: int):
-        """64 rows of A."""
-        return pl.ds(slot * MOST_FEW + half * STAGE_ROWS, STAGE_ROWS)
+    def ranks(self, slot):
+        """Rows of A."""
+        return pl.ds(slot * MOST_FEW, MOST_FEW)
 
     @property
     def _copies(self) -> tuple[int, int]:
-        """Of a warp, in a stage with base weights and in one with B: all that it may start."""
-        base = self.width + 1 + len(_TOKEN_PARTS) + _WARP_GRANULES * self.depth
-        return base, self.width * _WARP_ROWS
+        """That all warps may start, in a stage with base weights and in one with B."""
+        granules = _ADAPTER_WARPS * _WARP_GRANULES
+        return self.width + 1 + len(TOKEN_PARTS) + granules, self.width * granules
 
     @property
     def arrivals(self) -> int:
         """Arrivals of a slot's barrier: one a warp, but interpreted copies arrive one by one."""
-        return WARPS * (1 if self.a.whole else max(self._copies))
+        return WARPS if self.tiles.whole else max(self._copies)
 
     def missing(self, *, is_b: bool) -> int:
-        """Arrivals of a warp that a kind of stage needs in interpret mode beside its copies'."""
-        return 0 if self.a.whole else max(self._copies) - self._copies[is_b]
+        """Arrivals that a kind of stage needs in interpret mode beside its copies'."""
+        return 0 if self.tiles.whole else max(self._copies) - self._copies[is_b]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FewLoad:
-    """Of one warp. x, w, a_pool, b_pool, a_tiles, b_tiles: in global memory, see FewPlan. x_ring, w_ring, w_tiles,
-    a_ring: what copies write. full: by warpgroup that multiplies, barriers of its stages. empty: barriers of all.
+    """Of one warp. x, w, pool, a_tiles, b_tiles, ranks: in global memory, see FewPlan. x_ring, w_ring, w_tiles, a_ring,
+    known: what copies write. full: by warpgroup that multiplies, barriers of its stages. empty: barriers of all.
+    has_known: the barrier for `known`.
 
     first, count: stages of the input that this thread block takes. granules: of the adapters. stripes: of the outputs.
     """
@@ -96,16 +97,18 @@ class FewLoad:
     warp: Any
     x: Any
     w: Any
-    a_pool: Any
-    b_pool: Any
+    pool: Any
     a_tiles: Any
     b_tiles: Any
+    ranks: Any
     x_ring: Any
     w_ring: Any
     w_tiles: Any
     a_ring: Any
+    known: Any
     full: tuple
     empty: Any
+    has_known: Any
     layer: Any
     tokens: Any
     first: Any
@@ -115,85 +118,86 @@ class FewLoad:
 
     def run(self) -> None:
         """Loads all stages, and waits until they have been read."""
+        pl.when(self.warp == 0)(lambda: self._passes(self._base_pass))
+
+        @pl.when(self.warp > 0)
+        def _():
+            @pl.when(self.warp == 1)
+            def _():
+                if self.ring.tiles.whole:
+                    expect(self.has_known, 4 * self.known.size)
+                self._copy(self.ranks.at[self.layer, self.stripes.module], self.known, self.has_known, jnp.bool_(True))
+
+            self._passes(self._adapter_pass)
+
+    def _passes(self, load: Callable) -> None:
+        """``load(first stripe, stripes, barriers, stages before)`` for each pass."""
         each = self.count + delta_stages(self.granules)
         issued = jnp.int32(0)
         for number in range(self.stripes.stripes.passes):
             begin, count = self.stripes.pass_of(number)
-            full = self.full[number % len(self.full)]
 
             @pl.when(count > 0)
-            def _(number=number, begin=begin, count=count, full=full):
-                self._base(begin, count, full, number * each)
-                self._deltas(begin, count, full, number * each + self.count)
+            def _(number=number, begin=begin, count=count):
+                load(begin, count, self.full[number % len(self.full)], number * each)
 
             issued += jnp.where(count > 0, each, 0)
         drain(self.empty, issued, self.ring.slots)
 
     def _claim(self, issued, full, num_bytes):
-        """The slot of the `issued`-th stage, as soon as it is empty. num_bytes: that this warp will copy to it."""
+        """The slot of the `issued`-th stage, as soon as it is empty, and its barrier. num_bytes: that this warp will
+        copy to it.
+        """
         slot = lax.rem(issued, jnp.int32(self.ring.slots))
 
         @pl.when(issued >= self.ring.slots)
         def _():
             plgpu.barrier_wait(self.empty.at[slot])
 
-        if self.ring.a.whole:
+        if self.ring.tiles.whole:
             expect(full.at[slot], num_bytes)
-        return slot
+        return slot, full.at[slot]
 
     def _if(self, wanted, copy: Callable) -> None:
         """``copy(predicate)``, which in interpret mode is called in any case: its copies arrive one by one."""
-        if self.ring.a.whole:
+        if self.ring.tiles.whole:
             pl.when(wanted)(lambda: copy(jnp.bool_(True)))
         else:
             copy(wanted)
 
     def _copy(self, source, target, barrier, wanted) -> None:
-        if self.ring.a.whole:
+        if self.ring.tiles.whole:
             start_copy(source, target, barrier, wanted)
         else:
-            self.ring.a.copy_if(wanted, source, target, barrier)
+            self.ring.tiles.copy_if(wanted, source, target, barrier)
 
     def _fill(self, barrier, *, is_b: bool) -> None:
         for _ in range(self.ring.missing(is_b=is_b)):
             plgpu.barrier_arrive(barrier)
 
-    def _base(self, begin, count, full, issued) -> None:
-        """The stages of the base projection. Where A's tiles lie is read one stage ahead."""
-        ring, place, depth = self.ring, self.stripes.place, self.ring.depth
-        mine = [self.warp + WARPS * i for i in range(_WARP_GRANULES)]
-        tiles = sum(jnp.where(g < self.granules, 1, 0) for g in mine)
-        tiles += jnp.where(self.warp < count, STAGE_CHUNKS, 0)
-        tiles += jnp.where(self.warp == _TOKEN_WARP, lax.div(self.tokens, jnp.int32(TILE_RANKS)), 0)
+    def _base_pass(self, begin, count, full, issued) -> None:
+        """Base weights and activations."""
+        num_bytes = (lax.div(self.tokens, jnp.int32(TILE_RANKS)) + count * STAGE_CHUNKS) * _TILE_BYTES
 
-        def places(stage):
-            return [self.a_tiles[self.layer, place, g, (self.first + stage) * depth] for g in mine]
-
-        def stage_body(k, indices):
-            ahead = places(jnp.minimum(k + 1, self.count - 1))
-            slot = self._claim(issued + k, full, tiles * (depth * TILE_BYTES))
-            barrier = full.at[slot]
-            columns = pl.ds((self.first + k) * ring.columns, ring.columns)
-            for i in range(ring.width):
+        @pl.loop(0, self.count)
+        def _(k):
+            slot, barrier = self._claim(issued + k, full, num_bytes)
+            columns = pl.ds((self.first + k) * TILE_COLS, TILE_COLS)
+            for i in range(self.ring.width):
 
                 def copy_weights(wanted, i=i):
                     outputs = pl.ds((self.stripes.first + begin + i) * TILE_COLS, TILE_COLS)
-                    target = self.w_ring.at[ring.weights(slot, i, ring.columns)]
+                    target = self.w_ring.at[self.ring.weights(slot, i)]
                     self._copy(self.w.at[self.layer, columns, outputs], target, barrier, wanted)
 
-                self._if((self.warp == i) & (i < count), copy_weights)
+                self._if(i < count, copy_weights)
             self._tokens(slot, columns, barrier)
-            for g, index in zip(mine, indices, strict=True):
-
-                def copy_granule(wanted, g=g, index=index):
-                    chunk = lax.div(index, jnp.int32(depth)) if ring.a.whole else index
-                    ring.a.copy(self.a_pool, chunk, self.a_ring, slot * GRANULES + g, barrier, wanted)
-
-                self._if(g < self.granules, copy_granule)
             self._fill(barrier, is_b=False)
-            return ahead
 
-        lax.fori_loop(0, self.count, stage_body, places(jnp.int32(0)))
+        @pl.loop(0, delta_stages(self.granules))
+        def _(h):
+            _, barrier = self._claim(issued + self.count + h, full, 0)
+            self._fill(barrier, is_b=True)
 
     def _tokens(self, slot, columns, barrier) -> None:
         """Activations: of a step with fewer tokens than fit in up to three copies, which end with the last token."""
@@ -202,42 +206,58 @@ class FewLoad:
             target = self.x_ring.at[pl.ds(slot * FEW_TOKENS + row, size)]
             self._copy(self.x.at[pl.ds(row, size), columns], target, barrier, wanted)
 
-        mine = self.warp == _TOKEN_WARP
-        self._if(mine & (self.tokens == FEW_TOKENS), lambda wanted: copy(0, FEW_TOKENS, wanted))
-        for size in _TOKEN_PARTS:
+        self._if(self.tokens == FEW_TOKENS, lambda wanted: copy(0, FEW_TOKENS, wanted))
+        for size in TOKEN_PARTS:
             before = self.tokens & (FEW_TOKENS - 2 * size)
-            wanted = mine & (self.tokens < FEW_TOKENS) & (self.tokens & size != 0)
+            wanted = (self.tokens < FEW_TOKENS) & (self.tokens & size != 0)
             self._if(wanted, lambda wanted, before=before, size=size: copy(before, size, wanted))
 
-    def _deltas(self, begin, count, full, issued) -> None:
-        """The stages of B: a granule's tiles of all stripes, two granules for each warp."""
+    def _adapter_pass(self, begin, count, full, issued) -> None:
+        """A, then B: every third granule. Where A's tiles lie is read one stage ahead; where B's do is read before the
+        first stage, and in the first cache when it is needed.
+        """
         ring, place = self.ring, self.stripes.place
-        mine = [self.warp * _WARP_ROWS + i for i in range(_WARP_ROWS)]
+        mine = [self.warp - 1 + _ADAPTER_WARPS * i for i in range(_WARP_GRANULES)]
+        granules = sum(jnp.where(g < self.granules, 1, 0) for g in mine)
+
+        def a_places(stage):
+            return [self.a_tiles[self.layer, place, jnp.minimum(g, GRANULES - 1), self.first + stage] for g in mine]
+
+        def b_places(g):
+            stripes = [begin + jnp.minimum(i, count - 1) for i in range(ring.width)]
+            return [self.b_tiles[self.layer, place, jnp.minimum(g, GRANULES - 1), stripe] for stripe in stripes]
+
+        least = functools.reduce(jnp.minimum, [place for g in mine for place in b_places(g)])
+        # No place is negative, which the compiler does not know: it leaves the reads in.
+        issued += jnp.where(least < 0, 1, 0)
+
+        def stage_body(k, indices):
+            ahead = a_places(jnp.minimum(k + 1, self.count - 1))
+            slot, barrier = self._claim(issued + k, full, granules * _TILE_BYTES)
+            for g, index in zip(mine, indices, strict=True):
+
+                def copy_granule(wanted, g=g, index=index):
+                    row = slot * GRANULES + jnp.minimum(g, GRANULES - 1)
+                    ring.tiles.copy(self.pool, index, self.a_ring, row, barrier, wanted)
+
+                self._if(g < self.granules, copy_granule)
+            return ahead
+
+        lax.fori_loop(0, self.count, stage_body, a_places(jnp.int32(0)))
 
         @pl.loop(0, delta_stages(self.granules))
         def _(h):
-            here = self.granules - h * STAGE_CHUNKS
-            rows = sum(jnp.where(row < here, 1, 0) for row in mine)
-            indices = [
-                [
-                    self.b_tiles[self.layer, place, h * STAGE_CHUNKS + row, begin + jnp.minimum(i, count - 1)]
-                    for row in mine
-                ]
-                for i in range(ring.width)
+            rows = [g - h * STAGE_CHUNKS for g in mine]
+            wanted = [
+                (g < self.granules) & (row >= 0) & (row < STAGE_CHUNKS) for g, row in zip(mine, rows, strict=True)
             ]
-            slot = self._claim(issued + h, full, rows * count * TILE_BYTES)
-            barrier = full.at[slot]
-            for i, tiles in enumerate(indices):
-                for row, tile in zip(mine, tiles, strict=True):
+            here = sum(jnp.where(w, 1, 0) for w in wanted)
+            slot, barrier = self._claim(issued + self.count + h, full, here * count * _TILE_BYTES)
+            for g, row, w in zip(mine, rows, wanted, strict=True):
+                for i, index in enumerate(b_places(g)):
 
-                    def copy_tile(wanted, i=i, row=row, tile=tile):
-                        to = (slot * ring.width + i) * (ring.columns // TILE_RANKS) + row
-                        ring.b.copy(self.b_pool, tile, self.w_tiles, to, barrier, wanted)
+                    def copy_tile(wanted, i=i, row=row, index=index):
+                        to = (slot * ring.width + i) * STAGE_CHUNKS + jnp.clip(row, 0, STAGE_CHUNKS - 1)
+                        ring.tiles.copy(self.pool, index, self.w_tiles, to, barrier, wanted)
 
-                    self._if((row < here) & (i < count), copy_tile)
-            self._fill(barrier, is_b=True)
-
-
-def delta_stages(granules):
-    """Stages of B that so many granules take."""
-    return lax.div(granules + (STAGE_CHUNKS - 1), jnp.int32(STAGE_CHUNKS))
+                    self._if(w & (i < count), copy_tile)

@@ -16,6 +16,7 @@ from pallas_kernels.lora.config import MOST_FEW
 from pallas_kernels.lora.table import AdapterTable, section_starts
 
 GRANULES = MOST_FEW // TILE_RANKS
+FIRST, LAST, SCALE = range(3)  # rows of FewPlan.ranks
 
 
 @jax.tree_util.register_dataclass
@@ -23,16 +24,15 @@ GRANULES = MOST_FEW // TILE_RANKS
 class FewPlan:
     """a_tiles, b_tiles: by group, int32 [L, modules of the group, GRANULES, tiles]: where in the pool, in tiles, each
     granule has its columns of A and its outputs of B, in the order of the columns and of the outputs.
-    count: granules in use. first, last, scale: of each rank, which tokens it is for, and their adapter's scaling; no
-    token for ranks that are not in use. Where there are more granules than fit, the scaling is NaN.
+    count: granules in use. ranks: of each rank, which tokens it is for, from the first to before the last, and their
+    adapter's scaling; no token for ranks that are not in use. Where there are more granules than fit, the scaling is
+    NaN.
     """
 
     a_tiles: tuple[Int[Array, "L _ G _"], ...]
     b_tiles: tuple[Int[Array, "L _ G _"], ...]
     count: Int[Array, "L 7"]
-    first: Int[Array, "L 7 R"]
-    last: Int[Array, "L 7 R"]
-    scale: Float[Array, "L 7 R"]
+    ranks: Float[Array, "L 7 3 R"]
 
 
 def make_few_plan(
@@ -77,10 +77,9 @@ def make_few_plan(
         found = row * geometry.page_tiles + tile % geometry.page_tiles
         return jnp.where(used[:, members][..., None], found, 0).astype(jnp.int32)
 
-    def of_ranks(values, unused):
+    def of_ranks(values):
         """Values of segments, as each rank has them."""
-        found = jnp.where(used, values, unused)
-        return jnp.repeat(found, TILE_RANKS, axis=-1)
+        return jnp.repeat(jnp.where(used, values, 0).astype(jnp.float32), TILE_RANKS, axis=-1)
 
     scale = table.scaling[adapter[segment], *of_layer]
     scale = jnp.where((total > GRANULES)[..., None], jnp.nan, scale)
@@ -88,9 +87,7 @@ def make_few_plan(
         a_tiles=tuple(locate(a_first, group, geometry.in_tiles) for group in GROUPS),
         b_tiles=tuple(locate(b_first, group, geometry.out_tiles) for group in GROUPS),
         count=jnp.minimum(total, GRANULES),
-        first=of_ranks(seg_start[segment], 0),
-        last=of_ranks(seg_start[segment + 1], 0),
-        scale=of_ranks(scale, 0.0),
+        ranks=jnp.stack([of_ranks(values) for values in (seg_start[segment], seg_start[segment + 1], scale)], axis=2),
     )
 
 

@@ -1,7 +1,7 @@
 """How the kernel for few adapters deals a group's outputs out: to pairs of thread blocks, in stripes of 64 outputs."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax import lax
 from jax import numpy as jnp
@@ -72,11 +72,11 @@ class PairStripes:
     """
 
     stripes: Stripes
-    place: object
-    module: object
-    first: object
-    begin: object
-    end: object
+    place: Any
+    module: Any
+    first: Any
+    begin: Any
+    end: Any
 
     def pass_of(self, number: int):
         """First stripe of a pass, of the module's, and how many it has: never more than the one before."""

@@ -10,6 +10,8 @@ outputs.
 Two warpgroups multiply in turn, one while the other adds up and writes; a third fills the ring.
 """
 
+from typing import Any
+
 import jax
 from jax import lax
 from jax import numpy as jnp
@@ -18,16 +20,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry
 from pallas_kernels.lora.any_rows import any_rows
-from pallas_kernels.lora.config import CLUSTER, CLUSTERS, FEW_TOKENS, MOST_FEW, chunk_tiles
-from pallas_kernels.lora.few_load import FewLoad, FewRing, delta_stages
-from pallas_kernels.lora.few_plan import FewPlan
+from pallas_kernels.lora.config import CLUSTER, CLUSTERS, FEW_TOKENS, MOST_FEW
+from pallas_kernels.lora.few_load import TOKEN_PARTS, FewLoad, FewRing, delta_stages
+from pallas_kernels.lora.few_plan import FIRST, LAST, SCALE, FewPlan
 from pallas_kernels.lora.few_stripes import Stripes
 from pallas_kernels.lora.mosaic_common import SHARED_BYTES, STAGE_ROWS, ChunkSource, ceil_div
 from pallas_kernels.lora.pair_sum import PairSum
 
-_MOST_SLOTS = 6
+_LEAST_SLOTS = 2
+"""A slot is freed when the next one's products have begun."""
+_MOST_SLOTS = 8
 _WARPGROUPS = 2
-_HALVES = MOST_FEW // STAGE_ROWS
 _PART = TILE_COLS // CLUSTER
 """Outputs of a stripe that a thread block of a pair writes."""
 _INTERPRETED_PAIRS = 3
@@ -42,7 +45,7 @@ def unsupported(x, w, shrink: Geometry, expand: Geometry) -> str | None:
         return f"weights are {w.dtype} and activations {x.dtype}"
     if shrink != expand:
         return "A and B are cut differently"
-    if x.shape[1] < CLUSTER * TILE_COLS:
+    if x.shape[1] < CLUSTER * _LEAST_SLOTS * TILE_COLS:
         return f"an input of {x.shape[1]} is too narrow to be halved"
     return None
 
@@ -50,52 +53,24 @@ def unsupported(x, w, shrink: Geometry, expand: Geometry) -> str | None:
 def few_matmul(x, w, pages, plan: FewPlan, layer, *, group: str, geometry: Geometry, interpret=None):
     """``x @ w[layer]`` and the deltas of the plan's adapters, bfloat16 [T, out]. layer: int32[1]."""
     stripes = Stripes.of(geometry, group, _INTERPRETED_PAIRS if interpret else CLUSTERS)
-    ring = _ring(stripes, geometry, pages.shape[1], group, interpret)
+    tiles = ChunkSource(geometry=geometry, num_pages=pages.shape[1], chunk=1, whole=not interpret)
+    shared = SHARED_BYTES - 4 * stripes.width * FEW_TOKENS * _PART
+    # No slot has B before it had base weights: what B does not fill must be finite.
+    slots = min(_MOST_SLOTS, shared // FewRing.slot_bytes(stripes.width), x.shape[1] // TILE_COLS // CLUSTER)
     number, index = jnp.concatenate([layer, jnp.full(1, x.shape[0], jnp.int32)]), list(GROUPS).index(group)
-    pools = ring.a.view_of_pool(pages), ring.b.view_of_pool(pages)
-    args = (
-        x,
-        w,
-        *pools,
-        plan.a_tiles[index],
-        plan.b_tiles[index],
-        plan.count,
-        plan.first,
-        plan.last,
-        plan.scale,
-        number,
-    )
+    places = plan.a_tiles[index], plan.b_tiles[index]
+    args = (x, w, tiles.view_of_pool(pages), *places, plan.count, plan.ranks, number)
     out = jax.ShapeDtypeStruct((x.shape[0], w.shape[2]), x.dtype)
-    options = dict(ring=ring, stripes=stripes)
+    options: dict[str, Any] = dict(ring=FewRing(slots=slots, width=stripes.width, tiles=tiles), stripes=stripes)
     with jax.named_scope("lora_matmul_few"):
         if interpret:
             return _launch(*args, **options, out=out, interpret=interpret)
-        largest = jax.ShapeDtypeStruct((FEW_TOKENS, w.shape[2]), x.dtype)
-        return any_rows(
-            _launch, args, rows={0: FEW_TOKENS}, out=(out,), in_place=False, options=options | dict(out=largest)
-        )[0]
-
-
-def _ring(stripes: Stripes, geometry: Geometry, num_pages: int, group: str, interpret) -> FewRing:
-    """Stages of narrow outputs are two tiles deep where tiles lie side by side: half as many copies of the same."""
-    in_tiles = geometry.in_tiles(GROUPS[group][0])
-    depth = 2 if stripes.width == 1 and chunk_tiles(geometry, 2) == 2 and in_tiles >= 2 * CLUSTER else 1
-    options = dict(geometry=geometry, num_pages=num_pages, whole=not interpret)
-    sums = min(stripes.passes, _WARPGROUPS) * stripes.width * FEW_TOKENS * _PART * (4 + 2)
-    slots = min(_MOST_SLOTS, (SHARED_BYTES - sums) // FewRing.slot_bytes(depth, stripes.width))
-    return FewRing(
-        # No slot has B before it had base weights: what B does not fill must be finite.
-        slots=min(slots, in_tiles // depth // CLUSTER),
-        depth=depth,
-        width=stripes.width,
-        a=ChunkSource(chunk=depth, **options),
-        b=ChunkSource(chunk=1, **options),
-    )
+        options |= dict(out=jax.ShapeDtypeStruct((FEW_TOKENS, w.shape[2]), x.dtype))
+        return any_rows(_launch, args, rows={0: FEW_TOKENS}, out=(out,), in_place=False, options=options)[0]
 
 
 def _launch(*args, ring: FewRing, stripes: Stripes, out, interpret=None):
-    x, dtype, width = args[0], out.dtype, stripes.width
-    stages = x.shape[1] // ring.columns
+    stages, dtype, width = args[0].shape[1] // TILE_COLS, out.dtype, stripes.width
     parts = 1 if interpret else CLUSTER
     columns = TILE_COLS // parts
     users = min(stripes.passes, _WARPGROUPS)
@@ -103,30 +78,28 @@ def _launch(*args, ring: FewRing, stripes: Stripes, out, interpret=None):
     def body(
         x_ref,
         w_ref,
-        a_pool,
-        b_pool,
+        pool,
         a_tiles,
         b_tiles,
         counts,
-        first_ref,
-        last_ref,
-        scale_ref,
+        ranks,
         number,
         out_ref,
         *,
         x_ring,
         w_ring,
         a_ring,
-        sums,
-        c,
+        known,
+        results,
         full,
         empty,
+        has_known,
         sent=None,
         free=None,
         y_smem=None,
     ):
-        w_operand, w_tiles = ring.b.views(w_ring)
-        a_operand, a_target = ring.a.views(a_ring)
+        w_operand, w_tiles = ring.tiles.views(w_ring)
+        a_operand, a_target = ring.tiles.views(a_ring)
         wg, part = lax.axis_index("wg"), 0 if interpret else lax.axis_index("part")
         mine = stripes.of_pair(lax.axis_index("pair"))
         layer, tokens = number[0], number[1]
@@ -147,16 +120,18 @@ def _launch(*args, ring: FewRing, stripes: Stripes, out, interpret=None):
                     warp=warp,
                     x=x_ref,
                     w=w_ref,
-                    a_pool=a_pool,
-                    b_pool=b_pool,
+                    pool=pool,
                     a_tiles=a_tiles,
                     b_tiles=b_tiles,
+                    ranks=ranks,
                     x_ring=x_ring,
                     w_ring=w_operand,
                     w_tiles=w_tiles,
                     a_ring=a_target,
+                    known=known,
                     full=full,
                     empty=empty,
+                    has_known=has_known,
                     layer=layer,
                     tokens=tokens,
                     first=first,
@@ -165,69 +140,71 @@ def _launch(*args, ring: FewRing, stripes: Stripes, out, interpret=None):
                     stripes=mine,
                 ).run()
 
-        def y_of(total, h):
-            """Of 64 ranks, zero for tokens that are not their adapter's."""
-            ranks = pl.ds(h * STAGE_ROWS, STAGE_ROWS)
+        def y_of(total):
+            """Zero for tokens that are not their adapter's."""
 
-            def load(ref):
-                vector = plgpu.load(ref.at[layer, mine.module, ranks], layout=_WGMMA.reduce(0), optimized=False)
+            def of_ranks(row):
+                vector = plgpu.load(known.at[row], layout=_WGMMA.reduce(0), optimized=False)
                 return lax.broadcast_in_dim(vector, total.shape, (1,))
 
-            token = plgpu.broadcasted_iota(jnp.int32, total.shape, 0, layout=_WGMMA)
-            own = (token >= load(first_ref)) & (token < load(last_ref))
-            return jnp.where(own, total * load(scale_ref), 0.0).astype(dtype)
+            token = plgpu.broadcasted_iota(jnp.int32, total.shape, 0, layout=_WGMMA).astype(jnp.float32)
+            own = (token >= of_ranks(FIRST)) & (token < of_ranks(LAST))
+            return jnp.where(own, total * of_ranks(SCALE), 0.0).astype(dtype)
 
         def products(user, seen):
             """Of a pass: sums of the stripes, float32 [64, 64] each."""
-            full_of = full[user]
+
+            def slot_of(k):
+                return lax.rem(seen + k, jnp.int32(ring.slots))
+
+            def free_slot(k):
+                plgpu.barrier_arrive(empty.at[slot_of(k)])
 
             def accumulate(*acc):
-                outputs, ranks = acc[:width], acc[width:]
-
-                def stage(k, multiply):
-                    slot = lax.rem(seen + k, jnp.int32(ring.slots))
-                    plgpu.barrier_wait(full_of.at[slot])
-                    multiply(slot)
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(empty.at[slot])
+                sums, y = acc[:width], acc[width]
 
                 @pl.loop(0, count)
                 def _(k):
-                    def multiply(slot):
-                        tokens = x_ring.at[ring.tokens(slot)]
-                        for i, sum_ in enumerate(outputs):
-                            plgpu.wgmma(sum_, tokens, w_operand.at[ring.weights(slot, i, ring.columns)])
-                        for h, y in enumerate(ranks):
-                            # a loop, because a condition has no accumulator
-                            @pl.loop(0, jnp.where(granules > h * STAGE_ROWS // TILE_RANKS, 1, 0))
-                            def _(_, h=h, y=y):
-                                plgpu.wgmma(y, tokens, a_operand.at[ring.ranks(slot, h)].T)
+                    slot = slot_of(k)
+                    plgpu.barrier_wait(full[user].at[slot])
+                    x = x_ring.at[ring.tokens(slot)]
+                    for i, total in enumerate(sums):
+                        plgpu.wgmma(total, x, w_operand.at[ring.weights(slot, i)])
+                    plgpu.wgmma(y, x, a_operand.at[ring.ranks(slot)].T)
+                    plgpu.wgmma_wait(width + 1)
+                    pl.when(k > 0)(lambda: free_slot(k - 1))
 
-                    stage(k, multiply)
+                plgpu.wgmma_wait(0)
+                free_slot(count - 1)
+                y = y_of(y[...])
 
-                for h, y in enumerate(ranks):
-                    y = y_of(y[...], h)
+                def add_deltas(h):
+                    slot, ranks = slot_of(count + h), slice(h * STAGE_ROWS, (h + 1) * STAGE_ROWS)
+                    operand = y[:, ranks]
                     if interpret:  # which takes no operand from registers
-                        y_smem[user, h] = y
-                        y = y_smem.at[user, h]
+                        y_smem[user] = operand
+                        operand = y_smem.at[user]
+                    plgpu.barrier_wait(full[user].at[slot])
+                    for i, total in enumerate(sums):
+                        plgpu.wgmma(total, operand, w_operand.at[ring.weights(slot, i)])
+                    plgpu.wgmma_wait(0)
+                    free_slot(count + h)
 
-                    @pl.loop(0, jnp.where(granules > h * STAGE_ROWS // TILE_RANKS, 1, 0))
-                    def _(_, h=h, y=y):
-                        def multiply(slot):
-                            for i, sum_ in enumerate(outputs):
-                                plgpu.wgmma(sum_, y, w_operand.at[ring.weights(slot, i, STAGE_ROWS)])
+                add_deltas(0)
 
-                        stage(count + h, multiply)
+                # a loop, because a condition has no accumulator
+                @pl.loop(1, delta_stages(granules))
+                def _(_):
+                    add_deltas(1)
 
-                return [sum_[...] for sum_ in outputs]
+                return [total[...] for total in sums]
 
             kinds = [plgpu.ACC((FEW_TOKENS, TILE_COLS), jnp.float32)] * width
-            kinds += [plgpu.ACC((FEW_TOKENS, STAGE_ROWS), jnp.float32)] * _HALVES
-            return pl.run_scoped(accumulate, *kinds)
+            return pl.run_scoped(accumulate, *kinds, plgpu.ACC((FEW_TOKENS, MOST_FEW), jnp.float32))
 
-        def write(user, i, value, stripe):
+        def write(i, value, stripe):
             """A stripe's outputs, or this thread block's half of them."""
-            target = c.at[user, i]
+            target = results[1].at[i]
             target[...] = value.astype(dtype)
             plgpu.commit_smem()
             outputs = pl.ds(stripe * TILE_COLS + part * columns, columns)
@@ -236,60 +213,83 @@ def _launch(*args, ring: FewRing, stripes: Stripes, out, interpret=None):
                 rows = pl.ds(row if isinstance(row, int) else pl.multiple_of(row, TILE_RANKS), size)
                 plgpu.copy_smem_to_gmem(target.at[rows], out_ref.at[rows, outputs])
 
-            pl.when(tokens == FEW_TOKENS)(lambda: copy(0, FEW_TOKENS))
-            for size in (32, 16, 8):
-                before = tokens & (FEW_TOKENS - 2 * size)
-                wanted = (tokens < FEW_TOKENS) & (tokens & size != 0)
-                pl.when(wanted)(lambda before=before, size=size: copy(before, size))
+            @pl.when(tokens == FEW_TOKENS)
+            def _():
+                copy(0, FEW_TOKENS)
+
+            for size in TOKEN_PARTS:
+
+                @pl.when((tokens < FEW_TOKENS) & (tokens & size != 0))
+                def _(size=size):
+                    copy(tokens & (FEW_TOKENS - 2 * size), size)
+
+        def multiply_pass(user, number, begin, stripe_count):
+            if number < _WARPGROUPS:
+                plgpu.barrier_wait(has_known)
+            found = products(user, number * each)
+            if not interpret:
+                found = PairSum(parts=results[0], sent=sent.at[user], part=part).exchange(found, stripe_count)
+            for i, value in enumerate(found):
+
+                @pl.when(i < stripe_count)
+                def _(i=i, value=value):
+                    write(i, value, mine.first + begin + i)
+
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            if not interpret:
+                plgpu.barrier_arrive(free.at[user])
+
+        def wait_for(number):
+            """Until both thread blocks have taken what they got in a pass: before the memory for it is used again, and
+            before one of them ends while the other still arrives at its barrier.
+            """
+            if not interpret:
+                pl.when(mine.pass_of(number)[1] > 0)(lambda: plgpu.barrier_wait(free.at[number % users]))
 
         def multiply(user):
             plgpu.set_max_registers(224, action="increase")
-            for n, number in enumerate(range(user, stripes.passes, _WARPGROUPS)):
-                begin, stripe_count = mine.pass_of(number)
+            for number in range(stripes.passes):
+                if number and number % users == user:
+                    wait_for(number - 1)
+                if number % users == user:
+                    begin, stripe_count = mine.pass_of(number)
 
-                @pl.when(stripe_count > 0)
-                def _(n=n, number=number, begin=begin, stripe_count=stripe_count):
-                    found = products(user, number * each)
-                    if not interpret:
-                        if n:
-                            plgpu.barrier_wait(free.at[user])
-                        pair = PairSum(parts=sums.at[user], sent=sent.at[user], free=free.at[user], part=part)
-                        found = pair.exchange(found, stripe_count)
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    for i, value in enumerate(found):
-                        stripe = mine.first + begin + i
-                        pl.when(i < stripe_count)(lambda i=i, value=value, s=stripe: write(user, i, value, s))
+                    @pl.when(stripe_count > 0)
+                    def _(number=number, begin=begin, stripe_count=stripe_count):
+                        multiply_pass(user, number, begin, stripe_count)
 
-            @pl.when(mine.pass_of(user)[1] > 0)
-            def _():
-                if not interpret:  # nobody ends while the other one arrives at its barrier
-                    plgpu.barrier_wait(free.at[user])
-                plgpu.wait_smem_to_gmem(0)
+            if stripes.passes % users == user:
+                wait_for(stripes.passes - 1)
+            plgpu.wait_smem_to_gmem(0)
 
         for user in range(users):
-            pl.when(wg == user)(lambda user=user: multiply(user))
+
+            @pl.when(wg == user)
+            def _(user=user):
+                multiply(user)
 
     body.__name__ = "lora_matmul_few"
-    scratch = dict(
+    outputs = plgpu.SMEM((width, FEW_TOKENS, columns), dtype)
+    scratch: dict[str, Any] = dict(
         **ring.types(dtype),
-        sums=plgpu.SMEM((users, width, FEW_TOKENS, _PART), jnp.float32),
-        c=plgpu.SMEM((users, width, FEW_TOKENS, columns), dtype),
+        known=plgpu.SMEM((3, MOST_FEW), jnp.float32),
+        results=plgpu.RefUnion(plgpu.SMEM((width, FEW_TOKENS, _PART), jnp.float32), outputs),
         full=tuple(plgpu.Barrier(num_arrivals=ring.arrivals, num_barriers=ring.slots) for _ in range(users)),
         empty=plgpu.Barrier(num_barriers=ring.slots),
+        has_known=plgpu.Barrier(),
     )
-    cluster: dict = {}
+    options: dict[str, Any] = dict(grid=(CLUSTERS,), cluster=(CLUSTER,), cluster_names=("part",))
     if interpret:
-        scratch |= dict(y_smem=plgpu.SMEM((users, _HALVES, FEW_TOKENS, STAGE_ROWS), dtype))
+        options = dict(grid=(_INTERPRETED_PAIRS,))
+        scratch |= dict(results=(outputs, outputs), y_smem=plgpu.SMEM((users, FEW_TOKENS, STAGE_ROWS), dtype))
     else:
         scratch |= dict(
             sent=plgpu.Barrier(num_barriers=users),
             free=plgpu.ClusterBarrier(collective_axes=("part",), num_barriers=users),
         )
-        cluster = dict(cluster=(CLUSTER,), cluster_names=("part",))
     return plgpu.kernel(
         body,
         out_type=out,
-        grid=(_INTERPRETED_PAIRS if interpret else CLUSTERS,),
         grid_names=("pair",),
         num_threads=_WARPGROUPS + 1,
         thread_name="wg",
@@ -297,5 +297,5 @@ def _launch(*args, ring: FewRing, stripes: Stripes, out, interpret=None):
         interpret=interpret,
         # commit_smem or sync_warpgroup stands wherever a thread reads what another one wrote.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=not interpret),
-        **cluster,
+        **options,
     )(*args)

@@ -27,28 +27,31 @@ class PairSum:
     """Of one warpgroup of each thread block.
 
     parts: shared memory float32 [stripes, 64, columns], written by the other one. sent: barrier that counts its bytes.
-    free: a cluster's barrier, to which both arrive when they have read. part: which of the two this is.
+    part: which of the two this is.
     """
 
     parts: Any
     sent: Any
-    free: Any
     part: Any
 
     def exchange(self, values: list, count) -> list:
         """Sums of both thread blocks' `values`, float32 [64, 2 columns] each: of the first or the second columns,
-        float32 [64, columns]. count: how many of the values matter.
+        float32 [64, columns]. count: how many of the values matter. Both have read what they got before; afterwards
+        all threads of the warpgroup have what came now.
         """
         columns = self.parts.shape[-1]
         halves = [(value[:, :columns], value[:, columns:]) for value in values]
         expect(self.sent, count * (halves[0][0].size * 4))
         address = barrier_address(self.sent)
-        for i, both in enumerate(halves):
-            pl.when(i < count)(lambda i=i, both=both: _send(*both, self.parts.at[i], address, self.part))
+        for i, (low, high) in enumerate(halves):
+
+            @pl.when(i < count)
+            def _(i=i, low=low, high=high):
+                _send(low, high, self.parts.at[i], address, self.part)
+
         plgpu.barrier_wait(self.sent)
-        sums = [_add_received(*both, self.parts.at[i], self.part) for i, both in enumerate(halves)]
+        sums = [_add_received(low, high, self.parts.at[i], self.part) for i, (low, high) in enumerate(halves)]
         sync_warpgroup()
-        plgpu.barrier_arrive(self.free)
         return sums
 
 
