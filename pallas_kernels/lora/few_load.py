@@ -1,7 +1,8 @@
 """The ring in shared memory of the kernel for few adapters, and the warpgroup that fills it.
 
 A slot holds 64 columns of all tokens' activations, as many rows of the base weights of each stripe of outputs, and as
-many columns of all A. After the last columns, stages with 64 ranks of B instead of base weights.
+many columns of all A. After the last columns, stages with 64 ranks of B instead of base weights. A is read once: when a
+pair goes through the input again it has y.
 
 One warp copies what any step has, and does not wait to know about adapters; the others copy these.
 """
@@ -21,39 +22,61 @@ from pallas_kernels.lora.bulk_copy import expect, start_copy
 from pallas_kernels.lora.config import FEW_TOKENS, MOST_FEW
 from pallas_kernels.lora.few_plan import GRANULES
 from pallas_kernels.lora.few_stripes import PairStripes
-from pallas_kernels.lora.mosaic_common import OPERAND, STAGE_CHUNKS, STAGE_ROWS, ChunkSource, drain
+from pallas_kernels.lora.mosaic_common import OPERAND, STAGE_CHUNKS, STAGE_ROWS, ChunkSource
 from pallas_kernels.lora.short_ring import WARPS
 
+_MOST_SLOTS = 8
 TOKEN_PARTS = (32, 16, 8)
 """Tokens of the copies for a step of fewer than FEW_TOKENS."""
+HALVES = MOST_FEW // STAGE_ROWS
 _TILE_BYTES = 2 * TILE_RANKS * TILE_COLS
 _ADAPTER_WARPS = WARPS - 1
 _WARP_GRANULES = ceil_div(GRANULES, _ADAPTER_WARPS)
 
 
 def delta_stages(granules):
-    """Stages of B of so many granules. One even if there are none: y is zero then."""
-    return jnp.where(granules > STAGE_CHUNKS, 2, 1)
+    """Stages of B of so many granules, and parts of 64 ranks of A. One even if there are none: y is zero then."""
+    return jnp.where(granules > STAGE_CHUNKS, HALVES, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FewRing:
-    """Sizes of the ring. width: stripes. tiles: how tiles of the pool are copied."""
+    """Sizes of the ring. most: slots. parts: of A, 64 ranks each, of which a slot has one or two: then there are fewer
+    slots. width: stripes. tiles: how tiles of the pool are copied.
+    """
 
-    slots: int
+    most: int
+    parts: int
     width: int
     tiles: ChunkSource
 
-    @staticmethod
-    def slot_bytes(width: int) -> int:
-        return 2 * TILE_COLS * (FEW_TOKENS + width * STAGE_ROWS + MOST_FEW)
+    @classmethod
+    def of(cls, width: int, tiles: ChunkSource, shared_bytes: int, stages: int) -> "FewRing":
+        """The most slots of which nearly two thirds are left for twice as many ranks. stages: of the input, at least:
+        no slot has B before it had base weights, as what B does not fill must be finite.
+        """
+        part = 2 * TILE_COLS * STAGE_ROWS
+        slot = 2 * TILE_COLS * (FEW_TOKENS + width * STAGE_ROWS)
+        fitting = [n for n in range(2, _MOST_SLOTS + 1) if (shared_bytes - n * slot) // part // HALVES >= 0.6 * n]
+        most = min(fitting[-1], stages)
+        # more parts than slots, as every product takes two; twice as many are enough
+        return cls(most=most, parts=min((shared_bytes - most * slot) // part, HALVES * most), width=width, tiles=tiles)
+
+    @property
+    def least(self) -> int:
+        """Slots for adapters of any number of granules."""
+        return min(self.most, self.parts // HALVES)
+
+    def slots(self, granules):
+        """Slots for adapters of so many granules."""
+        return jnp.where(granules > STAGE_CHUNKS, self.least, self.most)
 
     def types(self, dtype) -> dict[str, Any]:
         """Scratch types of activations, weights and A."""
         return dict(
-            x_ring=plgpu.SMEM((self.slots * FEW_TOKENS, TILE_COLS), dtype, transforms=OPERAND),
-            w_ring=self.tiles.ring(self.slots * self.width * STAGE_ROWS, dtype),
-            a_ring=self.tiles.ring(self.slots * MOST_FEW, dtype),
+            x_ring=plgpu.SMEM((self.most * FEW_TOKENS, TILE_COLS), dtype, transforms=OPERAND),
+            w_ring=self.tiles.ring(self.most * self.width * STAGE_ROWS, dtype),
+            a_ring=self.tiles.ring(self.parts * STAGE_ROWS, dtype),
         )
 
     def tokens(self, slot):
@@ -64,9 +87,14 @@ class FewRing:
         """Rows of a stripe's weights."""
         return pl.ds((slot * self.width + stripe) * STAGE_ROWS, STAGE_ROWS)
 
-    def ranks(self, slot):
-        """Rows of A."""
-        return pl.ds(slot * MOST_FEW, MOST_FEW)
+    def ranks(self, slot, granules):
+        """Rows of A: more than a slot has, where it has one part."""
+        return pl.ds(slot * delta_stages(granules) * STAGE_ROWS, MOST_FEW)
+
+    @staticmethod
+    def y(half: int):
+        """Rows of A where y lies when all A was read."""
+        return pl.ds(half * STAGE_ROWS, STAGE_ROWS)
 
     @property
     def _copies(self) -> tuple[int, int]:
@@ -131,7 +159,7 @@ class FewLoad:
             self._passes(self._adapter_pass)
 
     def _passes(self, load: Callable) -> None:
-        """``load(first stripe, stripes, barriers, stages before)`` for each pass."""
+        """``load(number, first stripe, stripes, barriers, stages before)`` for each pass."""
         each = self.count + delta_stages(self.granules)
         issued = jnp.int32(0)
         for number in range(self.stripes.stripes.passes):
@@ -139,24 +167,33 @@ class FewLoad:
 
             @pl.when(count > 0)
             def _(number=number, begin=begin, count=count):
-                load(begin, count, self.full[number % len(self.full)], number * each)
+                load(number, begin, count, self.full[number % len(self.full)], number * each)
 
             issued += jnp.where(count > 0, each, 0)
-        drain(self.empty, issued, self.ring.slots)
+        slots = self.ring.slots(self.granules)
+
+        @pl.loop(jnp.maximum(issued - slots, 0), issued)
+        def _(i):
+            plgpu.barrier_wait(self.empty.at[lax.rem(i, slots)])
 
     def _claim(self, issued, full, num_bytes):
         """The slot of the `issued`-th stage, as soon as it is empty, and its barrier. num_bytes: that this warp will
         copy to it.
         """
-        slot = lax.rem(issued, jnp.int32(self.ring.slots))
+        slots = self.ring.slots(self.granules)
+        slot = lax.rem(issued, slots)
 
-        @pl.when(issued >= self.ring.slots)
+        @pl.when(issued >= slots)
         def _():
             plgpu.barrier_wait(self.empty.at[slot])
 
+        return slot, self._announce(full.at[slot], num_bytes)
+
+    def _announce(self, barrier, num_bytes):
+        """The barrier of a slot to which this warp will copy so much (in interpret mode copies announce themselves)."""
         if self.ring.tiles.whole:
-            expect(full.at[slot], num_bytes)
-        return slot, full.at[slot]
+            expect(barrier, num_bytes)
+        return barrier
 
     def _if(self, wanted, copy: Callable) -> None:
         """``copy(predicate)``, which in interpret mode is called in any case: its copies arrive one by one."""
@@ -175,13 +212,11 @@ class FewLoad:
         for _ in range(self.ring.missing(is_b=is_b)):
             plgpu.barrier_arrive(barrier)
 
-    def _base_pass(self, begin, count, full, issued) -> None:
+    def _base_pass(self, number: int, begin, count, full, issued) -> None:
         """Base weights and activations."""
         num_bytes = (lax.div(self.tokens, jnp.int32(TILE_RANKS)) + count * STAGE_CHUNKS) * _TILE_BYTES
 
-        @pl.loop(0, self.count)
-        def _(k):
-            slot, barrier = self._claim(issued + k, full, num_bytes)
+        def stage(k, slot, barrier):
             columns = pl.ds((self.first + k) * TILE_COLS, TILE_COLS)
             for i in range(self.ring.width):
 
@@ -193,6 +228,12 @@ class FewLoad:
                 self._if(i < count, copy_weights)
             self._tokens(slot, columns, barrier)
             self._fill(barrier, is_b=False)
+
+        ahead = 0
+        if number == 0:  # how many slots there are in all need not be known yet
+            ahead = jnp.minimum(self.ring.least, self.count)
+            pl.loop(0, ahead)(lambda k: stage(k, k, self._announce(full.at[k], num_bytes)))
+        pl.loop(ahead, self.count)(lambda k: stage(k, *self._claim(issued + k, full, num_bytes)))
 
         @pl.loop(0, delta_stages(self.granules))
         def _(h):
@@ -212,9 +253,9 @@ class FewLoad:
             wanted = (self.tokens < FEW_TOKENS) & (self.tokens & size != 0)
             self._if(wanted, lambda wanted, before=before, size=size: copy(before, size, wanted))
 
-    def _adapter_pass(self, begin, count, full, issued) -> None:
-        """A, then B: every third granule. Where A's tiles lie is read one stage ahead; where B's do is read before the
-        first stage, and in the first cache when it is needed.
+    def _adapter_pass(self, number: int, begin, count, full, issued) -> None:
+        """A in the first pass, and B: every third granule. Where A's tiles lie is read one stage ahead; where B's do is
+        read before the first stage, and in the first cache when it is needed.
         """
         ring, place = self.ring, self.stripes.place
         mine = [self.warp - 1 + _ADAPTER_WARPS * i for i in range(_WARP_GRANULES)]
@@ -237,13 +278,22 @@ class FewLoad:
             for g, index in zip(mine, indices, strict=True):
 
                 def copy_granule(wanted, g=g, index=index):
-                    row = slot * GRANULES + jnp.minimum(g, GRANULES - 1)
+                    row = slot * delta_stages(self.granules) * STAGE_CHUNKS + jnp.minimum(g, GRANULES - 1)
                     ring.tiles.copy(self.pool, index, self.a_ring, row, barrier, wanted)
 
                 self._if(g < self.granules, copy_granule)
             return ahead
 
-        lax.fori_loop(0, self.count, stage_body, a_places(jnp.int32(0)))
+        if number == 0:
+            lax.fori_loop(0, self.count, stage_body, a_places(jnp.int32(0)))
+        else:
+
+            @pl.loop(0, self.count)
+            def _(k):
+                _, barrier = self._claim(issued + k, full, 0)
+                if not ring.tiles.whole:
+                    for _ in mine:
+                        plgpu.barrier_arrive(barrier)
 
         @pl.loop(0, delta_stages(self.granules))
         def _(h):

@@ -79,6 +79,8 @@ class PairStripes:
     end: Any
 
     def pass_of(self, number: int):
-        """First stripe of a pass, of the module's, and how many it has: never more than the one before."""
-        begin = self.begin + number * self.stripes.width
-        return begin, jnp.clip(self.end - begin, 0, self.stripes.width)
+        """First stripe of a pass, of the module's, and how many it has: about the same each, never more than before."""
+        passes, total = self.stripes.passes, self.end - self.begin
+        least = lax.div(total, jnp.int32(passes))
+        longer = total - least * passes
+        return self.begin + number * least + jnp.minimum(number, longer), least + jnp.where(number < longer, 1, 0)

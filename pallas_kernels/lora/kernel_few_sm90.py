@@ -7,7 +7,8 @@ takes stripes of 64 outputs and halves the input between them: each multiplies w
 the sum of both is then that of the whole input. They add up through distributed shared memory, each half of the
 outputs.
 
-Two warpgroups multiply in turn, one while the other adds up and writes; a third fills the ring.
+A pair with many stripes goes through the input several times. Two warpgroups do so in turn, one while the other adds up
+and writes; a third fills the ring.
 """
 
 from typing import Any
@@ -21,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry
 from pallas_kernels.lora.any_rows import any_rows
 from pallas_kernels.lora.config import CLUSTER, CLUSTERS, FEW_TOKENS, MOST_FEW
-from pallas_kernels.lora.few_load import TOKEN_PARTS, FewLoad, FewRing, delta_stages
+from pallas_kernels.lora.few_load import HALVES, TOKEN_PARTS, FewLoad, FewRing, delta_stages
 from pallas_kernels.lora.few_plan import FIRST, LAST, SCALE, FewPlan
 from pallas_kernels.lora.few_stripes import Stripes
 from pallas_kernels.lora.mosaic_common import SHARED_BYTES, STAGE_ROWS, ChunkSource, ceil_div
@@ -29,7 +30,6 @@ from pallas_kernels.lora.pair_sum import PairSum
 
 _LEAST_SLOTS = 2
 """A slot is freed when the next one's products have begun."""
-_MOST_SLOTS = 8
 _WARPGROUPS = 2
 _PART = TILE_COLS // CLUSTER
 """Outputs of a stripe that a thread block of a pair writes."""
@@ -55,13 +55,12 @@ def few_matmul(x, w, pages, plan: FewPlan, layer, *, group: str, geometry: Geome
     stripes = Stripes.of(geometry, group, _INTERPRETED_PAIRS if interpret else CLUSTERS)
     tiles = ChunkSource(geometry=geometry, num_pages=pages.shape[1], chunk=1, whole=not interpret)
     shared = SHARED_BYTES - 4 * stripes.width * FEW_TOKENS * _PART
-    # No slot has B before it had base weights: what B does not fill must be finite.
-    slots = min(_MOST_SLOTS, shared // FewRing.slot_bytes(stripes.width), x.shape[1] // TILE_COLS // CLUSTER)
+    ring = FewRing.of(stripes.width, tiles, shared, x.shape[1] // TILE_COLS // CLUSTER)
     number, index = jnp.concatenate([layer, jnp.full(1, x.shape[0], jnp.int32)]), list(GROUPS).index(group)
     places = plan.a_tiles[index], plan.b_tiles[index]
     args = (x, w, tiles.view_of_pool(pages), *places, plan.count, plan.ranks, number)
     out = jax.ShapeDtypeStruct((x.shape[0], w.shape[2]), x.dtype)
-    options: dict[str, Any] = dict(ring=FewRing(slots=slots, width=stripes.width, tiles=tiles), stripes=stripes)
+    options: dict[str, Any] = dict(ring=ring, stripes=stripes)
     with jax.named_scope("lora_matmul_few"):
         if interpret:
             return _launch(*args, **options, out=out, interpret=interpret)
@@ -94,9 +93,9 @@ def _launch(*args, ring: FewRing, stripes: Stripes, out, interpret=None):
         full,
         empty,
         has_known,
+        has_y,
         sent=None,
         free=None,
-        y_smem=None,
     ):
         w_operand, w_tiles = ring.tiles.views(w_ring)
         a_operand, a_target = ring.tiles.views(a_ring)
@@ -107,7 +106,7 @@ def _launch(*args, ring: FewRing, stripes: Stripes, out, interpret=None):
         half = ceil_div(jnp.int32(stages), parts)
         first = part * half
         count = jnp.minimum(stages - first, half)
-        each = count + delta_stages(granules)
+        each, slots = count + delta_stages(granules), ring.slots(granules)
 
         @pl.when(wg == _WARPGROUPS)
         def load():
@@ -151,17 +150,17 @@ def _launch(*args, ring: FewRing, stripes: Stripes, out, interpret=None):
             own = (token >= of_ranks(FIRST)) & (token < of_ranks(LAST))
             return jnp.where(own, total * of_ranks(SCALE), 0.0).astype(dtype)
 
-        def products(user, seen):
-            """Of a pass: sums of the stripes, float32 [64, 64] each."""
+        def products(user, number):
+            """Of a pass: sums of the stripes, float32 [64, 64] each. The first one leaves y where A was."""
 
             def slot_of(k):
-                return lax.rem(seen + k, jnp.int32(ring.slots))
+                return lax.rem(number * each + k, slots)
 
             def free_slot(k):
                 plgpu.barrier_arrive(empty.at[slot_of(k)])
 
             def accumulate(*acc):
-                sums, y = acc[:width], acc[width]
+                sums, y = acc[:width], acc[width:]
 
                 @pl.loop(0, count)
                 def _(k):
@@ -170,23 +169,27 @@ def _launch(*args, ring: FewRing, stripes: Stripes, out, interpret=None):
                     x = x_ring.at[ring.tokens(slot)]
                     for i, total in enumerate(sums):
                         plgpu.wgmma(total, x, w_operand.at[ring.weights(slot, i)])
-                    plgpu.wgmma(y, x, a_operand.at[ring.ranks(slot)].T)
-                    plgpu.wgmma_wait(width + 1)
+                    for total in y:
+                        plgpu.wgmma(total, x, a_operand.at[ring.ranks(slot, granules)].T)
+                    plgpu.wgmma_wait(len(acc))
                     pl.when(k > 0)(lambda: free_slot(k - 1))
 
                 plgpu.wgmma_wait(0)
                 free_slot(count - 1)
-                y = y_of(y[...])
+                for total in y:
+                    found = y_of(total[...])
+                    for h in range(HALVES):
+                        a_operand[ring.y(h)] = found[:, h * STAGE_ROWS : (h + 1) * STAGE_ROWS]
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(has_y)
+                if number == 1:
+                    plgpu.barrier_wait(has_y)
 
                 def add_deltas(h):
-                    slot, ranks = slot_of(count + h), slice(h * STAGE_ROWS, (h + 1) * STAGE_ROWS)
-                    operand = y[:, ranks]
-                    if interpret:  # which takes no operand from registers
-                        y_smem[user] = operand
-                        operand = y_smem.at[user]
+                    slot = slot_of(count + h)
                     plgpu.barrier_wait(full[user].at[slot])
                     for i, total in enumerate(sums):
-                        plgpu.wgmma(total, operand, w_operand.at[ring.weights(slot, i)])
+                        plgpu.wgmma(total, a_operand.at[ring.y(h)], w_operand.at[ring.weights(slot, i)])
                     plgpu.wgmma_wait(0)
                     free_slot(count + h)
 
@@ -200,7 +203,8 @@ def _launch(*args, ring: FewRing, stripes: Stripes, out, interpret=None):
                 return [total[...] for total in sums]
 
             kinds = [plgpu.ACC((FEW_TOKENS, TILE_COLS), jnp.float32)] * width
-            return pl.run_scoped(accumulate, *kinds, plgpu.ACC((FEW_TOKENS, MOST_FEW), jnp.float32))
+            kinds += [plgpu.ACC((FEW_TOKENS, MOST_FEW), jnp.float32)] * (number == 0)
+            return pl.run_scoped(accumulate, *kinds)
 
         def write(i, value, stripe):
             """A stripe's outputs, or this thread block's half of them."""
@@ -224,10 +228,12 @@ def _launch(*args, ring: FewRing, stripes: Stripes, out, interpret=None):
                     copy(tokens & (FEW_TOKENS - 2 * size), size)
 
         def multiply_pass(user, number, begin, stripe_count):
-            if number < _WARPGROUPS:
+            if number == 0:
                 plgpu.barrier_wait(has_known)
-            found = products(user, number * each)
+            found = products(user, number)
             if not interpret:
+                if number:  # until both have taken what they got in the pass before
+                    plgpu.barrier_wait(free.at[(number - 1) % users])
                 found = PairSum(parts=results[0], sent=sent.at[user], part=part).exchange(found, stripe_count)
             for i, value in enumerate(found):
 
@@ -236,31 +242,18 @@ def _launch(*args, ring: FewRing, stripes: Stripes, out, interpret=None):
                     write(i, value, mine.first + begin + i)
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            if not interpret:
-                plgpu.barrier_arrive(free.at[user])
-
-        def wait_for(number):
-            """Until both thread blocks have taken what they got in a pass: before the memory for it is used again, and
-            before one of them ends while the other still arrives at its barrier.
-            """
-            if not interpret:
-                pl.when(mine.pass_of(number)[1] > 0)(lambda: plgpu.barrier_wait(free.at[number % users]))
+            if not interpret and number + 1 < stripes.passes:
+                following = mine.pass_of(number + 1)[1]
+                pl.when(following > 0)(lambda: plgpu.barrier_arrive(free.at[user]))
 
         def multiply(user):
             plgpu.set_max_registers(224, action="increase")
-            for number in range(stripes.passes):
-                if number and number % users == user:
-                    wait_for(number - 1)
-                if number % users == user:
-                    begin, stripe_count = mine.pass_of(number)
+            for number in range(user, stripes.passes, users):
+                begin, stripe_count = mine.pass_of(number)
 
-                    @pl.when(stripe_count > 0)
-                    def _(number=number, begin=begin, stripe_count=stripe_count):
-                        multiply_pass(user, number, begin, stripe_count)
-
-            if stripes.passes % users == user:
-                wait_for(stripes.passes - 1)
-            plgpu.wait_smem_to_gmem(0)
+                @pl.when(stripe_count > 0)
+                def _(number=number, begin=begin, stripe_count=stripe_count):
+                    multiply_pass(user, number, begin, stripe_count)
 
         for user in range(users):
 
@@ -274,14 +267,15 @@ def _launch(*args, ring: FewRing, stripes: Stripes, out, interpret=None):
         **ring.types(dtype),
         known=plgpu.SMEM((3, MOST_FEW), jnp.float32),
         results=plgpu.RefUnion(plgpu.SMEM((width, FEW_TOKENS, _PART), jnp.float32), outputs),
-        full=tuple(plgpu.Barrier(num_arrivals=ring.arrivals, num_barriers=ring.slots) for _ in range(users)),
-        empty=plgpu.Barrier(num_barriers=ring.slots),
+        full=tuple(plgpu.Barrier(num_arrivals=ring.arrivals, num_barriers=ring.most) for _ in range(users)),
+        empty=plgpu.Barrier(num_barriers=ring.most),
         has_known=plgpu.Barrier(),
+        has_y=plgpu.Barrier(),
     )
     options: dict[str, Any] = dict(grid=(CLUSTERS,), cluster=(CLUSTER,), cluster_names=("part",))
     if interpret:
         options = dict(grid=(_INTERPRETED_PAIRS,))
-        scratch |= dict(results=(outputs, outputs), y_smem=plgpu.SMEM((users, FEW_TOKENS, STAGE_ROWS), dtype))
+        scratch |= dict(results=(outputs, outputs))
     else:
         scratch |= dict(
             sent=plgpu.Barrier(num_barriers=users),
