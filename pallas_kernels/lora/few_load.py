@@ -229,7 +229,7 @@ class FewLoad:
             self._tokens(slot, columns, barrier)
             self._fill(barrier, is_b=False)
 
-        ahead = 0
+        ahead: Any = 0
         if number == 0:  # how many slots there are in all need not be known yet
             ahead = jnp.minimum(self.ring.least, self.count)
             pl.loop(0, ahead)(lambda k: stage(k, k, self._announce(full.at[k], num_bytes)))
