@@ -6,7 +6,7 @@
 A case is SEQUENCES x CONTEXT x ADAPTERS: that many sequences of that length, spread over that many distinct adapters
 (0: base model only). One token of each is computed; with a "p" at the end (prompts) all of them are. The batch stays on
 the device, the pool is donated, and steps are dispatched back to back.
-Small steps with few adapters say so to their kernels (Batch.few_adapters), unless --no-few-adapters is given.
+With --few-adapters, small steps whose adapters are few say so to their kernels (Batch.few_adapters).
 Floor: bytes of weights, of keys and values and of the distinct adapters, over the measured copy bandwidth, or the base
 model's operations over the measured rate of a large matrix product, whichever takes longer.
 """
@@ -184,7 +184,7 @@ def measure(
     """programs: what was compiled, by case; this one's is added if it is new, and if not, compiling takes no time."""
     dtype = params["embed"].dtype
     batch, num_pages = make_batch(case, config)
-    batch = dataclasses.replace(batch, few_adapters=not args.no_few_adapters and has_few_adapters(batch))
+    batch = dataclasses.replace(batch, few_adapters=args.few_adapters and has_few_adapters(batch))
     state = State(pages=random_pages(config, num_pages, dtype))
     batch = jax.device_put(batch)
     start = time.perf_counter()
@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("--case", action="append", help="as 64x512x64 or 8x256x8p; may be repeated")
     parser.add_argument("--ranks", default="16")
     parser.add_argument("--targets", default="q,k,v,o")
-    parser.add_argument("--no-few-adapters", action="store_true", help="promise nothing about a step's adapters")
+    parser.add_argument("--few-adapters", action="store_true", help="small steps say so if their adapters are few")
     parser.add_argument("--implementation", default="auto", choices=("auto", "mosaic", "xla"))
     parser.add_argument("--loop", default="unroll", choices=("unroll", "scan"))
     parser.add_argument("--dtype", default="bfloat16")

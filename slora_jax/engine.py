@@ -37,7 +37,7 @@ from slora_jax.progress import progress_bar
 from slora_jax.registry import AdapterRegistry, Contents, shapes_of
 from slora_jax.runner import Runner
 from slora_jax.scheduler import Scheduler
-from slora_jax.startup import make_runner, resolve_few_adapters, take_over
+from slora_jax.startup import make_runner, take_over
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,6 @@ class Engine(EngineRequests, EngineAdapters, EngineEmbeddings):
                 self.max_model_len,
                 step_options(model.config, settings, shapes, self.parallel),
                 adapters=bool(adapters) or settings.max_lora_rank is not None,
-                few_adapters=resolve_few_adapters(settings, (record.shape for _, record in self._registry.items())),
             )
             num_pages = runner.num_pages
         else:

@@ -66,9 +66,8 @@ class EngineConfig:
         no launches for groups of projections of which none is named, and an adapter that targets others is refused.
         None: any.
     few_adapters: small steps whose adapters have 128 ranks or less in all, on every module, each rank rounded up to a
-        multiple of 8, take programs of their own, in which one kernel does a base projection and the adapters' deltas.
-        They are compiled beside the others. None: on Hopper GPUs in bfloat16, if there are adapters at start and all of
-        them fit together. Never in deterministic mode, on several devices or with implementation "xla".
+        multiple of 8, take programs of their own, in which on Hopper GPUs one kernel does a base projection and the
+        adapters' deltas. They are compiled beside the others. Not for deterministic mode or several devices.
     policy: who goes first and who is given up: "fcfs", "cluster", "early-abort", "fair", "gather" or "priority";
         see slora_jax/policies. policy_options: arguments of the policy's class, for instance {"ttft": 6.0}.
     prompt_gap: steps in which nobody starts after one that started all it could, while at least half of max_seqs run:
@@ -110,7 +109,7 @@ class EngineConfig:
     adapter_step_bytes: int | None = 128 << 20
     max_lora_rank: int | None = None
     lora_targets: tuple[str, ...] | None = None
-    few_adapters: bool | None = None
+    few_adapters: bool = False
     policy: str = "fcfs"
     policy_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     prompt_gap: int = 0

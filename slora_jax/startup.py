@@ -1,17 +1,10 @@
 """Makes the device side of an engine: how many pages, compiled steps, then the pool."""
 
-from collections import Counter
-from collections.abc import Iterable
 import logging
 from typing import Any
 
 import jax
-import numpy as np
 
-from pallas_kernels import MOST_FEW
-from pallas_kernels.dispatch import hopper_available
-from pallas_kernels.geometry import TILE_RANKS
-from slora_jax.adapters import AdapterShape
 from slora_jax.buckets import Buckets
 from slora_jax.engine_config import ResolvedConfig
 from slora_jax.errors import CapacityError, SloraError
@@ -25,18 +18,6 @@ from slora_jax.runner import Runner
 logger = logging.getLogger(__name__)
 
 
-def resolve_few_adapters(settings: ResolvedConfig, shapes: Iterable[AdapterShape]) -> bool:
-    """What settings.few_adapters stands for. shapes: of every adapter that is known at start, each counted."""
-    if settings.deterministic or settings.tensor_parallel > 1 or settings.implementation == "xla":
-        return False
-    if settings.few_adapters is not None:
-        return settings.few_adapters
-    if not hopper_available() or settings.dtype != "bfloat16":  # all that the kernels take
-        return False
-    granules = [count * shape.module_granules for shape, count in Counter(shapes).items()]
-    return bool(granules) and int(np.sum(granules, axis=0).max()) * TILE_RANKS <= MOST_FEW
-
-
 def make_runner(
     model: LoadedModel,
     settings: ResolvedConfig,
@@ -44,7 +25,6 @@ def make_runner(
     options: StepOptions,
     *,
     adapters: bool,
-    few_adapters: bool,
 ) -> Runner:
     """A Runner with its pool. With settings.warm_up every step is compiled before the pool is made, so that the pool
     takes what they really leave, and compiling has memory to try things out in.
@@ -56,7 +36,7 @@ def make_runner(
     In process 0 of several the Runner leads the others, which never return from here; there steps are compiled ahead
     in process 0 only, and the number of pages stays as it was chosen.
 
-    adapters: whether steps in which adapters are used are compiled, too. few_adapters: see BatchBuilder.
+    adapters: whether steps in which adapters are used are compiled, too.
     Raises CapacityError naming what does not fit.
     """
     default = Buckets.default(settings.max_seqs, settings.max_step_tokens, gpu=jax.default_backend() == "gpu")
@@ -74,7 +54,7 @@ def make_runner(
             max_model_len=max_model_len,
             cache_dir=steps_dir(settings),
             deterministic=settings.deterministic,
-            few_adapters=few_adapters,
+            few_adapters=settings.few_adapters and settings.implementation != "xla",
             chunk_bytes=settings.adapter_chunk_bytes,
         )
         if not settings.warm_up:

@@ -35,7 +35,7 @@ _FIXED, _MORE = 0.25, 0.28
 def install(step_ms: float) -> None:
     """Gives engines that are made from now on a simulated device. step_ms: a step of as many tokens as sequences."""
 
-    def make(model, settings, max_model_len, options, *, adapters: bool, few_adapters: bool) -> "SimulatedRunner":
+    def make(model, settings, max_model_len, options, *, adapters: bool) -> "SimulatedRunner":
         # of a GPU's sizes wherever this runs, because the host's work goes by padded sizes too
         default = Buckets.default(settings.max_seqs, settings.max_step_tokens, gpu=True)
         runner = SimulatedRunner(
@@ -45,7 +45,6 @@ def install(step_ms: float) -> None:
             num_pages=_PAGES,
             buckets=Buckets(seqs=settings.seq_buckets or default.seqs, tokens=settings.token_buckets or default.tokens),
             max_model_len=max_model_len,
-            few_adapters=few_adapters,
             chunk_bytes=settings.adapter_chunk_bytes,
         )
         runner.warm_up(adapters=adapters)

@@ -105,7 +105,6 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         page_pool_bytes=args.page_pool,
         max_lora_rank=max(args.rank),
         lora_targets=tuple(args.targets.split(",")),
-        few_adapters=False,  # the server's engine knows no adapters at its start
         deterministic=args.deterministic,
         seq_buckets=tuple(args.seq_buckets or ()) or None,
         token_buckets=tuple(args.token_buckets or ()) or None,

@@ -115,9 +115,8 @@ def engine_group(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--few-adapters",
-        action=argparse.BooleanOptionalAction,
-        help="compile small steps once more for adapters of 128 ranks or less in all "
-        "(default: if those given at start have no more, on Hopper GPUs; the server reads its adapters later)",
+        action="store_true",
+        help="compile small steps once more, for adapters of 128 ranks or less in all",
     )
     group.add_argument(
         "--deterministic", action="store_true", help="the same answers bit for bit whatever else runs; slower"

@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels import FEW_TOKENS
 from sharding import Layout
-from slora_jax import Engine, EngineConfig, Request, SloraError, make_forward, model, startup
+from slora_jax import Engine, EngineConfig, Request, SloraError, make_forward, model
 from slora_jax.adapter_pages import adapter_owner
 from slora_jax.adapters import random_adapter
 from slora_jax.batch_builder import BatchBuilder
@@ -190,46 +190,19 @@ def test_what_excludes_each_other_is_named():
     EngineConfig(few_adapters=False, deterministic=True, tensor_parallel=2)
 
 
-THIRD = random_adapter(CONFIG, 40, ["q"])
-
-
-@pytest.mark.parametrize(
-    ("settings", "adapters", "hopper", "few"),
-    [
-        pytest.param({}, [HALF, HALF], True, True, id="they fit"),
-        pytest.param({}, [HALF, HALF, SMALL], True, False, id="each of one shape counts"),
-        pytest.param({}, [THIRD] * 3, True, True, id="all of one shape fit"),
-        pytest.param({}, [THIRD] * 4, True, False, id="they do not"),
-        pytest.param({}, [MORE], True, False, id="one is too large"),
-        pytest.param({}, [], True, False, id="none is known"),
-        pytest.param({}, [SMALL], False, False, id="no Hopper GPU"),
-        pytest.param(dict(dtype="float32"), [SMALL], True, False, id="no Hopper kernel"),
-        pytest.param(dict(few_adapters=True), [HALF] * 3, False, True, id="asked for"),
-        pytest.param(dict(few_adapters=True), [], True, True, id="asked for, adapters come later"),
-        pytest.param(dict(few_adapters=False), [SMALL], True, False, id="refused"),
-        pytest.param(dict(deterministic=True), [SMALL], True, False, id="deterministic"),
-        pytest.param(dict(tensor_parallel=2), [SMALL], True, False, id="several devices"),
-        pytest.param(dict(implementation="xla", few_adapters=True), [SMALL], True, False, id="XLA's kernels"),
-    ],
-)
-def test_what_is_left_open_follows_the_adapters_at_start(monkeypatch, settings, adapters, hopper, few):
-    monkeypatch.setattr(startup, "hopper_available", lambda: hopper)
-    resolved = EngineConfig(**dict(dtype="bfloat16", compile_cache_dir="") | settings).resolved()
-    assert startup.resolve_few_adapters(resolved, iter(adapters)) is few
-
-
-def test_an_engine_counts_every_adapter_and_one_that_takes_a_runner_over_leaves_its_steps(monkeypatch):
+@pytest.mark.parametrize(("implementation", "few"), [("auto", True), ("xla", False)])
+def test_an_engine_has_the_steps_that_its_kernels_take_and_one_that_takes_a_runner_over_leaves_them(
+    implementation, few
+):
     base, settings = config()
-    counted = []
-    monkeypatch.setattr("slora_jax.engine.resolve_few_adapters", lambda _, shapes: counted.extend(shapes) or True)
-    with Engine(base, settings, {"a": SMALL, "b": SMALL, "c": random_adapter(base.config, 32)}) as engine:
-        assert len(counted) == 3
+    settings = dataclasses.replace(settings, few_adapters=True, implementation=implementation)
+    with Engine(base, settings, {"a": SMALL}) as engine:
         runner = engine._core.runner
     with Engine(base, dataclasses.replace(settings, few_adapters=False), {"a": SMALL}, runner=runner):
-        assert runner.builder.few_adapters and len(counted) == 3
+        assert runner.builder.few_adapters is few
 
 
-@pytest.mark.parametrize(("flags", "few"), [([], None), (["--few-adapters"], True), (["--no-few-adapters"], False)])
+@pytest.mark.parametrize(("flags", "few"), [([], False), (["--few-adapters"], True)])
 def test_the_command_line(flags, few):
     args = parse_arguments(["generate", "random:tiny-gqa", "hi", *flags])
     assert EngineConfig(**engine_options(args)).few_adapters is few
