@@ -74,7 +74,7 @@ def test_interpreted(g, ranks, lengths, adapters, group, padding):
     few.check(few.run(interpret=plgpu.InterpretGPUParams()))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     ranks=st.lists(st.lists(st.integers(0, 60), min_size=7, max_size=7), min_size=1, max_size=4),
     lengths=st.lists(st.integers(0, 9), min_size=1, max_size=8),
