@@ -150,7 +150,8 @@ class FewLoad:
 
         @pl.when(self.warp > 0)
         def _():
-            @pl.when(self.warp == 1)
+            # A pair without stripes waits for nothing, and so must not ask for anything.
+            @pl.when((self.warp == 1) & (self.stripes.pass_of(0)[1] > 0))
             def _():
                 if self.ring.tiles.whole:
                     expect(self.has_known, 4 * self.known.size)
