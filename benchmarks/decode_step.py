@@ -6,6 +6,7 @@
 A case is SEQUENCES x CONTEXT x ADAPTERS: that many sequences of that length, spread over that many distinct adapters
 (0: base model only). One token of each is computed; with a "p" at the end (prompts) all of them are. The batch stays on
 the device, the pool is donated, and steps are dispatched back to back.
+With --few-adapters, small steps whose adapters are few say so to their kernels (Batch.few_adapters).
 Floor: bytes of weights, of keys and values and of the distinct adapters, over the measured copy bandwidth, or the base
 model's operations over the measured rate of a large matrix product, whichever takes longer.
 """
@@ -29,10 +30,11 @@ import numpy as np
 
 from benchmarks.kernels.bench_attention import ceilings
 from benchmarks.record import environment
-from pallas_kernels.geometry import GROUPS, MODULES, PAGE_TOKENS, ceil_div
+from pallas_kernels import MOST_FEW
+from pallas_kernels.geometry import GROUPS, MODULES, PAGE_TOKENS, TILE_RANKS, ceil_div
 from pallas_kernels.lora.arg_specs import LoraSpec
 from pallas_kernels.lora.table import AdapterTable
-from slora_jax.batch import Batch, State
+from slora_jax.batch import Batch, State, small_for_few
 from slora_jax.loading import load_model
 from slora_jax.model_config import ModelConfig
 from slora_jax.sampling_batch import build_sampling
@@ -128,6 +130,12 @@ def make_batch(case: Case, config: ModelConfig) -> tuple[Batch, int]:
     return batch, num_pages
 
 
+def has_few_adapters(batch: Batch) -> bool:
+    """Whether Batch.few_adapters would hold for a batch of make_batch, in which each segment has its own adapter."""
+    ranks = batch.adapters.granules.sum(axis=0).max() * TILE_RANKS
+    return batch.use_adapters and small_for_few(len(batch.tokens)) and bool(ranks <= MOST_FEW)
+
+
 def random_pages(config: ModelConfig, num_pages: int, dtype: Any) -> jax.Array:
     """A pool of small random numbers: keys, values and weights alike."""
     shape = (num_pages, config.geometry.page_elements)
@@ -176,6 +184,7 @@ def measure(
     """programs: what was compiled, by case; this one's is added if it is new, and if not, compiling takes no time."""
     dtype = params["embed"].dtype
     batch, num_pages = make_batch(case, config)
+    batch = dataclasses.replace(batch, few_adapters=args.few_adapters and has_few_adapters(batch))
     state = State(pages=random_pages(config, num_pages, dtype))
     batch = jax.device_put(batch)
     start = time.perf_counter()
@@ -209,6 +218,7 @@ def measure(
     result: dict[str, Any] = dict(
         case=dataclasses.asdict(case),
         implementation=args.implementation,
+        few_adapters=batch.few_adapters,
         step_ms=seconds * 1e3,
         floor_ms=floor * 1e3,
         ratio=seconds / floor,
@@ -234,6 +244,7 @@ def main() -> None:
     parser.add_argument("--case", action="append", help="as 64x512x64 or 8x256x8p; may be repeated")
     parser.add_argument("--ranks", default="16")
     parser.add_argument("--targets", default="q,k,v,o")
+    parser.add_argument("--few-adapters", action="store_true", help="small steps say so if their adapters are few")
     parser.add_argument("--implementation", default="auto", choices=("auto", "mosaic", "xla"))
     parser.add_argument("--loop", default="unroll", choices=("unroll", "scan"))
     parser.add_argument("--dtype", default="bfloat16")

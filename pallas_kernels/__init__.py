@@ -4,6 +4,8 @@ from pallas_kernels.add_rms_norm import add_rms_norm
 from pallas_kernels.dispatch import Implementation, UnsupportedInput
 from pallas_kernels.geometry import GROUPS, MODULES, PAGE_TOKENS, Geometry
 from pallas_kernels.lora import (
+    FEW_TOKENS,
+    MOST_FEW,
     AdapterTable,
     empty_table,
     lora_add,
@@ -19,8 +21,10 @@ from pallas_kernels.write_adapter import write_adapter
 from pallas_kernels.write_kv import write_kv
 
 __all__ = [
+    "FEW_TOKENS",
     "GROUPS",
     "MODULES",
+    "MOST_FEW",
     "PAGE_TOKENS",
     "AdapterTable",
     "Geometry",

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from pallas_kernels import MODULES, AdapterTable, Geometry
+from pallas_kernels.geometry import TILE_RANKS
 from sharding import Layout, ShardedTable
 from slora_jax.adapter_pages import adapter_owner
 from slora_jax.adapters import AdapterShape
@@ -38,6 +39,7 @@ class AdapterRows:
         self._pages: list[Sequence[int] | None] = [None] * size  # of each row, the pool's own list
         self._page_arrays = [np.zeros(0, np.int32)] * size
         self._free = list(range(size - 1, -1, -1))
+        self._module_ranks = np.zeros((size + 1, len(MODULES)), np.int32)  # the last row, -1, is the base model's
         layers = geometry.num_layers
         self._fields: dict[str, np.ndarray] = dict(
             granules=np.zeros((size, layers, len(MODULES)), np.int32),
@@ -56,6 +58,12 @@ class AdapterRows:
         nothing of others, which may have been evicted and loaded again since.
         """
         return self._table if self._looked_up == (pool, pool.owners_made) else None
+
+    def ranks_in_all(self, rows: np.ndarray) -> int:
+        """Ranks, rounded up to multiples of 8, that the adapters in these rows have together on the module on which
+        they have most: of each adapter those of its largest layer, as often as its row is named. -1: the base model.
+        """
+        return int(self._module_ranks[rows].sum(axis=0).max())
 
     def place(
         self, digests: Sequence[str], pool: PagePool, adapters: Mapping[str, AdapterShape]
@@ -100,6 +108,7 @@ class AdapterRows:
     def _write(self, row: int, pages: Sequence[int], adapter: AdapterShape) -> None:
         self._pages[row] = pages
         self._page_arrays[row] = np.array(pages, np.int32)
+        self._module_ranks[row] = adapter.module_granules * TILE_RANKS
         self._fields["granules"][row] = adapter.granules
         self._fields["scaling"][row] = adapter.scaling
         if self._layout is None:

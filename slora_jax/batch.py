@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import AdapterTable
+from pallas_kernels import FEW_TOKENS, AdapterTable
 from sharding import ShardedTable
 
 Leaf = Any  # a jax or numpy array, or whatever a pytree transformation puts in its place
@@ -80,8 +80,20 @@ class Batch:
     sampling: Sampling | None = None  # None leaves sampling to the caller: only `forward` takes such a batch
     max_query: int = _static(default=1)  # 1 = every sequence has one token; else a bound, for prompt chunks
     use_adapters: bool = _static(default=True)  # False leaves all LoRA work out of the program
+    # True promises that in no module of any layer the segments' adapters have more than MOST_FEW ranks in all, each
+    # adapter's rank rounded up to a multiple of 8 and counted in every segment that names it. Where that does not hold,
+    # the step's results are not finite.
+    few_adapters: bool = _static(default=False)
     return_logits: bool = _static(default=False)
     return_hidden: bool = _static(default=False)
+
+
+def small_for_few(num_tokens: int) -> bool:
+    """Whether a step of so many tokens, padding included, has a use for Batch.few_adapters.
+
+    The model pads tokens to a multiple of 8, as FEW_TOKENS is; but a single one is a product of its own kind.
+    """
+    return 1 < num_tokens <= FEW_TOKENS
 
 
 @jax.tree_util.register_dataclass

@@ -7,11 +7,11 @@ from typing import NamedTuple
 from jaxtyping import Bool, Int
 import numpy as np
 
-from pallas_kernels import PAGE_TOKENS, Geometry
+from pallas_kernels import MOST_FEW, PAGE_TOKENS, Geometry
 from sharding import Layout
 from slora_jax.adapter_rows import AdapterRows, Table
 from slora_jax.adapters import AdapterShape
-from slora_jax.batch import Batch
+from slora_jax.batch import Batch, small_for_few
 from slora_jax.buckets import Buckets
 from slora_jax.page_pool import PagePool
 from slora_jax.seats import sequence_owner
@@ -58,6 +58,8 @@ class BatchBuilder:
     deterministic: one shape for each kind of step, so also steps without adapters, or without log-probabilities of
     prompts, have the shape of those with them.
     layout: where the model is on several devices. put: brings an adapter table to the device, see AdapterRows.
+    few_adapters: small steps promise Batch.few_adapters where it holds, and would if all layers of an adapter were as
+    its largest; never with `deterministic`, whose steps have one shape, or `layout`, where nothing makes use of it.
     """
 
     def __init__(
@@ -69,9 +71,11 @@ class BatchBuilder:
         layout: Layout | None = None,
         put: Callable[[Table, Sequence[int]], Table] | None = None,
         deterministic: bool = False,
+        few_adapters: bool = False,
     ):
         self.geometry = geometry
         self.deterministic = deterministic
+        self.few_adapters = few_adapters and not deterministic and layout is None
         self.layout = layout
         self.buckets = buckets
         self.num_pages = num_pages
@@ -87,6 +91,10 @@ class BatchBuilder:
     def forget(self) -> None:
         """Forgets the sequences of earlier steps; those that come may have the same names."""
         self._tickets = [-1] * len(self._tickets)
+
+    def may_promise_few(self, num_tokens: int) -> bool:
+        """Whether steps of so many tokens, padding included, set Batch.few_adapters where it holds."""
+        return self.few_adapters and small_for_few(num_tokens)
 
     def build(
         self,
@@ -135,6 +143,8 @@ class BatchBuilder:
         page_ids = np.full(width, self.num_pages, np.int32)
         page_ids[:num_tokens] = tables[owner, positions[:num_tokens] // PAGE_TOKENS]
         seg_start, seg_adapter, table = self._segments(seqs, kept, q_start, pool, adapters)
+        adapted = bool((seg_adapter >= 0).any())
+        few = adapted and self.may_promise_few(width) and self._adapters.ranks_in_all(seg_adapter[:count]) <= MOST_FEW
         logit_rows = (q_start[:count] - starts)[rows.index] + rows.position
         batch = Batch(
             tokens=_padded(_single_tokens(seqs, seq_rows, starts) if single else _tokens(chunks), width),
@@ -149,7 +159,8 @@ class BatchBuilder:
             adapters=table,
             logit_rows=_padded(logit_rows, num_rows),
             max_query=1 if decode_only else width,
-            use_adapters=self.deterministic or bool((seg_adapter >= 0).any()),
+            use_adapters=self.deterministic or adapted,
+            few_adapters=few,
             return_hidden=not decode_only and (hidden or self.deterministic),
         )
         return batch, rows
@@ -230,9 +241,10 @@ class BatchBuilder:
         use_adapters: bool,
         rows: int | None = None,
         hidden: bool = False,
+        few_adapters: bool = False,
     ) -> Batch:
         """A batch of the given padded shape that holds no token: compiling and running it changes nothing. rows: of
-        logits, if not as many as sequences. hidden: with the rows' hidden states.
+        logits, if not as many as sequences. hidden: with the rows' hidden states. few_adapters: of the batch.
         """
         zeros = np.zeros(num_tokens, np.int32)
         return Batch(
@@ -249,6 +261,7 @@ class BatchBuilder:
             logit_rows=np.zeros(num_seqs if rows is None else rows, np.int32),
             max_query=1 if decode_only else num_tokens,
             use_adapters=use_adapters,
+            few_adapters=few_adapters,
             return_hidden=hidden,
         )
 

@@ -65,6 +65,9 @@ class EngineConfig:
     lora_targets: modules that adapters may target (q, k, v, o, gate, up, down, or PEFT's names q_proj, ...): steps have
         no launches for groups of projections of which none is named, and an adapter that targets others is refused.
         None: any.
+    few_adapters: small steps whose adapters have 128 ranks or less in all, on every module, each rank rounded up to a
+        multiple of 8, take programs of their own, in which on Hopper GPUs one kernel does a base projection and the
+        adapters' deltas. They are compiled beside the others. Not for deterministic mode or several devices.
     policy: who goes first and who is given up: "fcfs", "cluster", "early-abort", "fair", "gather" or "priority";
         see slora_jax/policies. policy_options: arguments of the policy's class, for instance {"ttft": 6.0}.
     prompt_gap: steps in which nobody starts after one that started all it could, while at least half of max_seqs run:
@@ -106,6 +109,7 @@ class EngineConfig:
     adapter_step_bytes: int | None = 128 << 20
     max_lora_rank: int | None = None
     lora_targets: tuple[str, ...] | None = None
+    few_adapters: bool = False
     policy: str = "fcfs"
     policy_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     prompt_gap: int = 0
@@ -152,6 +156,10 @@ class EngineConfig:
                 raise SloraError(f"{name} must be one of {choices}, not {getattr(self, name)!r}")
         if self.max_lora_rank is not None and self.max_lora_rank > 512:
             raise SloraError(f"max_lora_rank must be at most 512, not {self.max_lora_rank}")
+        if self.few_adapters and self.deterministic:
+            raise SloraError("few_adapters and deterministic exclude each other: steps then have one program each")
+        if self.few_adapters and self.tensor_parallel > 1:
+            raise SloraError(f"few_adapters needs tensor_parallel 1, not {self.tensor_parallel}")
         if self.lora_targets is not None:  # one spelling, so that everybody else may compare names
             object.__setattr__(self, "lora_targets", _modules(self.lora_targets))
         make_policy(self.policy, self.policy_options)

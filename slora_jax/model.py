@@ -173,7 +173,8 @@ class Llama(nn.Module):
             return base()
         table, segments, options = self._segments(batch, layer)
         if self.layout is None:
-            return lora_matmul(x, weights, base, pages, table, table, *segments, **options, group=group)
+            options |= dict(group=group, few_adapters=batch.few_adapters)
+            return lora_matmul(x, weights, base, pages, table, table, *segments, **options)
         table = table if self._adapted(batch, group) else None
         return project(x, weights, base, pages, table, *segments, layout=self.layout, **options, group=group)
 
@@ -218,6 +219,7 @@ class Llama(nn.Module):
         if self.layout is None and self._adapted(batch, "gu"):
             base = functools.partial(self._base, h, i, "gu")
             table, segments, options = self._segments(batch, i)
+            options["few_adapters"] = batch.few_adapters
             where = pages, table, table, *segments
             h = lora_matmul_silu_mul(h, self.weights[_WEIGHTS["gu"]], base, *where, **options)
         else:

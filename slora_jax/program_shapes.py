@@ -27,7 +27,8 @@ class StepOptions:
 @dataclasses.dataclass(frozen=True)
 class StepShape:
     """Padded sizes of a step: sequences, tokens, rows of logits; whether each sequence has one token only; whether some
-    sequence has an adapter; whether the rows' hidden states are wanted, too.
+    sequence has an adapter; whether the rows' hidden states are wanted, too; whether the adapters are few
+    (Batch.few_adapters).
     """
 
     seqs: int
@@ -36,16 +37,18 @@ class StepShape:
     decode_only: bool
     use_adapters: bool
     hidden: bool = False
+    few: bool = False
 
     @classmethod
     def of(cls, batch: Batch) -> "StepShape":
         sizes = (len(batch.kv_lens), len(batch.tokens), len(batch.logit_rows))
-        return cls(*sizes, batch.max_query == 1, batch.use_adapters, batch.return_hidden)
+        return cls(*sizes, batch.max_query == 1, batch.use_adapters, batch.return_hidden, batch.few_adapters)
 
     def __str__(self) -> str:
         kind = "decode" if self.decode_only else "prompt"
         hidden = " for embeddings" if self.hidden else ""
-        return f"{kind} step of {self.tokens} tokens{hidden}{'' if self.use_adapters else ' without adapters'}"
+        adapters = (" with few adapters" if self.few else "") if self.use_adapters else " without adapters"
+        return f"{kind} step of {self.tokens} tokens{hidden}{adapters}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -134,7 +134,8 @@ class Programs:
 
     def step_shapes(self, *, adapters: bool, base: bool = True, embeddings: bool = False) -> list[StepShape]:
         """Every shape that a step can have, the largest first. adapters: of steps in which one is used. base: of steps
-        in which none is. embeddings: of steps whose hidden states are wanted, too.
+        in which none is. embeddings: of steps whose hidden states are wanted, too. Where the builder may promise few
+        adapters, small steps have two shapes with them.
         """
         buckets = self.builder.buckets
         sizes = [(buckets.max_seqs, buckets.tokens[-1], buckets.wide_rows, False)]
@@ -144,6 +145,8 @@ class Programs:
             return [StepShape(*sizes[0], True, True), StepShape(*sizes[-1], True)]
         kinds = [(*size, used) for size in sizes for used in [True] * adapters + [False] * base]
         shapes = [StepShape(*kind) for kind in kinds]
+        small = [shape for shape in shapes if shape.use_adapters and self.builder.may_promise_few(shape.tokens)]
+        shapes += [dataclasses.replace(shape, few=True) for shape in small]
         if embeddings:
             shapes += [dataclasses.replace(shape, hidden=True) for shape in shapes if not shape.decode_only]
         return shapes
@@ -233,6 +236,7 @@ class Programs:
             use_adapters=shape.use_adapters,
             rows=shape.rows,
             hidden=shape.hidden,
+            few_adapters=shape.few,
         )
 
     def _spec(self, x: Any) -> jax.ShapeDtypeStruct:

@@ -50,7 +50,8 @@ class Runner:
 
     There is no pool before `reset` makes one: programs can be compiled first, and take the memory that they need.
 
-    cache_dir: where compiled programs are kept between runs; None keeps none. deterministic: see BatchBuilder.
+    cache_dir: where compiled programs are kept between runs; None keeps none. deterministic, few_adapters: see
+    BatchBuilder.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Runner:
         max_model_len: int,
         cache_dir: Path | None = None,
         deterministic: bool = False,
+        few_adapters: bool = False,
         chunk_bytes: int = 64 << 20,
     ):
         self.params = params
@@ -72,7 +74,7 @@ class Runner:
         # batches travel to other processes as they are, so there the table stays in numpy
         put = self._stage_table if jax.process_count() == 1 else None
         place = (self.config.geometry, buckets, num_pages, max_model_len, layout, put)
-        self.builder = BatchBuilder(*place, deterministic=deterministic)
+        self.builder = BatchBuilder(*place, deterministic=deterministic, few_adapters=few_adapters)
         self.page_bytes = page_bytes(self.config, self.dtype, self.parallel)
         self.chunk_pages = 1 << (max(1, chunk_bytes // self.page_bytes).bit_length() - 1)
         self.images = HostImages(self.config, self.dtype, self.chunk_pages, self.parallel)

@@ -54,6 +54,7 @@ def make_runner(
             max_model_len=max_model_len,
             cache_dir=steps_dir(settings),
             deterministic=settings.deterministic,
+            few_adapters=settings.few_adapters and settings.implementation != "xla",
             chunk_bytes=settings.adapter_chunk_bytes,
         )
         if not settings.warm_up:
@@ -77,6 +78,7 @@ def make_runner(
 
 def take_over(runner: Runner, model: LoadedModel, settings: ResolvedConfig, max_model_len: int) -> int:
     """Makes a Runner forget the engine that it belonged to, and says how many of its pages another one may use.
+    Its steps stay as they are: settings.few_adapters is not asked.
 
     Raises SloraError naming what the Runner was not made for.
     """

@@ -5,10 +5,11 @@
 Shapes are those of pallas_kernels/lora/arg_specs.py. A timing runs the op once for each layer of one pool in one
 compiled step, so that no layer's weights are left in the L2 cache, and divides by the layers. "shrink" and "expand"
 are launches of their own; "pair" is lora_add, as a layer runs them where it does not take the base projection into
-the same kernel: "matmul" is lora_matmul, that projection included, of steps that are large enough, and "base" the
-projection alone.
+the same kernel: "matmul" is lora_matmul, that projection included, of steps that are large enough or small and with
+few adapters, and "base" the projection alone.
 Floor: distinct weights of the batch, activations read and base outputs read and written, over the measured copy
-bandwidth; of "matmul" and "base" the projection's operations over the measured rate of a large product.
+bandwidth; of "matmul" and "base" the projection's operations over the measured rate of a large product, or its weights
+over the copy bandwidth.
 --profile also gives the time on the device of each kernel that runs once a layer, without what lies between launches.
 """
 
@@ -27,8 +28,8 @@ import numpy as np
 from benchmarks.decode_step import kernel_times
 from benchmarks.kernels.bench_attention import ceilings, seconds
 from benchmarks.record import write_result
-from pallas_kernels import lora_matmul
-from pallas_kernels.geometry import GROUPS
+from pallas_kernels import FEW_TOKENS, MOST_FEW, lora_matmul
+from pallas_kernels.geometry import GROUPS, TILE_RANKS
 from pallas_kernels.lora import reference
 from pallas_kernels.lora.arg_specs import GEOMETRIES, SPECS, LoraSpec
 from pallas_kernels.lora.config import PRODUCT_STEP, LoraConfig, default_config, shape_key
@@ -94,6 +95,12 @@ def product_flops(spec: LoraSpec, group: str) -> int:
     """Operations of the base projection of one layer."""
     g, modules = spec.geometry, GROUPS[group]
     return 2 * spec.num_tokens * g.in_sizes[modules[0]] * sum(g.out_sizes[m] for m in modules)
+
+
+def product_bytes(spec: LoraSpec, group: str) -> int:
+    """Bytes of the base projection's weights of one layer."""
+    g, modules = spec.geometry, GROUPS[group]
+    return 2 * g.in_sizes[modules[0]] * sum(g.out_sizes[m] for m in modules)
 
 
 def steps(inputs: Inputs, group: str, num_layers: int, config: LoraConfig | None = None):
@@ -167,13 +174,15 @@ def ragged_dot_pair(spec: LoraSpec, group: str, num_layers: int):
 
 def products(inputs: Inputs, group: str, num_layers: int):
     """Name -> (compiled function over `num_layers` layers, its arguments) of the base projection with and without the
-    deltas; none where the step is too small for one kernel.
+    deltas; none where the step is not one for that.
     """
     spec, g = inputs.spec, inputs.spec.geometry
     x, _ = inputs.activations(group)
     widths = g.in_sizes[GROUPS[group][0]], sum(g.out_sizes[m] for m in GROUPS[group])
     layers = range(num_layers)
-    options: dict[str, Any] = dict(group=group, max_rank=spec.max_rank, shrink_geometry=g, expand_geometry=g)
+    few = spec.num_tokens <= FEW_TOKENS and bool(spec.granules().sum(axis=0).max() * TILE_RANKS <= MOST_FEW)
+    options: dict[str, Any] = dict(group=group, max_rank=spec.max_rank, few_adapters=few)
+    options |= dict(shrink_geometry=g, expand_geometry=g)
 
     def lora(x, weights, pages, table, *segments):
         where = (pages, table, table, *segments)
@@ -182,7 +191,7 @@ def products(inputs: Inputs, group: str, num_layers: int):
     def base(x, weights):
         return [x @ weights[i] for i in layers]
 
-    if spec.num_tokens < PRODUCT_STEP:
+    if spec.num_tokens < PRODUCT_STEP and not few:
         return {}
     weights = jax.random.normal(jax.random.key(3), (num_layers, *widths), jnp.bfloat16)
     compiled = functools.partial(jax.jit, compiler_options=compiler_options())
@@ -267,7 +276,8 @@ def main() -> None:
             for op, (fn, fn_args) in timed.items():
                 micros = seconds(fn, *fn_args) / layers[op] * 1e6
                 if op in ("matmul", "base"):
-                    size, floor = None, product_flops(spec, group) / found["gemm"] * 1e6
+                    size = product_bytes(spec, group)
+                    floor = max(product_flops(spec, group) / found["gemm"], size / found["copy"]) * 1e6
                 else:
                     size = moved[op.split("_")[-1]]
                     floor = size / found["copy"] * 1e6

@@ -13,13 +13,15 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, log_fallback, use_mosaic
 from pallas_kernels.geometry import Geometry
-from pallas_kernels.lora import kernel_gated_sm90, kernel_matmul_sm90, kernel_sm90, reference
-from pallas_kernels.lora.config import PRODUCT_STEP
+from pallas_kernels.lora import kernel_few_sm90, kernel_gated_sm90, kernel_matmul_sm90, kernel_sm90, reference
+from pallas_kernels.lora.config import FEW_TOKENS, MOST_FEW, PRODUCT_STEP
 from pallas_kernels.lora.table import AdapterTable, empty_table
 from pallas_kernels.lora.token_rows import Intermediate, from_token_rows, to_token_rows
 from pallas_kernels.silu_mul import silu_mul
 
 __all__ = [
+    "FEW_TOKENS",
+    "MOST_FEW",
     "AdapterTable",
     "empty_table",
     "from_token_rows",
@@ -173,6 +175,7 @@ def lora_matmul(
     shrink_geometry: Geometry,
     expand_geometry: Geometry,
     max_rank: int,
+    few_adapters: bool = False,
     implementation: Implementation = "auto",
 ) -> Float[Array, "T c"]:
     """`lora_add` to the base projection ``x @ weights[layer]``, which `base` computes unless one kernel does both.
@@ -180,10 +183,19 @@ def lora_matmul(
     weights: of all layers, in x's dtype; None if the base projection is not such a product. The bits are those of
     `lora_add` to the same base outputs, rounded to x's dtype. Otherwise as lora_shrink. Raises UnsupportedInput if
     implementation is "mosaic" and the kernels of lora_add cannot take the input.
+
+    few_adapters: promises that the segments' adapters have MOST_FEW ranks or less in all, in each module of each layer,
+    every segment's rounded up to a multiple of 8. On GPUs a step of up to FEW_TOKENS tokens is then one kernel with the
+    base projection, whose sums have another order; where the promise does not hold its results are NaN.
     """
     geometries: dict[str, Any] = dict(shrink_geometry=shrink_geometry, expand_geometry=expand_geometry)
     options: dict[str, Any] = dict(group=group, max_rank=max_rank)
-    chosen = _product_implementation(x, weights, pages, **geometries, **options, implementation=implementation)
+    kind: dict[str, Any] = dict(few_adapters=few_adapters, implementation=implementation)
+    chosen = _product_implementation(x, weights, pages, **geometries, **options, **kind)
+    if chosen == "few":
+        assert weights is not None
+        adapters, _ = _matrices(shrink, expand, **geometries)
+        return kernel_sm90.few_sm90(x, weights, pages, adapters, seg_start, seg_adapter, layer=layer, group=group)
     if chosen == "product":
         assert weights is not None
         a, b = _matrices(shrink, expand, **geometries)
@@ -207,12 +219,14 @@ def lora_matmul_silu_mul(
     shrink_geometry: Geometry,
     expand_geometry: Geometry,
     max_rank: int,
+    few_adapters: bool = False,
     implementation: Implementation = "auto",
 ) -> Float[Array, "T F"]:
     """`silu_mul` of `lora_matmul` for the group "gu", with the same bits; on GPUs, in large steps, in one kernel."""
     geometries: dict[str, Any] = dict(shrink_geometry=shrink_geometry, expand_geometry=expand_geometry)
     options: dict[str, Any] = dict(group=kernel_gated_sm90.GROUP, max_rank=max_rank)
-    chosen = _product_implementation(x, weights, pages, **geometries, **options, implementation=implementation)
+    kind: dict[str, Any] = dict(few_adapters=few_adapters, implementation=implementation)
+    chosen = _product_implementation(x, weights, pages, **geometries, **options, **kind)
     if chosen == "product":
         reason = kernel_gated_sm90.unsupported(expand_geometry)
         if reason is None:
@@ -220,23 +234,31 @@ def lora_matmul_silu_mul(
             return kernel_sm90.gated_sm90(x, weights, *where, layer=layer, max_rank=max_rank)
         log_fallback("lora_matmul_silu_mul", "SiLU·mul is a kernel of its own", reason)
     segments = pages, shrink, expand, seg_start, seg_adapter
-    options |= geometries
-    out = lora_matmul(x, weights, base, *segments, layer=layer, **options, implementation=implementation)
+    options |= geometries | kind
+    out = lora_matmul(x, weights, base, *segments, layer=layer, **options)
     return silu_mul(out, implementation=implementation)
 
 
 def _product_implementation(
-    x, weights, pages, *, group, shrink_geometry, expand_geometry, max_rank, implementation
-) -> Implementation | Literal["product"]:
-    """Which implementation lora_add can take, or that one kernel does the base projection as well."""
+    x, weights, pages, *, group, shrink_geometry, expand_geometry, max_rank, few_adapters, implementation
+) -> Implementation | Literal["product", "few"]:
+    """Which implementation lora_add can take, or which one kernel does the base projection as well."""
     geometries: dict[str, Any] = dict(shrink=shrink_geometry, expand=expand_geometry)
     options: dict[str, Any] = dict(group=group, max_rank=max_rank, implementation=implementation)
     chosen = pair_implementation(x, x, pages, **geometries, **options)
-    if chosen == "mosaic" and weights is not None and x.shape[0] >= PRODUCT_STEP:
+    if chosen != "mosaic" or weights is None:
+        return chosen
+    if x.shape[0] >= PRODUCT_STEP:
         reason = kernel_matmul_sm90.unsupported(x, weights, expand_geometry)
         if reason is None:
             return "product"
-        log_fallback("lora_matmul", "base projection and deltas are two kernels", reason)
+    elif few_adapters and x.shape[0] <= FEW_TOKENS:
+        reason = kernel_few_sm90.unsupported(x, weights, shrink_geometry, expand_geometry)
+        if reason is None:
+            return "few"
+    else:
+        return chosen
+    log_fallback("lora_matmul", "base projection and deltas are two kernels", reason)
     return chosen
 
 

@@ -45,7 +45,7 @@ def _address_lowering(ctx, barrier, *leaves, tree):
     return llvm.ptrtoint(ir.IntegerType.get_signless(32), ref.get_ptr())
 
 
-def _address(barrier) -> jax.Array:
+def barrier_address(barrier) -> jax.Array:
     """Shared-memory address of a barrier, int32."""
     ref, transforms = state_primitives.get_ref_and_transforms(barrier, None, "address")
     leaves, tree = jax.tree.flatten(transforms)
@@ -104,7 +104,7 @@ class Exchange:
     def send(self, number, item: ShrinkItem, which, total) -> None:
         """The partial sums of a set of a round for which there is room."""
         slot = lax.rem(number, jnp.int32(SLOTS))
-        _send(total, item, which, self.parts.at[slot], _address(self.sent.at[slot]))
+        _send(total, item, which, self.parts.at[slot], barrier_address(self.sent.at[slot]))
 
     def wait_free(self, number) -> None:
         """Of the sending warpgroup, once a round: until all have read what the round's slot held."""

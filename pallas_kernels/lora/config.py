@@ -21,6 +21,10 @@ PRODUCT_STEP = 1024
 """Steps from this many tokens on compute the base projection in one kernel with what long segments add: its tiles of
 128 tokens and 256 outputs have to be enough for all multiprocessors.
 """
+FEW_TOKENS = 64
+"""Steps up to this many tokens can do so as well if their adapters are few: have MOST_FEW ranks or less in all."""
+MOST_FEW = 128
+"""Each adapter's rank rounded up to a multiple of 8."""
 SHORT_SEGMENT = 16
 """In larger steps, segments up to this many tokens do. A block of 64 with one token would read 64 rows of output."""
 

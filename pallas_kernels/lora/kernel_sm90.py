@@ -13,8 +13,9 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry
-from pallas_kernels.lora import kernel_gated_sm90, kernel_matmul_sm90
+from pallas_kernels.lora import kernel_few_sm90, kernel_gated_sm90, kernel_matmul_sm90
 from pallas_kernels.lora.config import SHORT_SEGMENT, SHORT_STEP, LoraConfig, chunk_tiles, default_config
+from pallas_kernels.lora.few_plan import make_few_plan
 from pallas_kernels.lora.kernel_add_sm90 import add
 from pallas_kernels.lora.kernel_expand_sm90 import expand
 from pallas_kernels.lora.kernel_short_sm90 import short
@@ -39,6 +40,8 @@ _make_tiles = jax.jit(make_tiles, static_argnames="num_tokens")
 _shrink_y = jax.jit(shrink_y, static_argnames=_STATIC)
 _matmul = jax.jit(kernel_matmul_sm90.matmul, static_argnames=("group", "config", "interpret"))
 _gated = jax.jit(kernel_gated_sm90.gated_matmul, static_argnames=("config", "interpret"))
+_make_few_plan = jax.jit(make_few_plan, static_argnames=("num_pages", "geometry"))
+_few = jax.jit(kernel_few_sm90.few_matmul, static_argnames=("group", "geometry", "interpret"))
 _touched_windows = jax.jit(touched_windows, static_argnames="num_tokens")
 _add = jax.jit(add, static_argnames=("group", "config", "chunk", "max_rank"))
 _short = jax.jit(short, static_argnames=("phase", "group", "config", "chunk", "max_rank", "interpret"))
@@ -227,6 +230,24 @@ def matmul_sm90(
     options: dict[str, Any] = dict(layer=layer, group=group, max_rank=max_rank)
     options |= dict(config=default_config(shrink.geometry, 1))
     return add_sm90(out, x, pages, shrink, expand, seg_start, short, **options)
+
+
+def few_sm90(
+    x: Float[Array, "T d"],
+    weights: Float[Array, "L d c"],
+    pages: Float[Array, "L P E"],
+    adapters: Matrices,
+    seg_start: Int[Array, "S1"],
+    seg_adapter: Int[Array, "S"],
+    *,
+    layer: int | Int[Array, ""],
+    group: str,
+    interpret=None,
+) -> Float[Array, "T c"]:
+    """`matmul_sm90` for steps of few tokens whose adapters are few, see FewPlan: summed in another order."""
+    where, geometry = jnp.asarray(layer, jnp.int32).reshape(1), adapters.geometry
+    plan = _make_few_plan(adapters.table, seg_start, seg_adapter, num_pages=pages.shape[1], geometry=geometry)
+    return _few(x, weights, pages, plan, where, group=group, geometry=geometry, interpret=interpret)
 
 
 def gated_sm90(

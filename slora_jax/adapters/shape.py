@@ -34,6 +34,13 @@ class AdapterShape:
         return granules
 
     @functools.cached_property
+    def module_granules(self) -> Int32[np.ndarray, "7"]:
+        """Granules of each module in the layer where it has most."""
+        granules = self.granules.max(axis=0)
+        granules.setflags(write=False)
+        return granules
+
+    @functools.cached_property
     def max_rank(self) -> int:
         return int(self.ranks.max())
 

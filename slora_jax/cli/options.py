@@ -87,6 +87,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         max_model_len=args.max_model_len,
         max_seqs=args.max_seqs,
         page_pool_bytes=args.page_pool,
+        few_adapters=args.few_adapters,
         deterministic=args.deterministic,
         tensor_parallel=args.tp,
         lora_layout=args.lora_layout,

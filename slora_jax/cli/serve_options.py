@@ -114,6 +114,11 @@ def engine_group(parser: argparse.ArgumentParser) -> None:
         help="of adapters that are copied at most beside a step in which other requests run (default: 128M)",
     )
     group.add_argument(
+        "--few-adapters",
+        action="store_true",
+        help="compile small steps once more, for adapters of 128 ranks or less in all",
+    )
+    group.add_argument(
         "--deterministic", action="store_true", help="the same answers bit for bit whatever else runs; slower"
     )
     group.add_argument(

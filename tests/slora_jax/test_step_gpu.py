@@ -10,7 +10,7 @@ import numpy as np
 from oracles import relative_error
 import pytest
 
-from benchmarks.decode_step import Case, make_batch, random_pages
+from benchmarks.decode_step import Case, has_few_adapters, make_batch, random_pages
 from slora_jax.batch import State
 from slora_jax.loading.random import random_params
 from slora_jax.shapes import named_shape
@@ -46,4 +46,25 @@ def test_hopper_kernels_agree_with_xla(text, targets, ranks, mlp_size):
         program = jax.jit(step, donate_argnums=1, compiler_options=compiler_options())
         state, output = program(params, State(pages=random_pages(config, num_pages, jnp.bfloat16)), batch)
         logits[implementation] = np.asarray(output.logits)
+    assert relative_error(logits["mosaic"], logits["xla"]) < 3e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("targets", GROUPS)
+@pytest.mark.parametrize("text", ["2x175x2", "8x175x8", "40x175x1", "64x175x4", "2x24x2p"])
+def test_few_adapters_agree_with_xla(text, targets):
+    """The base projections in one kernel with the deltas; a step of two tokens has eight rows."""
+    config = dataclasses.replace(named_shape("llama-2-7b"), num_layers=2)
+    params = random_params(config, dtype="bfloat16")
+    case = Case.parse(text, (16,), targets)
+    batch, num_pages = make_batch(case, config)
+    assert has_few_adapters(batch)
+    logits = {}
+    for implementation in ("xla", "mosaic"):
+        options = dict(implementation=implementation, max_rank=16, lora_groups=GROUPS[targets])
+        promised = dataclasses.replace(batch, return_logits=True, few_adapters=implementation == "mosaic")
+        step = make_batch_step(config, dtype=jnp.bfloat16, **options)
+        program = jax.jit(step, donate_argnums=1, compiler_options=compiler_options())
+        state = State(pages=random_pages(config, num_pages, jnp.bfloat16))
+        logits[implementation] = np.asarray(program(params, state, jax.device_put(promised))[1].logits)
     assert relative_error(logits["mosaic"], logits["xla"]) < 3e-2
