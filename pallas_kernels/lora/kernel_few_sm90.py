@@ -22,8 +22,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry
 from pallas_kernels.lora.any_rows import any_rows
 from pallas_kernels.lora.config import CLUSTER, CLUSTERS, FEW_TOKENS, MOST_FEW
-from pallas_kernels.lora.few_load import HALVES, TOKEN_PARTS, FewLoad, FewRing, delta_stages
+from pallas_kernels.lora.few_load import FewLoad
 from pallas_kernels.lora.few_plan import FIRST, LAST, SCALE, FewPlan
+from pallas_kernels.lora.few_ring import HALVES, TOKEN_PARTS, FewRing, delta_stages
 from pallas_kernels.lora.few_stripes import Stripes
 from pallas_kernels.lora.mosaic_common import SHARED_BYTES, STAGE_ROWS, ChunkSource, ceil_div
 from pallas_kernels.lora.pair_sum import PairSum
