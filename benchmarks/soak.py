@@ -34,7 +34,7 @@ from slora_jax.loading import load_model
 from slora_jax.memory import page_bytes
 
 BASE, BROKEN = -1, -2  # contents that are no adapter's
-_MOST_GROWTH = 0.05
+_MOST_GROWTH, _MOST_DRIFT = 0.1, 0.05
 
 
 @dataclasses.dataclass
@@ -208,7 +208,7 @@ class Soak:
         engine.check_integrity()
         stats = engine.stats()
         pages = stats["pages"]
-        grown = _growth(self.memory)
+        grown, drift = _growth(self.memory)
         left = pages["kv"] + pages["adapter"] + pages["idle_adapter"]
         return dict(
             requests=len(self.asked),
@@ -220,11 +220,16 @@ class Soak:
             leaked_pages=left,
             host_bytes_left=stats["adapter_tiers"]["host"]["bytes"],
             memory_growth=grown,
+            memory_drift=drift,
             memory_bytes=self.memory,
             preemptions=stats["preemptions"],
             tiers=stats["adapter_tiers"],
             actions=dict(self.actions),
-            ok=not wrong and not left and not stats["adapter_tiers"]["host"]["bytes"] and grown < _MOST_GROWTH,
+            ok=not wrong
+            and not left
+            and not stats["adapter_tiers"]["host"]["bytes"]
+            and grown < _MOST_GROWTH
+            and drift < _MOST_DRIFT,
         )
 
     @staticmethod
@@ -249,14 +254,15 @@ class Soak:
         return path
 
 
-def _growth(memory: Sequence[int]) -> float:
-    """By how much the last third of the run has more memory than the third before, in the middle of each: adapters that
-    are being read come and go, hundreds of megabytes at a time.
+def _growth(memory: Sequence[int]) -> tuple[float, float]:
+    """By how much the process has more memory at the end than a third into the run, and in the middle of the last third
+    than in that of the third before, which adapters that are just being read change less.
     """
     third = len(memory) // 3
     if not third:
-        return 0.0
-    return statistics.median(memory[-third:]) / statistics.median(memory[-2 * third : -third]) - 1
+        return 0.0, 0.0
+    drift = statistics.median(memory[-third:]) / statistics.median(memory[-2 * third : -third])
+    return memory[-1] / memory[third] - 1, drift - 1
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -30,6 +30,20 @@ def test_soak(tmp_path):
     assert result["finished"] > 0 and result["actions"]["add"] > 0
 
 
+@pytest.mark.parametrize(
+    ("memory", "growth", "drift"),
+    [
+        ([9, 8], 0.0, 0.0),
+        ([50, 100, 100, 100, 100, 100], 0.0, 0.0),
+        ([50, 100, 100, 100, 100, 100, 100, 100, 150], 0.5, 0.0),  # an adapter is being read at the last look
+        ([50, 50, 50, 100, 100, 100, 125, 125, 125], 0.25, 0.25),
+        ([50, 50, 50, 100, 100, 100, 125, 125, 100], 0.0, 0.25),
+    ],
+)
+def test_how_memory_grows(memory, growth, drift):
+    assert soak._growth(memory) == (growth, drift)
+
+
 def test_soak_on_the_twin(tmp_path):
     out = tmp_path / "soak.json"
     result = soak_twin.main(["--minutes", "0.5", "--json", str(out)])
