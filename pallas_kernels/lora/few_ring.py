@@ -80,9 +80,9 @@ class FewRing:
         """Rows of a stripe's weights."""
         return pl.ds((slot * self.width + stripe) * STAGE_ROWS, STAGE_ROWS)
 
-    def ranks(self, slot, granules):
-        """Rows of A: more than a slot has, where it has one part."""
-        return pl.ds(slot * delta_stages(granules) * STAGE_ROWS, MOST_FEW)
+    def ranks(self, slot, granules, half: int):
+        """Rows of A."""
+        return pl.ds((slot * delta_stages(granules) + half) * STAGE_ROWS, STAGE_ROWS)
 
     @staticmethod
     def y(half: int):

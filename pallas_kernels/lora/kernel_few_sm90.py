@@ -140,11 +140,12 @@ def _launch(*args, ring: FewRing, stripes: Stripes, out, interpret=None):
                     stripes=mine,
                 ).run()
 
-        def y_of(total):
+        def y_of(total, half):
             """Zero for tokens that are not their adapter's."""
 
             def of_ranks(row):
-                vector = plgpu.load(known.at[row], layout=_WGMMA.reduce(0), optimized=False)
+                vector = known.at[row, pl.ds(half * STAGE_ROWS, STAGE_ROWS)]
+                vector = plgpu.load(vector, layout=_WGMMA.reduce(0), optimized=False)
                 return lax.broadcast_in_dim(vector, total.shape, (1,))
 
             token = plgpu.broadcasted_iota(jnp.int32, total.shape, 0, layout=_WGMMA).astype(jnp.float32)
@@ -163,24 +164,34 @@ def _launch(*args, ring: FewRing, stripes: Stripes, out, interpret=None):
             def accumulate(*acc):
                 sums, y = acc[:width], acc[width:]
 
-                @pl.loop(0, count)
-                def _(k):
-                    slot = slot_of(k)
-                    plgpu.barrier_wait(full[user].at[slot])
-                    x = x_ring.at[ring.tokens(slot)]
-                    for i, total in enumerate(sums):
-                        plgpu.wgmma(total, x, w_operand.at[ring.weights(slot, i)])
-                    for total in y:
-                        plgpu.wgmma(total, x, a_operand.at[ring.ranks(slot, granules)].T)
-                    plgpu.wgmma_wait(len(acc))
-                    pl.when(k > 0)(lambda: free_slot(k - 1))
+                def multiply_stages(halves):
+                    """With W, and so many halves of the ranks of A."""
 
-                plgpu.wgmma_wait(0)
+                    @pl.loop(0, count)
+                    def _(k):
+                        slot = slot_of(k)
+                        plgpu.barrier_wait(full[user].at[slot])
+                        x = x_ring.at[ring.tokens(slot)]
+                        for i, total in enumerate(sums):
+                            plgpu.wgmma(total, x, w_operand.at[ring.weights(slot, i)])
+                        for h in range(halves):
+                            plgpu.wgmma(y[h], x, a_operand.at[ring.ranks(slot, granules, h)].T)
+                        plgpu.wgmma_wait(width + halves)
+                        pl.when(k > 0)(lambda: free_slot(k - 1))
+
+                    plgpu.wgmma_wait(0)
+
+                if number == 0:
+                    # One of two loops, each inside one, because a condition has no accumulator.
+                    both = delta_stages(granules) - 1
+                    pl.loop(both, 1)(lambda _: multiply_stages(1))
+                    pl.loop(0, both)(lambda _: multiply_stages(HALVES))
+                else:
+                    multiply_stages(0)
                 free_slot(count - 1)
-                for total in y:
-                    found = y_of(total[...])
-                    for h in range(HALVES):
-                        a_operand[ring.y(h)] = found[:, h * STAGE_ROWS : (h + 1) * STAGE_ROWS]
+                for h, total in enumerate(y):
+                    a_operand[ring.y(h)] = y_of(total[...], h)
+                if number == 0:
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(has_y)
                 if number == 1:
@@ -204,7 +215,7 @@ def _launch(*args, ring: FewRing, stripes: Stripes, out, interpret=None):
                 return [total[...] for total in sums]
 
             kinds = [plgpu.ACC((FEW_TOKENS, TILE_COLS), jnp.float32)] * width
-            kinds += [plgpu.ACC((FEW_TOKENS, MOST_FEW), jnp.float32)] * (number == 0)
+            kinds += [plgpu.ACC((FEW_TOKENS, STAGE_ROWS), jnp.float32)] * (HALVES * (number == 0))
             return pl.run_scoped(accumulate, *kinds)
 
         def write(i, value, stripe):
