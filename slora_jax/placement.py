@@ -18,6 +18,7 @@ import numpy as np
 from pallas_kernels import Implementation, write_adapter
 from sharding import ADAPTER_IMAGE, POOL, WHOLE
 from slora_jax.adapters import Adapter, AdapterShape
+from slora_jax.adapters.host_memory import map_zeros
 from slora_jax.adapters.shards import shard_adapter, shard_image
 from slora_jax.batch import State
 from slora_jax.model_config import ModelConfig
@@ -59,7 +60,9 @@ def adapter_image(
     if parallel is None:
         return adapter.image(config.geometry, dtype)
     layout = parallel.layout
-    return np.concatenate([shard_image(adapter, layout, d, dtype) for d in range(layout.devices)], axis=-1)
+    parts = [shard_image(adapter, layout, d, dtype) for d in range(layout.devices)]
+    image = map_zeros((*parts[0].shape[:-1], layout.devices * parts[0].shape[-1]), dtype)
+    return np.concatenate(parts, axis=-1, out=image)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,8 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+from io import BufferedReader
 import os
-from typing import BinaryIO
 import weakref
 
 import numpy as np
@@ -115,7 +115,7 @@ class AdapterReader:
             return Adapter.from_weights(freeze(weights), shape.scaling, plan.base_model)
 
     @contextlib.contextmanager
-    def _open(self, source: Source) -> Iterator[tuple[str, BinaryIO, _Plan, bytes, int]]:
+    def _open(self, source: Source) -> Iterator[tuple[str, BufferedReader, _Plan, bytes, int]]:
         """(directory, the weights' file at the start of its data, plan, stamp, when it was written in ns).
 
         What is checked is what is read: the same open file.

@@ -9,6 +9,7 @@ with zeros.
 import numpy as np
 
 from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry, ceil_div
+from slora_jax.adapters.host_memory import map_zeros
 from slora_jax.adapters.weights import Weights
 
 
@@ -21,7 +22,7 @@ def layer_tiles(granules: np.ndarray, geometry: Geometry) -> np.ndarray:
 def build_image(weights: Weights, granules: np.ndarray, geometry: Geometry, dtype: np.dtype) -> np.ndarray:
     """All tiles of an adapter, padded with zeros to whole page ids: `dtype` [num_pages, L, E]."""
     num_pages = ceil_div(int(layer_tiles(granules, geometry).sum()), geometry.tiles_per_page_id)
-    image = np.zeros((num_pages, geometry.num_layers, geometry.page_elements), dtype)
+    image = map_zeros((num_pages, geometry.num_layers, geometry.page_elements), dtype)
     run = image.reshape(-1, TILE_RANKS, TILE_COLS)
     at = 0
     for layer in range(geometry.num_layers):

@@ -4,15 +4,17 @@ The format: 8 bytes little-endian header length, a JSON header {name: {dtype, sh
 """
 
 import dataclasses
+from io import BufferedReader
 import json
 import math
 import os
 import stat
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from slora_jax.adapters.host_memory import map_zeros
 from slora_jax.adapters.limits import AdapterLimits
 from slora_jax.adapters.messages import shown
 from slora_jax.errors import AdapterError
@@ -30,7 +32,7 @@ class TensorEntry:
     end: int
 
 
-def read_header(file: BinaryIO, limits: AdapterLimits) -> dict[str, TensorEntry]:
+def read_header(file: BufferedReader, limits: AdapterLimits) -> dict[str, TensorEntry]:
     """Reads and checks the header of an open safetensors file, leaving the file at the start of the data section.
 
     Raises AdapterError naming what is wrong.
@@ -38,7 +40,7 @@ def read_header(file: BinaryIO, limits: AdapterLimits) -> dict[str, TensorEntry]
     return parse_header(*read_header_bytes(file, limits), limits)
 
 
-def read_header_bytes(file: BinaryIO, limits: AdapterLimits) -> tuple[bytes, int]:
+def read_header_bytes(file: BufferedReader, limits: AdapterLimits) -> tuple[bytes, int]:
     """The header's text and how many bytes of data follow it. AdapterError where the file cannot be what it says."""
     status = os.fstat(file.fileno())
     if not stat.S_ISREG(status.st_mode):
@@ -93,14 +95,14 @@ def parse_header(text: bytes, data_bytes: int, limits: AdapterLimits) -> dict[st
     return entries
 
 
-def read_data(file: BinaryIO, entries: dict[str, TensorEntry]) -> np.ndarray:
+def read_data(file: BufferedReader, entries: dict[str, TensorEntry]) -> np.ndarray:
     """The data section that follows the header, as one uint8 array [bytes].
 
     Raises AdapterError where the file became shorter.
     """
     size = max((entry.end for entry in entries.values()), default=0)
-    data = np.fromfile(file, np.uint8, size)
-    if len(data) != size:
+    data = map_zeros((size,))
+    if file.readinto(data) != size:
         raise AdapterError(
             "adapter_model.safetensors became shorter while it was read; register the adapter again when it is complete"
         )

@@ -14,6 +14,7 @@ import numpy as np
 from pallas_kernels.geometry import GROUPS, MODULES, TILE_COLS, TILE_RANKS, ceil_div
 from sharding import ROW_GROUPS, Layout, run_length, take
 from slora_jax.adapters.adapter import Adapter
+from slora_jax.adapters.host_memory import map_zeros
 from slora_jax.adapters.image import layer_tiles, write_tiles
 from slora_jax.adapters.shape import AdapterShape
 
@@ -60,7 +61,7 @@ def shard_image(adapter: Adapter, layout: Layout, device: int, dtype: np.dtype) 
     """One device's image: a fresh array of `dtype` [num_pages, L, E of that device], not scaled."""
     shards = shard_adapter(adapter, layout)
     geometry = layout.local
-    image = np.zeros((shards.num_pages, geometry.num_layers, geometry.page_elements), dtype)
+    image = map_zeros((shards.num_pages, geometry.num_layers, geometry.page_elements), dtype)
     run = image.reshape(-1, TILE_RANKS, TILE_COLS)
     at, b_at = 0, int(shards.expand_start[device, 0])
     for layer, granules in enumerate(adapter.granules):

@@ -1,9 +1,9 @@
 """Where an adapter's two files are: a local directory, or a repository on the Hugging Face Hub."""
 
+from io import BufferedReader
 import os
 from pathlib import Path
 import re
-from typing import BinaryIO
 
 from slora_jax.adapters.limits import AdapterLimits
 from slora_jax.errors import AdapterError
@@ -48,7 +48,7 @@ def locate(source: str | os.PathLike[str], limits: AdapterLimits) -> Path:
     return path
 
 
-def open_file(path: str | os.PathLike[str], name: str) -> BinaryIO:
+def open_file(path: str | os.PathLike[str], name: str) -> BufferedReader:
     """Opens a file of the directory. It never waits, as opening a named pipe would."""
     return open(os.path.join(path, name), "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK))
 

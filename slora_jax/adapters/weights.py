@@ -7,6 +7,7 @@ import hashlib
 import ml_dtypes
 import numpy as np
 
+from slora_jax.adapters.host_memory import map_zeros
 from slora_jax.adapters.safetensors_file import DTYPES
 from slora_jax.adapters.targets import projection_name
 from slora_jax.errors import AdapterError
@@ -78,7 +79,7 @@ def pack(tensors: Mapping[tuple[int, int, int], np.ndarray], ranks: np.ndarray, 
     """Copies checked tensors, by (layer, module, factor), into one buffer."""
     offsets = np.zeros((*ranks.shape, 2), np.int64)
     dtypes = np.zeros((*ranks.shape, 2), np.uint8)
-    buffer = np.empty(sum(tensor.nbytes for tensor in tensors.values()), np.uint8)
+    buffer = map_zeros((sum(tensor.nbytes for tensor in tensors.values()),))
     end = 0
     for key in sorted(tensors):
         tensor = tensors[key]

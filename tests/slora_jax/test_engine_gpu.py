@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from pallas_kernels.geometry import MODULES
 from slora_jax import Engine, EngineConfig, Request, SamplingParams
 from slora_jax.adapters import clone, random_adapter
 from slora_jax.loading import LoadedModel
@@ -15,13 +16,17 @@ from slora_jax.shapes import named_shape
 RANKS = (8, 16, 32, 64)
 
 
-@pytest.mark.gpu
-@pytest.mark.timeout(900)
-def test_no_request_fails_whatever_the_size_of_its_steps():
+@pytest.fixture(scope="module")
+def model():
     config = dataclasses.replace(named_shape("llama-2-7b"), num_layers=2)
     params = random_params(config, dtype="bfloat16")
-    model = LoadedModel(config=config, params=params, tokenizer=None, eos_token_ids=(), name="two layers of 7B")
-    dtype = params["embed"].dtype
+    return LoadedModel(config=config, params=params, tokenizer=None, eos_token_ids=(), name="two layers of 7B")
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(900)
+def test_no_request_fails_whatever_the_size_of_its_steps(model):
+    config, dtype = model.config, model.params["embed"].dtype
     first = {rank: random_adapter(config, rank, ("q", "k", "v", "o"), seed=rank, dtype=dtype) for rank in RANKS}
     adapters = {f"a{i}": clone(first[RANKS[i % len(RANKS)]], i) for i in range(24)}
     settings = EngineConfig(
@@ -56,3 +61,46 @@ def test_no_request_fails_whatever_the_size_of_its_steps():
             ]
             assert not errors, f"{len(errors)} of {count} requests: {errors[:3]}"
         engine.check_integrity()
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(900)
+def test_few_adapters_answer_alike(model):
+    """Greedy answers with and without the kernel, as far as they agree and one token on: equally probable."""
+    config, dtype = model.config, model.params["embed"].dtype
+    adapters = {f"a{r}": random_adapter(config, r, MODULES, seed=r, scale=0.5, dtype=dtype) for r in (8, 16, 64)}
+    settings = EngineConfig(
+        dtype="bfloat16",
+        max_seqs=32,
+        max_step_tokens=64,
+        seq_buckets=(32,),
+        token_buckets=(64,),
+        max_model_len=256,
+        max_lora_rank=64,
+        page_pool_bytes=400 * page_bytes(config, "bfloat16"),
+        compile_cache_dir="",
+    )
+    rng = np.random.default_rng(1)
+    requests = [
+        Request(
+            None,
+            (None, *adapters)[i % 4],
+            SamplingParams(max_tokens=20, ignore_eos=True, logprobs=1),
+            rng.integers(0, config.vocab_size, 3 + i).tolist(),
+        )
+        for i in range(24)
+    ]
+    answers = []
+    for few in (False, True):
+        with Engine(model, dataclasses.replace(settings, few_adapters=few), adapters) as engine:
+            answers.append([o.completions[0].logprobs for o in engine.generate(requests)])
+            engine.check_integrity()
+    agreed = 0
+    for without, with_few in zip(*answers, strict=True):
+        assert len(without) == len(with_few) == 20
+        for one, other in zip(without, with_few, strict=True):
+            assert abs(one.logprob - other.logprob) < 0.1
+            if one.token_id != other.token_id:
+                break
+            agreed += 1
+    assert agreed > 0.5 * 20 * len(requests)
