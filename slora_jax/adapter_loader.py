@@ -8,7 +8,7 @@ import queue
 import time
 
 from slora_jax.adapters import Adapter, AdapterReader
-from slora_jax.adapters.directory import changed, source_errors
+from slora_jax.adapters.directory import SourceErrors, changed
 from slora_jax.errors import SloraError
 from slora_jax.host_tier import HostTier
 from slora_jax.placement import HostImage, HostImages
@@ -52,7 +52,7 @@ class AdapterLoader:
         self._wake = wake
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="slora-jax adapters")
         self._reading: set[Hashable] = set()
-        self._done: queue.SimpleQueue[tuple[AdapterRecord, Hashable, Future[_Read]]] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[tuple[AdapterRecord, Hashable, Future[_Read | str]]] = queue.SimpleQueue()
         self.counters: dict[str, float] = dict(reads=0, images=0, failures=0, seconds=0.0)
 
     def image(self, record: AdapterRecord) -> HostImage | None:
@@ -96,16 +96,11 @@ class AdapterLoader:
                 read = future.result()
             except CancelledError:
                 self.tier.drop(place)
-            except SloraError as error:
+                continue
+            if isinstance(read, str):
                 self.tier.drop(place)
                 self.counters["failures"] += 1
-                yield Outcome(record, error=str(error))
-            except Exception as error:  # whatever it is, it must end the requests that wait, and no others
-                logger.exception("an adapter cannot be loaded")
-                self.tier.drop(place)
-                self.counters["failures"] += 1
-                text = str(error).strip().splitlines() or [""]
-                yield Outcome(record, error=f"cannot be loaded ({type(error).__name__}: {text[0]})")
+                yield Outcome(record, error=read)
             else:
                 self.tier.fill(place, read.weights_digest, read.image)
                 self.counters["images"] += 1
@@ -122,23 +117,37 @@ class AdapterLoader:
 
     def _start(self, record: AdapterRecord, key: Hashable) -> None:
         self._reading.add(key)
-        future = self._threads.submit(self._read, record)
+        future = self._threads.submit(self._try_to_read, record)
 
-        def ended(future: "Future[_Read]") -> None:
+        def ended(future: "Future[_Read | str]") -> None:
             self._done.put((record, key, future))
             self._wake()
 
         future.add_done_callback(ended)
 
+    def _try_to_read(self, record: AdapterRecord) -> _Read | str:
+        """On one of the threads: what was read, or why it cannot be, in one line.
+
+        The future gets no exception. Its traceback would lead to all that the read had in memory, in a cycle with the
+        future, and stay until Python looks for cycles among everything there is, which it seldom does.
+        """
+        try:
+            return self._read(record)
+        except SloraError as error:
+            return str(error)
+        except Exception as error:  # whatever it is, it must end the requests that wait, and no others
+            logger.exception("an adapter cannot be loaded")
+            text = str(error).strip().splitlines() or [""]
+            return f"cannot be loaded ({type(error).__name__}: {text[0]})"
+
     def _read(self, record: AdapterRecord) -> _Read:
-        """On one of the threads."""
         began = time.monotonic()
         if isinstance(record.contents, Adapter):
             adapter = record.contents
         else:
             adapter = self._reader.read(record.contents)
             if record.digest is not None and adapter.digest != record.digest:
-                with source_errors(record.contents.path):
+                with SourceErrors(record.contents.path):
                     raise changed()
         image = self.images.make(adapter)
         from_disk = adapter is not record.contents

@@ -310,6 +310,7 @@ class EngineCore:
         self._embeddings -= job.embeds
         self.counters["finished_requests"] += 1
         self.tiers.finish(job)
+        job.let_go()
 
     def _recover(self, error: Exception) -> None:
         """The pool was donated to a step that failed: its contents are lost. What ran ends, what waits goes on."""

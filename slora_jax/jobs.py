@@ -156,6 +156,9 @@ class Generation:
             job.sink(delta)
         except Exception:  # a caller's function: its error must not stop the engine, which serves others too
             logger.exception("what takes the answer of request %s raised", job.output.request_id)
+        if output is not None:
+            job.delivered = True
+            job.let_go()
 
 
 class Job:
@@ -172,6 +175,7 @@ class Job:
         self.hidden: np.ndarray | None = None  # float32 [H], of the prompt's last token
         self.generations: list[Generation] = []
         self.open = 0  # completions that the engine computes; its thread's own
+        self.delivered = False  # whether the last piece is out; the delivery thread's own
 
     @property
     def params(self) -> SamplingParams:
@@ -181,6 +185,13 @@ class Job:
     def finished(self) -> bool:
         """Whether all of its texts are complete."""
         return all(g.finished for g in self.generations)
+
+    def let_go(self) -> None:
+        """Ends the cycle of a job and its completions when both threads are done with it. Without that it would stay,
+        and with it an adapter's weights that were replaced, until Python looks for cycles among everything there is.
+        """
+        if self.delivered and not self.open:
+            self.generations.clear()
 
     def describe(self, running: Container[Sequence]) -> dict[str, Any]:
         """What it is and how far, for people and dashboards. It is running once one of its sequences is."""

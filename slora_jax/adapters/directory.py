@@ -71,7 +71,7 @@ class AdapterReader:
 
         source: a directory, or a Hugging Face id, which is downloaded. Raises AdapterError beginning with the source.
         """
-        with source_errors(source), self._open(source) as (path, _, plan, stamp, _):
+        with SourceErrors(source), self._open(source) as (path, _, plan, stamp, _):
             return AdapterFiles(path, plan.shape, stamp)
 
     def check_all(self, directory: Source) -> tuple[dict[str, AdapterFiles], dict[str, str]]:
@@ -83,7 +83,7 @@ class AdapterReader:
         """
         found: dict[str, AdapterFiles] = {}
         refused: dict[str, str] = {}
-        with source_errors(directory):
+        with SourceErrors(directory):
             entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
             for entry in entries:
                 if entry.name.startswith("."):
@@ -104,7 +104,7 @@ class AdapterReader:
         """
         files = source if isinstance(source, AdapterFiles) else None
         where = source.path if isinstance(source, AdapterFiles) else source
-        with source_errors(where), self._open(where) as (_, file, plan, stamp, written):
+        with SourceErrors(where), self._open(where) as (_, file, plan, stamp, written):
             if files is not None and stamp != files.stamp:
                 raise changed()
             buffer = read_data(file, plan.entries)
@@ -173,13 +173,19 @@ def changed() -> AdapterError:
     )
 
 
-@contextlib.contextmanager
-def source_errors(source: Source | str) -> Iterator[None]:
-    """Puts the source before the message of an AdapterError, and makes one of an error of the operating system."""
-    try:
-        yield
-    except AdapterError as error:
-        raise AdapterError(f"{source}: {error}") from None
-    except OSError as error:
-        reason = error.strerror or error
-        raise AdapterError(f"{source}: cannot be read ({reason}); check the files and their permissions") from None
+class SourceErrors(contextlib.AbstractContextManager[None]):
+    """Puts the source before the message of an AdapterError, and makes one of an error of the operating system.
+
+    A class, because a generator's frame would be in a cycle with the error, and with it all that had been read.
+    """
+
+    def __init__(self, source: Source | str):
+        self._source = source
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, AdapterError):
+            raise AdapterError(f"{self._source}: {error}") from None
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+            message = f"{self._source}: cannot be read ({reason}); check the files and their permissions"
+            raise AdapterError(message) from None

@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 from slora_jax.adapters.adapter import Adapter
-from slora_jax.adapters.directory import AdapterReader, source_errors
+from slora_jax.adapters.directory import AdapterReader, SourceErrors
 from slora_jax.adapters.limits import DEFAULT_LIMITS, AdapterLimits
 from slora_jax.errors import AdapterError
 from slora_jax.model_config import ModelConfig
@@ -27,7 +27,7 @@ def read_adapter(
     """
     if isinstance(source, str | os.PathLike):
         return AdapterReader(config, limits).read(source)
-    with source_errors("weights given as arrays"):
+    with SourceErrors("weights given as arrays"):
         if isinstance(source, Adapter):
             source.check_fits(config)
             return source
