@@ -253,7 +253,8 @@ def main() -> None:
     parser.add_argument("--turns", type=Path, help="a file that processes which measure in turn have in common")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    found = ceilings()
+    with gpu_turn(args.turns):
+        found = ceilings()
     copy = found["copy"]
     print(f"copy {copy / 1e12:.2f} TB/s on {jax.devices()[0].device_kind}", flush=True)
     model = load_model(f"random:{args.shape}", dtype=args.dtype)
