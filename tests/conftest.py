@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hypothesis import settings
 import pytest
+from typechecker import wrap_only_what_is_checked
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".cache"
@@ -20,6 +21,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: threads of each only get into each other's way
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip()
 
+wrap_only_what_is_checked()  # before any module of the packages is imported
 settings.register_profile("slora-jax", deadline=None)  # a first call compiles
 settings.load_profile("slora-jax")
 
