@@ -10,11 +10,18 @@ import mmap
 import numpy as np
 from numpy.typing import DTypeLike
 
+_LEAST_BYTES = 1 << 20
+"""Of a mapping: Linux allows a process 65,530 of them if not told otherwise."""
+
 
 def map_zeros(shape: tuple[int, ...], dtype: DTypeLike = np.uint8) -> np.ndarray:
-    """An array of zeros, writeable, at the beginning of a page of memory."""
+    """An array of zeros, writeable. A large one has memory of its own, as long as the system gives it."""
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-    if not nbytes:
-        return np.zeros(shape, dtype)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return np.frombuffer(memory, np.uint8).view(dtype).reshape(shape)
+    if nbytes >= _LEAST_BYTES:
+        try:
+            memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError:
+            pass  # there are too many; if memory is out, numpy says so
+        else:
+            return np.frombuffer(memory, np.uint8).view(dtype).reshape(shape)
+    return np.zeros(shape, dtype)
