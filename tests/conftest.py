@@ -58,6 +58,13 @@ def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter() -> None:
+    from interpreter import leave_arguments_of_callbacks  # imports jax
+
+    leave_arguments_of_callbacks()
+
+
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """SmolLM2-135M-Instruct; the test is skipped where it was not fetched."""
