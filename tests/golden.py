@@ -23,15 +23,7 @@ def make_engine(model, dtype: str = "float32", **kw) -> Engine:
     return Engine.from_pretrained(str(model), EngineConfig(dtype=dtype, weight_dtype="bfloat16", **options), ADAPTERS)
 
 
-def closest_rows(count: int) -> list[tuple[str | None, dict]]:
-    """Of the base model and of each adapter those rows whose two best logits come closest: what changes them least
-    changes these first.
-    """
-    of_name = {name: sorted((r for n, r in ROWS if n == name), key=lambda r: min(r["gaps"])) for name, _ in ROWS}
-    return [(name, row) for name, rows in of_name.items() for row in rows[:count]]
-
-
-def requests(rows=ROWS) -> list[Request]:
-    """Rows of the reference, all if not given, to be answered past the end token."""
+def requests() -> list[Request]:
+    """Every row of the reference, to be answered past the end token."""
     params = SamplingParams(max_tokens=32, ignore_eos=True)
-    return [Request(None, name, params, row["prompt_token_ids"]) for name, row in rows]
+    return [Request(None, name, params, row["prompt_token_ids"]) for name, row in ROWS]

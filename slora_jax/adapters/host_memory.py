@@ -17,11 +17,10 @@ _LEAST_BYTES = 1 << 20
 def map_zeros(shape: tuple[int, ...], dtype: DTypeLike = np.uint8) -> np.ndarray:
     """An array of zeros, writeable. A large one has memory of its own, as long as the system gives it."""
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-    if nbytes >= _LEAST_BYTES:
-        try:
-            memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError:
-            pass  # there are too many; if memory is out, numpy says so
-        else:
-            return np.frombuffer(memory, np.uint8).view(dtype).reshape(shape)
-    return np.zeros(shape, dtype)
+    if nbytes < _LEAST_BYTES:
+        return np.zeros(shape, dtype)
+    try:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # too many mappings; if memory is out, numpy says so
+        return np.zeros(shape, dtype)
+    return np.frombuffer(memory, np.uint8).view(dtype).reshape(shape)
