@@ -79,3 +79,12 @@ def test_register_adapters(tmp_path):
     assert len(registry) == 20 and seconds > 0
     assert registry.get("adapter-19").digest is None
     assert len(registry.shapes()) == 1
+
+
+def test_memory_while_adapters_come_and_go(tmp_path):
+    result = adapter_memory.main(
+        ["--shape", "tiny-gqa", "--ranks", "8,16", "--reads", "20", "--keep", "1000", "--json", str(tmp_path / "out")]
+    )
+    assert len(result["heap_bytes"]) == len(result["process_bytes"]) == 2
+    assert all(0 < heap < process for heap, process in zip(result["heap_bytes"], result["process_bytes"], strict=True))
+    assert json.loads((tmp_path / "out").read_text())["reads"] == 20
