@@ -32,18 +32,7 @@ _THREADS, _CHUNK_PAGES = 4, 4
 class _MallInfo(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_size_t)
-        for name in (
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-            "keepcost",
-        )
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
     ]
 
 
@@ -95,9 +84,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         seconds = time.perf_counter() - began
     arguments = {name: value for name, value in vars(args).items() if name != "json"}
     result = dict(**arguments, seconds=seconds, heap_bytes=heap_bytes, process_bytes=process_bytes)
-    print(
-        f"{seconds:.1f} s; MB of heaps {[n // 10**6 for n in heap_bytes]}, of the process {[n // 10**6 for n in process_bytes]}"
-    )
+    print(f"{seconds:.1f} s")
+    print(f"MB of heaps       {[n // 10**6 for n in heap_bytes]}")
+    print(f"MB of the process {[n // 10**6 for n in process_bytes]}")
     if args.json:
         write_result(args.json, result)
     return result

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import adapter_loading, register_adapters, soak, soak_twin
+from benchmarks import adapter_loading, adapter_memory, register_adapters, soak, soak_twin
 from slora_jax import prefix_cache
 from slora_jax.adapter_rows import AdapterRows
 
