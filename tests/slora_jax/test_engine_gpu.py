@@ -23,22 +23,30 @@ def model():
     return LoadedModel(config=config, params=params, tokenizer=None, eos_token_ids=(), name="two layers of 7B")
 
 
+def make_settings(config, pages, **options):
+    return EngineConfig(
+        dtype="bfloat16",
+        max_seqs=32,
+        max_lora_rank=max(RANKS),
+        page_pool_bytes=pages * page_bytes(config, "bfloat16"),
+        compile_cache_dir="",
+        **options,
+    )
+
+
 @pytest.mark.gpu
 @pytest.mark.timeout(900)
 def test_no_request_fails_whatever_the_size_of_its_steps(model):
     config, dtype = model.config, model.params["embed"].dtype
     first = {rank: random_adapter(config, rank, ("q", "k", "v", "o"), seed=rank, dtype=dtype) for rank in RANKS}
     adapters = {f"a{i}": clone(first[RANKS[i % len(RANKS)]], i) for i in range(24)}
-    settings = EngineConfig(
-        dtype="bfloat16",
-        max_seqs=32,
+    settings = make_settings(
+        config,
+        pages=600,  # of which 32 sequences can take 1,024
         max_step_tokens=256,
         seq_buckets=(1, 2, 4, 8, 16, 32),
         token_buckets=(64, 128, 256),
         max_model_len=512,
-        max_lora_rank=max(RANKS),
-        page_pool_bytes=600 * page_bytes(config, "bfloat16"),  # of which 32 sequences can take 1,024
-        compile_cache_dir="",
     )
     rng = np.random.default_rng(0)
     with Engine(model, settings, adapters) as engine:
@@ -69,16 +77,8 @@ def test_few_adapters_answer_alike(model):
     """Greedy answers with and without the kernel, as far as they agree and one token on: equally probable."""
     config, dtype = model.config, model.params["embed"].dtype
     adapters = {f"a{r}": random_adapter(config, r, MODULES, seed=r, scale=0.5, dtype=dtype) for r in (8, 16, 64)}
-    settings = EngineConfig(
-        dtype="bfloat16",
-        max_seqs=32,
-        max_step_tokens=64,
-        seq_buckets=(32,),
-        token_buckets=(64,),
-        max_model_len=256,
-        max_lora_rank=64,
-        page_pool_bytes=400 * page_bytes(config, "bfloat16"),
-        compile_cache_dir="",
+    settings = make_settings(
+        config, pages=400, max_step_tokens=64, seq_buckets=(32,), token_buckets=(64,), max_model_len=256
     )
     rng = np.random.default_rng(1)
     requests = [
