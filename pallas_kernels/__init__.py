@@ -6,6 +6,7 @@ from pallas_kernels.geometry import GROUPS, MODULES, PAGE_TOKENS, Geometry
 from pallas_kernels.lora import (
     FEW_TOKENS,
     MOST_FEW,
+    RANK_STEP,
     AdapterTable,
     empty_table,
     lora_add,
@@ -26,6 +27,7 @@ __all__ = [
     "MODULES",
     "MOST_FEW",
     "PAGE_TOKENS",
+    "RANK_STEP",
     "AdapterTable",
     "Geometry",
     "Implementation",

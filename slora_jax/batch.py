@@ -81,8 +81,8 @@ class Batch:
     max_query: int = _static(default=1)  # 1 = every sequence has one token; else a bound, for prompt chunks
     use_adapters: bool = _static(default=True)  # False leaves all LoRA work out of the program
     # True promises that in no module of any layer the segments' adapters have more than MOST_FEW ranks in all, each
-    # adapter's rank rounded up to a multiple of 8 and counted in every segment that names it. Where that does not hold,
-    # the step's results are not finite.
+    # adapter's rank rounded up to a multiple of 16 and counted in every segment that names it. Where that does not
+    # hold, the step's results are not finite.
     few_adapters: bool = _static(default=False)
     return_logits: bool = _static(default=False)
     return_hidden: bool = _static(default=False)

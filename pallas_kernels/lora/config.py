@@ -24,7 +24,9 @@ PRODUCT_STEP = 1024
 FEW_TOKENS = 64
 """Steps up to this many tokens can do so as well if their adapters are few: have MOST_FEW ranks or less in all."""
 MOST_FEW = 128
-"""Each adapter's rank rounded up to a multiple of 8."""
+"""Each adapter's rank rounded up to a multiple of RANK_STEP."""
+RANK_STEP = 16
+"""Ranks that one tensor-core instruction sums."""
 SHORT_SEGMENT = 16
 """In larger steps, segments up to this many tokens do. A block of 64 with one token would read 64 rows of output."""
 

@@ -1,10 +1,9 @@
-"""The warpgroup that fills the ring of the kernel for few adapters. One warp copies what any step has, and does not
-wait to know about adapters; the others copy these.
+"""The warpgroup that fills the ring of the kernel for few adapters. One warp copies base weights, activations and y,
+the others copy what adapters have.
 """
 
 from collections.abc import Callable
 import dataclasses
-import functools
 from typing import Any
 
 from jax import lax
@@ -15,8 +14,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.geometry import TILE_COLS, TILE_RANKS
 from pallas_kernels.lora.bulk_copy import expect, start_copy
 from pallas_kernels.lora.config import FEW_TOKENS
-from pallas_kernels.lora.few_plan import GRANULES
-from pallas_kernels.lora.few_ring import ADAPTER_WARPS, TOKEN_PARTS, WARP_GRANULES, FewRing, delta_stages
+from pallas_kernels.lora.few_items import FewItems
+from pallas_kernels.lora.few_plan import A_TILE, B_TILE, IS_USED, PAGE_START, PAGES
+from pallas_kernels.lora.few_ring import ADAPTER_WARPS, TOKEN_PARTS, WARP_GRANULES, FewRing, Kind
 from pallas_kernels.lora.few_stripes import PairStripes
 from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS
 
@@ -25,11 +25,12 @@ _TILE_BYTES = 2 * TILE_RANKS * TILE_COLS
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FewLoad:
-    """Of one warp. x, w, pool, a_tiles, b_tiles, ranks: in global memory, see FewPlan. x_ring, w_ring, w_tiles, a_ring,
-    known: what copies write. full: by warpgroup that multiplies, barriers of its stages. empty: barriers of all.
-    has_known: the barrier for `known`.
+    """Of one warp. x, w, pool, records, page_ids, ys: in global memory, see FewPlan and FewItems. x_ring, w_ring,
+    w_tiles: what copies write. full: by warpgroup that multiplies, barriers of its stages. empty:
+    barriers of all.
 
-    first, count: stages of the input that this thread block takes. granules: of the adapters. stripes: of the outputs.
+    first, count: stages of the input that this thread block takes. stripes: of the outputs. wait_y: waits for a
+    block's y.
     """
 
     ring: FewRing
@@ -37,75 +38,78 @@ class FewLoad:
     x: Any
     w: Any
     pool: Any
-    a_tiles: Any
-    b_tiles: Any
-    ranks: Any
+    records: Any
+    page_ids: Any
+    ys: Any
     x_ring: Any
     w_ring: Any
     w_tiles: Any
-    a_ring: Any
-    known: Any
     full: tuple
     empty: Any
-    has_known: Any
     layer: Any
     tokens: Any
     first: Any
     count: Any
-    granules: Any
     stripes: PairStripes
+    items: FewItems
+    wait_y: Callable
 
     def run(self) -> None:
         """Loads all stages, and waits until they have been read."""
-        pl.when(self.warp == 0)(lambda: self._passes(self._base_pass))
+        pl.when(self.warp == 0)(lambda: self._stages(self._base_stage, self._tokens_of_item, self._ys))
+        pl.when(self.warp > 0)(lambda: self._stages(self._other_stage, self._a_of_item, self._b))
 
-        @pl.when(self.warp > 0)
-        def _():
-            # A pair without stripes waits for nothing, and so must not ask for anything.
-            @pl.when((self.warp == 1) & (self.stripes.pass_of(0)[1] > 0))
-            def _():
-                if self.ring.tiles.whole:
-                    expect(self.has_known, 4 * self.known.size)
-                self._copy(self.ranks.at[self.layer, self.stripes.module], self.known, self.has_known, jnp.bool_(True))
+    def _stages(self, load_stage: Callable, load_item: Callable, load_deltas: Callable) -> None:
+        """Each is called with barriers and with the number of stages before."""
+        begin, stripe_count = self.stripes.pass_of(0)
+        ahead = self.items.ahead(self.ring.slots, self.count)
 
-            self._passes(self._adapter_pass)
+        @pl.loop(0, ahead)
+        def _(k):
+            load_stage(k, begin, stripe_count, self.full[0], k)
 
-    def _passes(self, load: Callable) -> None:
-        """``load(number, first stripe, stripes, barriers, stages before)`` for each pass."""
-        each = self.count + delta_stages(self.granules)
-        issued = jnp.int32(0)
+        def item_body(j, before):
+            item = self.items.item(j)
+            first, count = self.items.stages(item.quarter, self.count)
+            load_item(item, first, count, ahead + before)
+            return before + count
+
+        before = lax.fori_loop(0, self.items.count, item_body, jnp.int32(0))
+        deltas = self.items.blocks_of(self.stripes.place) * self.items.quarters
+        issued = before
         for number in range(self.stripes.stripes.passes):
-            begin, count = self.stripes.pass_of(number)
+            begin, stripe_count = self.stripes.pass_of(number)
 
-            @pl.when(count > 0)
-            def _(number=number, begin=begin, count=count):
-                load(number, begin, count, self.full[number % len(self.full)], number * each)
+            @pl.when(stripe_count > 0)
+            def _(number=number, begin=begin, stripe_count=stripe_count):
+                full, issued = self.full[number % len(self.full)], before + number * (self.count + deltas)
 
-            issued += jnp.where(count > 0, each, 0)
-        slots = self.ring.slots(self.granules)
+                @pl.loop(0 if number else ahead, self.count)
+                def _(k):
+                    load_stage(k, begin, stripe_count, full, issued + k)
 
-        @pl.loop(jnp.maximum(issued - slots, 0), issued)
+                load_deltas(number, begin, stripe_count, full, issued + self.count)
+
+            issued += jnp.where(stripe_count > 0, self.count + deltas, 0)
+
+        @pl.loop(jnp.maximum(issued - self.ring.slots, 0), issued)
         def _(i):
-            plgpu.barrier_wait(self.empty.at[lax.rem(i, slots)])
+            plgpu.barrier_wait(self.empty.at[lax.rem(i, jnp.int32(self.ring.slots))])
 
     def _claim(self, issued, full, num_bytes):
         """The slot of the `issued`-th stage, as soon as it is empty, and its barrier. num_bytes: that this warp will
         copy to it.
         """
-        slots = self.ring.slots(self.granules)
-        slot = lax.rem(issued, slots)
+        slot = lax.rem(issued, jnp.int32(self.ring.slots))
 
-        @pl.when(issued >= slots)
+        @pl.when(issued >= self.ring.slots)
         def _():
             plgpu.barrier_wait(self.empty.at[slot])
 
-        return slot, self._announce(full.at[slot], num_bytes)
-
-    def _announce(self, barrier, num_bytes):
-        """The barrier of a slot to which this warp will copy so much (in interpret mode copies announce themselves)."""
-        if self.ring.tiles.whole:
+        barrier = full.at[slot]
+        if self.ring.tiles.whole:  # in interpret mode copies announce themselves
             expect(barrier, num_bytes)
-        return barrier
+        return slot, barrier
 
     def _if(self, wanted, copy: Callable) -> None:
         """``copy(predicate)``, which in interpret mode is called in any case: its copies arrive one by one."""
@@ -120,40 +124,13 @@ class FewLoad:
         else:
             self.ring.tiles.copy_if(wanted, source, target, barrier)
 
-    def _fill(self, barrier, *, is_b: bool) -> None:
-        for _ in range(self.ring.missing(is_b=is_b)):
+    def _fill(self, barrier, kind: Kind) -> None:
+        for _ in range(self.ring.missing(kind)):
             plgpu.barrier_arrive(barrier)
 
-    def _base_pass(self, number: int, begin, count, full, issued) -> None:
-        """Base weights and activations."""
-        num_bytes = (lax.div(self.tokens, jnp.int32(TILE_RANKS)) + count * STAGE_CHUNKS) * _TILE_BYTES
-
-        def stage(k, slot, barrier):
-            columns = pl.ds((self.first + k) * TILE_COLS, TILE_COLS)
-            for i in range(self.ring.width):
-
-                def copy_weights(wanted, i=i):
-                    outputs = pl.ds((self.stripes.first + begin + i) * TILE_COLS, TILE_COLS)
-                    target = self.w_ring.at[self.ring.weights(slot, i)]
-                    self._copy(self.w.at[self.layer, columns, outputs], target, barrier, wanted)
-
-                self._if(i < count, copy_weights)
-            self._tokens(slot, columns, barrier)
-            self._fill(barrier, is_b=False)
-
-        ahead: Any = 0
-        if number == 0:  # how many slots there are in all need not be known yet
-            ahead = jnp.minimum(self.ring.least, self.count)
-            pl.loop(0, ahead)(lambda k: stage(k, k, self._announce(full.at[k], num_bytes)))
-        pl.loop(ahead, self.count)(lambda k: stage(k, *self._claim(issued + k, full, num_bytes)))
-
-        @pl.loop(0, delta_stages(self.granules))
-        def _(h):
-            _, barrier = self._claim(issued + self.count + h, full, 0)
-            self._fill(barrier, is_b=True)
-
-    def _tokens(self, slot, columns, barrier) -> None:
+    def _tokens(self, slot, stage, barrier) -> None:
         """Activations: of a step with fewer tokens than fit in up to three copies, which end with the last token."""
+        columns = pl.ds((self.first + stage) * TILE_COLS, TILE_COLS)
 
         def copy(row, size, wanted):
             target = self.x_ring.at[pl.ds(slot * FEW_TOKENS + row, size)]
@@ -165,61 +142,115 @@ class FewLoad:
             wanted = (self.tokens < FEW_TOKENS) & (self.tokens & size != 0)
             self._if(wanted, lambda wanted, before=before, size=size: copy(before, size, wanted))
 
-    def _adapter_pass(self, number: int, begin, count, full, issued) -> None:
-        """A in the first pass, and B: every third granule. Where A's tiles lie is read one stage ahead; where B's do is
-        read before the first stage, and in the first cache when it is needed.
-        """
-        ring, place = self.ring, self.stripes.place
-        mine = [self.warp - 1 + ADAPTER_WARPS * i for i in range(WARP_GRANULES)]
-        granules = sum(jnp.where(g < self.granules, 1, 0) for g in mine)
+    @property
+    def _token_bytes(self):
+        return lax.div(self.tokens, jnp.int32(TILE_RANKS)) * _TILE_BYTES
 
-        def a_places(stage):
-            return [self.a_tiles[self.layer, place, jnp.minimum(g, GRANULES - 1), self.first + stage] for g in mine]
+    def _tokens_of_item(self, item, first, count, before) -> None:
+        @pl.loop(0, count)
+        def _(k):
+            slot, barrier = self._claim(before + k, self.full[-1], self._token_bytes)
+            self._tokens(slot, first + k, barrier)
+            self._fill(barrier, "shrink")
 
-        def b_places(g):
-            stripes = [begin + jnp.minimum(i, count - 1) for i in range(ring.width)]
-            return [self.b_tiles[self.layer, place, jnp.minimum(g, GRANULES - 1), stripe] for stripe in stripes]
+    def _base_stage(self, k, begin, stripe_count, full, issued) -> None:
+        """Base weights and activations."""
+        num_bytes = self._token_bytes + stripe_count * STAGE_CHUNKS * _TILE_BYTES
+        slot, barrier = self._claim(issued, full, num_bytes)
+        rows = pl.ds((self.first + k) * TILE_COLS, TILE_COLS)
+        for i in range(self.ring.width):
 
-        least = functools.reduce(jnp.minimum, [place for g in mine for place in b_places(g)])
-        # No place is negative, which the compiler does not know: it leaves the reads in.
-        issued += jnp.where(least < 0, 1, 0)
+            def copy_weights(wanted, i=i):
+                outputs = pl.ds((self.stripes.first + begin + i) * TILE_COLS, TILE_COLS)
+                target = self.w_ring.at[self.ring.weights(slot, i)]
+                self._copy(self.w.at[self.layer, rows, outputs], target, barrier, wanted)
 
-        def stage_body(k, indices):
-            ahead = a_places(jnp.minimum(k + 1, self.count - 1))
-            slot, barrier = self._claim(issued + k, full, granules * _TILE_BYTES)
-            for g, index in zip(mine, indices, strict=True):
+            self._if(i < stripe_count, copy_weights)
+        self._tokens(slot, k, barrier)
+        self._fill(barrier, "base")
 
-                def copy_granule(wanted, g=g, index=index):
-                    row = slot * delta_stages(self.granules) * STAGE_CHUNKS + jnp.minimum(g, GRANULES - 1)
-                    ring.tiles.copy(self.pool, index, self.a_ring, row, barrier, wanted)
+    def _other_stage(self, k, begin, stripe_count, full, issued) -> None:
+        del k, begin, stripe_count
+        _, barrier = self._claim(issued, full, 0)
+        if not self.ring.tiles.whole:
+            for _ in range(WARP_GRANULES):
+                plgpu.barrier_arrive(barrier)
 
-                self._if(g < self.granules, copy_granule)
+    def _ys(self, number: int, begin, stripe_count, full, before) -> None:
+        del begin, stripe_count
+        quarters = self.items.quarters
+
+        @pl.loop(0, self.items.blocks_of(self.stripes.place))
+        def _(n):
+            for q in range(quarters):
+                slot, barrier = self._claim(before + n * quarters + q, full, STAGE_CHUNKS * _TILE_BYTES)
+                if number == 0 and q == 0:
+                    self.wait_y(self.stripes.module, n)
+                source = self.ys.at[self.items.y_rows(self.stripes.place, n, q)]
+                self._copy(source, self.x_ring.at[self.ring.tokens(slot)], barrier, jnp.bool_(True))
+                self._fill(barrier, "y" if q else "delta")
+
+    def _granules(self, module, block, kind: int) -> list:
+        """Of this warp's granules of a block: where they lie, in the form that a loop carries."""
+        records = [self.records.at[self.layer, module, block, g] for g in self._mine(most=STAGE_CHUNKS - 1)]
+        fields = (kind, PAGE_START, IS_USED, PAGES[kind], PAGES[kind] + 1)
+        return [[record[field] for field in fields] for record in records]
+
+    def _mine(self, most: int = STAGE_CHUNKS) -> list:
+        return [jnp.minimum(self.warp - 1 + ADAPTER_WARPS * i, most) for i in range(WARP_GRANULES)]
+
+    def _copy_tile(self, granule, tile, span: int, row, barrier, wanted) -> None:
+        """A granule's tile, of `span`."""
+        first, page_start, _, *known = granule
+        tiles = self.ring.tiles
+        pages = tiles.pages(first, span, known, page_start, self.page_ids)
+        index = tiles.locate(first + jnp.where(wanted, tile, 0), pages)
+        tiles.copy(self.pool, index, self.w_tiles, row, barrier, wanted)
+
+    def _used(self, granules) -> list:
+        used = zip(self._mine(), granules, strict=True)
+        return [(g < STAGE_CHUNKS) & (is_used > 0) for g, (_, _, is_used, *_) in used]
+
+    def _a_of_item(self, item, first, count, before) -> None:
+        granules = self._granules(item.module, item.block, A_TILE)
+        used = self._used(granules)
+        num_bytes = sum(jnp.where(u, _TILE_BYTES, 0) for u in used)
+        span = self.ring.tiles.geometry.in_tiles(self.stripes.modules[0])
+
+        @pl.loop(0, count)
+        def _(k):
+            slot, barrier = self._claim(before + k, self.full[-1], num_bytes)
+            for g, granule, wanted in zip(self._mine(STAGE_CHUNKS - 1), granules, used, strict=True):
+
+                def copy(wanted, g=g, granule=granule):
+                    row = slot * self.ring.width * STAGE_CHUNKS + g
+                    self._copy_tile(granule, self.first + first + k, span, row, barrier, wanted)
+
+                self._if(wanted, copy)
+
+    def _b(self, number: int, begin, stripe_count, full, before) -> None:
+        """Where its tiles lie is read one block ahead."""
+        blocks, quarters = self.items.blocks_of(self.stripes.place), self.items.quarters
+        span = max(self.ring.tiles.geometry.out_tiles(m) for m in self.stripes.modules)
+
+        def fetch(n):
+            return self._granules(self.stripes.module, jnp.maximum(jnp.minimum(n, blocks - 1), 0), B_TILE)
+
+        def block_body(n, granules):
+            ahead = fetch(n + 1)
+            used = self._used(granules)
+            num_bytes = sum(jnp.where(u, _TILE_BYTES, 0) for u in used) * stripe_count
+            slot, barrier = self._claim(before + n * quarters, full, num_bytes)
+            for i in range(self.ring.width):
+                for g, granule, wanted in zip(self._mine(STAGE_CHUNKS - 1), granules, used, strict=True):
+
+                    def copy(wanted, i=i, g=g, granule=granule):
+                        row = (slot * self.ring.width + i) * STAGE_CHUNKS + g
+                        self._copy_tile(granule, begin + i, span, row, barrier, wanted)
+
+                    self._if(wanted & (i < stripe_count), copy)
+            for q in range(1, quarters):
+                self._other_stage(None, None, None, full, before + n * quarters + q)
             return ahead
 
-        if number == 0:
-            lax.fori_loop(0, self.count, stage_body, a_places(jnp.int32(0)))
-        else:
-
-            @pl.loop(0, self.count)
-            def _(k):
-                _, barrier = self._claim(issued + k, full, 0)
-                if not ring.tiles.whole:
-                    for _ in mine:
-                        plgpu.barrier_arrive(barrier)
-
-        @pl.loop(0, delta_stages(self.granules))
-        def _(h):
-            rows = [g - h * STAGE_CHUNKS for g in mine]
-            wanted = [
-                (g < self.granules) & (row >= 0) & (row < STAGE_CHUNKS) for g, row in zip(mine, rows, strict=True)
-            ]
-            here = sum(jnp.where(w, 1, 0) for w in wanted)
-            slot, barrier = self._claim(issued + self.count + h, full, here * count * _TILE_BYTES)
-            for g, row, w in zip(mine, rows, wanted, strict=True):
-                for i, index in enumerate(b_places(g)):
-
-                    def copy_tile(wanted, i=i, row=row, index=index):
-                        to = (slot * ring.width + i) * STAGE_CHUNKS + jnp.clip(row, 0, STAGE_CHUNKS - 1)
-                        ring.tiles.copy(self.pool, index, self.w_tiles, to, barrier, wanted)
-
-                    self._if(w & (i < count), copy_tile)
+        lax.fori_loop(0, blocks, block_body, fetch(jnp.int32(0)))

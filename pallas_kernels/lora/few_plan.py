@@ -1,8 +1,9 @@
-"""What a step with few adapters works on: their ranks side by side, as if they were one adapter's.
+"""What a step with few adapters works on: the ranks of all adapters side by side, as if they were one adapter's.
 
-In every module of every layer the granules of the segments' adapters follow one another, MOST_FEW / 8 at most. The plan
-says where each of their tiles lies in the pool, and which tokens each rank is for. It does not depend on the layer or
-group at hand, so XLA makes it once a step.
+In every module of every layer the granules of the segments' adapters follow one another, in blocks of eight. An adapter
+begins at a multiple of RANK_STEP, so that which of its ranks one instruction sums does not depend on the others. The
+plan says where each granule's tiles lie in the pool, and which tokens each rank is for. It does not depend on the layer
+or group at hand, so XLA makes it once a step.
 """
 
 import dataclasses
@@ -12,27 +13,32 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.geometry import GROUPS, MODULES, TILE_RANKS, Geometry
-from pallas_kernels.lora.config import MOST_FEW
+from pallas_kernels.lora.config import CLUSTER, RANK_STEP
+from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS
 from pallas_kernels.lora.table import AdapterTable, section_starts
 
-GRANULES = MOST_FEW // TILE_RANKS
 FIRST, LAST, SCALE = range(3)  # rows of FewPlan.ranks
+A_TILE, B_TILE, PAGE_START, IS_USED = range(4)  # fields of a record
+PAGES = {A_TILE: 4, B_TILE: 6}  # where it has the ids of the page of such a tile and of the next one
+RECORD = 8
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FewPlan:
-    """a_tiles, b_tiles: by group, int32 [L, modules of the group, GRANULES, tiles]: where in the pool, in tiles, each
-    granule has its columns of A and its outputs of B, in the order of the columns and of the outputs.
-    count: granules in use. ranks: of each rank, which tokens it is for, from the first to before the last, and their
-    adapter's scaling; no token for ranks that are not in use. Where there are more granules than fit, the scaling is
-    NaN.
+    """N blocks of eight granules at most.
+
+    records: of each granule, see above; tiles are counted from the beginning of the adapter's image. count: granules,
+    unused ones between adapters included. ranks: of each rank, which tokens it is for, from the first to before the
+    last, and their adapter's scaling; no token for ranks that are not in use. Where there are more granules than fit,
+    the scaling is NaN. signals: zeros, one for each block of each module and layer and each half of the input.
     """
 
-    a_tiles: tuple[Int[Array, "L _ G _"], ...]
-    b_tiles: tuple[Int[Array, "L _ G _"], ...]
+    records: Int[Array, "L 7 N 8 F"]
     count: Int[Array, "L 7"]
-    ranks: Float[Array, "L 7 3 R"]
+    ranks: Float[Array, "L 7 N 3 64"]
+    page_ids: Int[Array, "P"]
+    signals: Int[Array, "X"]
 
 
 def make_few_plan(
@@ -40,54 +46,55 @@ def make_few_plan(
     seg_start: Int[Array, "S1"],
     seg_adapter: Int[Array, "S"],
     *,
-    num_pages: int,
+    blocks: int,
     geometry: Geometry,
 ) -> FewPlan:
-    """The plan of a step."""
-    layers, modules = geometry.num_layers, len(MODULES)
+    """The plan of a step, with room for so many blocks."""
+    layers, modules, room = geometry.num_layers, len(MODULES), blocks * STAGE_CHUNKS
+    step = RANK_STEP // TILE_RANKS
     adapter = jnp.maximum(seg_adapter, 0)
     live = (seg_adapter >= 0) & (seg_start[1:] > seg_start[:-1])
     granules = table.granules[adapter]  # [S, L, 7]
-    counted = jnp.where(live[:, None, None], granules, 0)
+    own = jnp.where(live[:, None, None], granules, 0)
+    taken = -(-own // step) * step
     order = jnp.arange(len(seg_adapter))
     # A sum over a mask is one small kernel, where a scan would be several.
-    upto = jnp.sum(jnp.where((order[:, None] <= order)[..., None, None], counted[:, None], 0), axis=0, dtype=jnp.int32)
+    upto = jnp.sum(jnp.where((order[:, None] <= order)[..., None, None], taken[:, None], 0), axis=0, dtype=jnp.int32)
     total = upto[-1]
-    place = jnp.arange(GRANULES, dtype=jnp.int32)
+    place = jnp.arange(room, dtype=jnp.int32)
     segment = jnp.sum(upto[..., None] <= place, axis=0, dtype=jnp.int32)  # [L, 7, G]
     segment = jnp.minimum(segment, len(seg_adapter) - 1)
     of_layer = jnp.arange(layers)[:, None, None], jnp.arange(modules)[:, None]
-    within = place - (upto - counted)[segment, *of_layer]
-    used = place < total[..., None]
+    within = place - (upto - taken)[segment, *of_layer]
+    used = within < own[segment, *of_layer]
 
-    a_first, b_first = _first_tiles(granules, geometry)
-    tile_start = table.tile_start[adapter][..., None]  # [S, L, 1]
-    start = table.page_start[adapter[segment]][..., None]
-
-    def locate(first, group, tiles_of):
-        """Of a group: [L, modules, G, tiles]."""
-        members = jnp.array(GROUPS[group])
-        widths = [tiles_of(m) for m in GROUPS[group]]
-        width = jnp.array(widths)[:, None]
-        tile = (tile_start + first)[segment, *of_layer][:, members] + within[:, members] * width
-        tile = tile[..., None] + jnp.arange(max(widths), dtype=jnp.int32)
-        unit = tile // geometry.page_tiles
-        page = jnp.clip(start[:, members] + unit // layers, 0, table.pages.shape[0] - 1)
-        row = unit % layers * num_pages + table.pages[page]
-        found = row * geometry.page_tiles + tile % geometry.page_tiles
-        return jnp.where(used[:, members][..., None], found, 0).astype(jnp.int32)
-
-    def of_ranks(values):
-        """Values of segments, as each rank has them."""
-        return jnp.repeat(jnp.where(used, values, 0).astype(jnp.float32), TILE_RANKS, axis=-1)
+    page_start = table.page_start[adapter[segment]]
+    fields = {PAGE_START: page_start, IS_USED: used}
+    for field, first, width in zip(
+        PAGES, _first_tiles(granules, geometry), (geometry.in_tiles, geometry.out_tiles), strict=True
+    ):
+        widths = jnp.array([width(m) for m in range(modules)])[:, None]
+        tile = (table.tile_start[adapter][..., None] + first)[segment, *of_layer] + within * widths
+        tile = jnp.where(used, tile, 0)
+        fields[field] = tile
+        for i in range(2):
+            page = page_start + tile // geometry.tiles_per_page_id + i
+            fields[PAGES[field] + i] = table.pages[jnp.clip(page, 0, table.pages.shape[0] - 1)]
+    records = jnp.stack([fields[i].astype(jnp.int32) for i in range(RECORD)], axis=-1)
 
     scale = table.scaling[adapter[segment], *of_layer]
-    scale = jnp.where((total > GRANULES)[..., None], jnp.nan, scale)
+    scale = jnp.where((total > room)[..., None], jnp.nan, scale)
+    rows = [jnp.where(used, row, 0).astype(jnp.float32) for row in (seg_start[segment], seg_start[segment + 1], scale)]
+    ranks = jnp.repeat(jnp.stack(rows, axis=2), TILE_RANKS, axis=-1)  # [L, 7, 3, 8 G]
+    ranks = ranks.reshape(layers, modules, 3, blocks, -1).transpose(0, 1, 3, 2, 4)
+    # Zeros that XLA cannot know to be zeros: kernels write to them, so they must be made anew in every step.
+    zero = jnp.minimum(seg_start[0], 0)
     return FewPlan(
-        a_tiles=tuple(locate(a_first, group, geometry.in_tiles) for group in GROUPS),
-        b_tiles=tuple(locate(b_first, group, geometry.out_tiles) for group in GROUPS),
-        count=jnp.minimum(total, GRANULES),
-        ranks=jnp.stack([of_ranks(values) for values in (seg_start[segment], seg_start[segment + 1], scale)], axis=2),
+        records=records.reshape(layers, modules, blocks, STAGE_CHUNKS, RECORD),
+        count=jnp.minimum(total, room),
+        ranks=ranks,
+        page_ids=table.pages.astype(jnp.int32),
+        signals=jnp.full(layers * modules * blocks * CLUSTER, zero, jnp.int32),
     )
 
 

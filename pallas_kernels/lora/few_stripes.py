@@ -78,6 +78,11 @@ class PairStripes:
     begin: Any
     end: Any
 
+    @property
+    def modules(self) -> list[int]:
+        """Of the group."""
+        return [part.module for part in self.stripes.parts]
+
     def pass_of(self, number: int):
         """First stripe of a pass, of the module's, and how many it has: about the same each, never more than before."""
         passes, total = self.stripes.passes, self.end - self.begin

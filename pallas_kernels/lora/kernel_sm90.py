@@ -12,15 +12,16 @@ import jax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry
+from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry, ceil_div
 from pallas_kernels.lora import kernel_few_sm90, kernel_gated_sm90, kernel_matmul_sm90
-from pallas_kernels.lora.config import SHORT_SEGMENT, SHORT_STEP, LoraConfig, chunk_tiles, default_config
+from pallas_kernels.lora.config import MOST_FEW, SHORT_SEGMENT, SHORT_STEP, LoraConfig, chunk_tiles, default_config
 from pallas_kernels.lora.few_plan import make_few_plan
 from pallas_kernels.lora.kernel_add_sm90 import add
 from pallas_kernels.lora.kernel_expand_sm90 import expand
 from pallas_kernels.lora.kernel_short_sm90 import short
 from pallas_kernels.lora.kernel_shrink_sm90 import shrink
 from pallas_kernels.lora.kernel_shrink_y_sm90 import shrink_y
+from pallas_kernels.lora.mosaic_common import STAGE_ROWS
 from pallas_kernels.lora.plan import Half, by_length, group_loads, make_plan
 from pallas_kernels.lora.table import AdapterTable
 from pallas_kernels.lora.windows import WINDOW, make_tiles, touched_windows
@@ -40,7 +41,7 @@ _make_tiles = jax.jit(make_tiles, static_argnames="num_tokens")
 _shrink_y = jax.jit(shrink_y, static_argnames=_STATIC)
 _matmul = jax.jit(kernel_matmul_sm90.matmul, static_argnames=("group", "config", "interpret"))
 _gated = jax.jit(kernel_gated_sm90.gated_matmul, static_argnames=("config", "interpret"))
-_make_few_plan = jax.jit(make_few_plan, static_argnames=("num_pages", "geometry"))
+_make_few_plan = jax.jit(make_few_plan, static_argnames=("blocks", "geometry"))
 _few = jax.jit(kernel_few_sm90.few_matmul, static_argnames=("group", "geometry", "interpret"))
 _touched_windows = jax.jit(touched_windows, static_argnames="num_tokens")
 _add = jax.jit(add, static_argnames=("group", "config", "chunk", "max_rank"))
@@ -242,11 +243,15 @@ def few_sm90(
     *,
     layer: int | Int[Array, ""],
     group: str,
+    most_ranks: int = MOST_FEW,
     interpret=None,
 ) -> Float[Array, "T c"]:
-    """`matmul_sm90` for steps of few tokens whose adapters are few, see FewPlan: summed in another order."""
+    """`matmul_sm90` for steps of few tokens whose adapters are few, see FewPlan: summed in another order. most_ranks:
+    of all segments' adapters in a module, each segment's rounded up to a multiple of RANK_STEP.
+    """
     where, geometry = jnp.asarray(layer, jnp.int32).reshape(1), adapters.geometry
-    plan = _make_few_plan(adapters.table, seg_start, seg_adapter, num_pages=pages.shape[1], geometry=geometry)
+    blocks = ceil_div(most_ranks, STAGE_ROWS)
+    plan = _make_few_plan(adapters.table, seg_start, seg_adapter, blocks=blocks, geometry=geometry)
     return _few(x, weights, pages, plan, where, group=group, geometry=geometry, interpret=interpret)
 
 

@@ -18,13 +18,15 @@ from pallas_kernels import FEW_TOKENS, lora_matmul
 from pallas_kernels.geometry import GROUPS, MODULES
 from pallas_kernels.lora.arg_specs import SPECS
 from pallas_kernels.lora.config import CLUSTERS
-from pallas_kernels.lora.few_plan import FIRST, GRANULES, LAST, SCALE
+from pallas_kernels.lora.few_plan import A_TILE, B_TILE, FIRST, IS_USED, LAST, PAGE_START, PAGES, SCALE
 from pallas_kernels.lora.few_stripes import MOST_WIDE, Stripes
 from pallas_kernels.lora.kernel_few_sm90 import unsupported
 from pallas_kernels.lora.kernel_sm90 import Matrices, _make_few_plan, few_sm90
+from pallas_kernels.lora.mosaic_common import ChunkSource
 
 _GEOMETRY = {name.split("_")[0]: spec.geometry for name, spec in SPECS.items()}
-NARROW = geometry(320, 64, 448, heads=5, kv_heads=1)  # widths of an odd number of tiles
+LEAST = geometry(384, 128, 512, kv_heads=4)
+NARROW = geometry(448, 64, 576, heads=7, kv_heads=1)  # widths of an odd number of tiles
 LARGE = geometry(2048, 1024, 5632, heads=16, kv_heads=8, dim=128)
 
 
@@ -37,9 +39,11 @@ class Few:
         weights = np.random.default_rng(5).standard_normal((g.num_layers, *width)) / 16
         self.weights = jnp.asarray(weights, jnp.bfloat16)
 
-    def run(self, interpret=None, x=None, pages=None):
+    def program(self, interpret=None, most_ranks=None):
+        """Of activations."""
         batch = self.batch
-        options = dict(layer=batch.layer, group=batch.group, interpret=interpret)
+        most_ranks = most_ranks or self.ranks()
+        options = dict(layer=batch.layer, group=batch.group, most_ranks=most_ranks, interpret=interpret)
 
         @jax.jit
         def run(x, weights, pages, table, *segments):
@@ -47,8 +51,16 @@ class Few:
             return few_sm90(x, weights, pages, adapters, *segments, **options)
 
         segments = jnp.asarray(batch.seg_start), jnp.asarray(batch.adapters, jnp.int32)
-        x, pages = batch.x if x is None else x, batch.pages if pages is None else pages
-        return np.asarray(run(x, self.weights, pages, batch.table, *segments))
+        return lambda x: np.asarray(run(x, self.weights, batch.pages, batch.table, *segments))
+
+    def run(self, x=None, **options):
+        return self.program(**options)(self.batch.x if x is None else x)
+
+    def ranks(self):
+        """Of the segments' adapters, each rounded up, on the module with most."""
+        granules = np.asarray(self.batch.table.granules)[np.maximum(self.batch.adapters, 0)]
+        own = np.where(np.asarray(self.batch.adapters)[:, None, None] >= 0, -(-granules // 2) * 16, 0)
+        return max(64, int(own.sum(axis=0).max()))
 
     def check(self, result):
         batch = self.batch
@@ -60,11 +72,11 @@ class Few:
 @pytest.mark.parametrize(
     "g, ranks, lengths, adapters, group, padding",
     [
-        (TINY, [[16] * 7], (8,), (0,), "qkv", 0),
-        (TINY, [[8] * 7, [4, 0, 24, 8, 8, 1, 30], [64, 12, 16, 50, 8, 8, 40]], (3, 1, 7, 12), (0, -1, 1, 2), "qkv", 1),
+        (LEAST, [[16] * 7], (8,), (0,), "qkv", 0),
+        (LEAST, [[8] * 7, [4, 0, 24, 8, 8, 1, 30], [64, 12, 16, 50, 8, 8, 40]], (3, 1, 7, 12), (0, -1, 1, 2), "qkv", 1),
         (WIDE, [[64] * 7, [56, 64, 8, 32, 64, 8, 8]], (40, 24), (1, 0), "gu", 0),
         (NARROW, [[12] * 7, [100, 8, 8, 100, 8, 8, 90]], (5, 11), (0, 1), "o", 0),
-        (geometry(256, 128, 1024, kv_heads=4), [[16] * 7, [8] * 6 + [112]], (9, 1, 6), (0, -1, 1), "down", 0),
+        (geometry(384, 128, 1024, kv_heads=4), [[16] * 7, [8] * 6 + [112]], (9, 1, 6), (0, -1, 1), "down", 0),
         (WIDE, [[16] * 7], (10, 6), (-1, -1), "o", 8),
     ],
     ids=["one", "mixed", "full", "odd", "down", "none"],
@@ -79,44 +91,64 @@ def test_interpreted(g, ranks, lengths, adapters, group, padding):
     ranks=st.lists(st.lists(st.integers(0, 60), min_size=7, max_size=7), min_size=1, max_size=4),
     lengths=st.lists(st.integers(0, 9), min_size=1, max_size=8),
     chosen=st.lists(st.integers(-1, 3), min_size=8, max_size=8),
+    blocks=st.integers(2, 5),
     seed=st.integers(0, 99),
 )
-def test_plan_finds_every_granule(ranks, lengths, chosen, seed):
-    """What lies at the places that it names is what the adapters have, in order, and each rank knows its tokens."""
+def test_plan_finds_every_granule(ranks, lengths, chosen, blocks, seed):
+    """What lies where it says is what the adapters have, in order, and each rank knows its tokens."""
     adapters = [min(a, len(ranks) - 1) for a in chosen]
     lengths = lengths + [0] * (len(chosen) - len(lengths))
     batch = Batch(TINY, ranks, lengths, adapters, "qkv", seed=seed)
     g, table = TINY, batch.table
     segments = jnp.asarray(batch.seg_start), jnp.asarray(adapters, jnp.int32)
-    plan = _make_few_plan(table, *segments, num_pages=batch.pages.shape[1], geometry=g)
-    a_tiles, b_tiles = ([np.asarray(t) for t in tiles] for tiles in (plan.a_tiles, plan.b_tiles))
-    count, ranks_of = np.asarray(plan.count), np.asarray(plan.ranks)
-    first, last, scales = (ranks_of[:, :, row] for row in (FIRST, LAST, SCALE))
-    tiles = np.asarray(batch.pages, np.float32).reshape(-1, 8, 64)
+    plan = _make_few_plan(table, *segments, blocks=blocks, geometry=g)
+    records = np.asarray(plan.records).reshape(g.num_layers, 7, 8 * blocks, -1)
+    count, ranks_of = np.asarray(plan.count), np.asarray(plan.ranks).transpose(0, 1, 3, 2, 4)
+    first, last, scales = (ranks_of[:, :, row].reshape(g.num_layers, 7, -1) for row in (FIRST, LAST, SCALE))
+    tiles, page_ids = np.asarray(batch.pages, np.float32).reshape(-1, 8, 64), np.asarray(plan.page_ids)
+    source = ChunkSource(geometry=g, num_pages=batch.pages.shape[1], chunk=1, whole=False)
+    assert not plan.signals.any()
+
+    def granule(record, field, width):
+        """[8, columns], by the page ids of the record where it has them."""
+        first, start = int(record[field]), int(record[PAGE_START])
+        known = [int(record[PAGES[field] + i]) for i in range(2)]
+        number = first // g.tiles_per_page_id
+        assert known[0] == page_ids[start + number]
+        if (first + width - 1) // g.tiles_per_page_id == number + 1:
+            assert known[1] == page_ids[start + number + 1]
+        at = [int(source.locate(first + i, lambda n: page_ids[start + n])) for i in range(width)]
+        return tiles[at].transpose(1, 0, 2).reshape(8, -1)
+
     for layer, m in np.ndindex(g.num_layers, len(MODULES)):
-        group, place = next((i, ms.index(m)) for i, ms in enumerate(GROUPS.values()) if m in ms)
-        owners = [(s, a) for s, a in enumerate(adapters) if a >= 0 and lengths[s]]
-        owned = [(s, a, n) for s, a in owners for n in range(-(-ranks[a][m] // 8))]
-        assert count[layer, m] == min(len(owned), GRANULES)
+        owned = []
+        for s, a in enumerate(adapters):
+            if a >= 0 and lengths[s]:
+                own = [(s, a, n) for n in range(-(-ranks[a][m] // 8))]
+                owned += own + [None] * (len(own) % 2)
+        assert count[layer, m] == min(len(owned), 8 * blocks)
         scale = scales[layer, m]
-        if len(owned) > GRANULES:
-            assert np.isnan(scale).all()
+        if len(owned) > 8 * blocks:
+            assert np.isnan(scale[scale != 0]).all() and np.isnan(scale).any()
             continue
-        for n, (s, a, granule) in enumerate(owned):
+        for n, one in enumerate(owned):
+            record, its = records[layer, m, n], slice(8 * n, 8 * n + 8)
+            assert record[IS_USED] == (one is not None)
+            if one is None:
+                assert (first[layer, m, its] >= last[layer, m, its]).all()
+                continue
+            s, a, number = one
             left, right = batch.factors[a][layer, m]
-            rows = slice(8 * granule, min(8 * granule + 8, ranks[a][m]))
-            at = tiles[a_tiles[group][layer, place, n]]
-            found = at.transpose(1, 0, 2).reshape(8, -1)[: rows.stop - rows.start]
+            rows = slice(8 * number, min(8 * number + 8, ranks[a][m]))
+            found = granule(record, A_TILE, g.in_tiles(m))[: rows.stop - rows.start]
             np.testing.assert_array_equal(found[:, : g.in_sizes[m]], left[rows])
-            width = g.out_tiles(m)
-            at = tiles[b_tiles[group][layer, place, n, :width]]
-            found = at.transpose(1, 0, 2).reshape(8, -1)[: rows.stop - rows.start]
+            found = granule(record, B_TILE, g.out_tiles(m))[: rows.stop - rows.start]
             np.testing.assert_array_equal(found[:, : g.out_sizes[m]], right[:, rows].T)
-            its = slice(8 * n, 8 * n + 8)
             assert set(first[layer, m, its]) == {batch.seg_start[s]}
             assert set(last[layer, m, its]) == {batch.seg_start[s + 1]}
             np.testing.assert_array_equal(scale[its], batch.scaling[a, layer, m])
         rest = slice(8 * len(owned), None)
+        assert not records[layer, m, len(owned) :, IS_USED].any()
         assert (first[layer, m, rest] >= last[layer, m, rest]).all()
 
 
@@ -199,41 +231,56 @@ def test_unsupported_names_the_reason():
     assert "4 tokens" in unsupported(x[:4], weights, WIDE, WIDE)
     assert "float32" in unsupported(x, weights.astype(jnp.float32), WIDE, WIDE)
     assert "cut differently" in unsupported(x, weights, WIDE, TINY)
-    assert "too narrow" in unsupported(x[:, :192], weights[:, :192], WIDE, WIDE)
+    assert "too narrow" in unsupported(x[:, :320], weights[:, :320], WIDE, WIDE)
+
+
+_TEN = [[64] * 7] + [[16, 8, 4, 16, 12, 16, 16]] * 8 + [[100, 0, 112, 88, 1, 104, 96]]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize(
     "lengths, adapters",
-    [((64,), (0,)), ((8,) * 8, (1, 2, 3, 4, 5, 6, 7, 8)), ((1,) * 40, (1, -1) * 4 + (-1,) * 32), ((3, 5), (9, 1))],
-    ids=["one", "eight", "between", "few tokens"],
+    [
+        ((64,), (0,)),
+        ((8,) * 8, (1, 2, 3, 4, 5, 6, 7, 8)),
+        ((1,) * 40, (1, -1) * 4 + (-1,) * 32),
+        ((3, 5), (9, 1)),
+        ((1,) * 20 + (22, 22), (1, 2) * 10 + (0, 9)),
+    ],
+    ids=["one", "eight", "between", "few tokens", "many"],
 )
-@pytest.mark.parametrize("g", [TINY, NARROW, MEDIUM, LARGE], ids=["tiny", "narrow", "medium", "large"])
+@pytest.mark.parametrize("g", [LEAST, NARROW, MEDIUM, LARGE], ids=["least", "narrow", "medium", "large"])
 def test_on_gpu(g, lengths, adapters, group):
-    """As the reference has it, with the same bits again and again."""
-    few = Few(
-        g, [[64] * 7] + [[16, 8, 4, 16, 12, 16, 16]] * 8 + [[100, 0, 112, 88, 1, 104, 96]], lengths, adapters, group
-    )
-    result = few.run()
+    """As the reference has it, with the same bits again and again, other activations in between."""
+    few = Few(g, _TEN, lengths, adapters, group)
+    run, others = few.program(), few.batch.x[::-1] + 1
+    result, other = run(few.batch.x), run(others)
     few.check(result)
     for _ in range(10):
-        np.testing.assert_array_equal(few.run().view(np.uint16), result.view(np.uint16))
+        np.testing.assert_array_equal(run(few.batch.x).view(np.uint16), result.view(np.uint16))
+        np.testing.assert_array_equal(run(others).view(np.uint16), other.view(np.uint16))
 
 
 @pytest.mark.gpu
-def test_others_do_not_matter_on_gpu():
-    """Neither which tokens stand beside one, nor where its adapter lies."""
-    ranks = [[16] * 7, [40] * 7]
+@pytest.mark.parametrize("rank", [4, 8, 16, 24, 40, 72])
+def test_others_do_not_matter_on_gpu(rank):
+    """Neither which tokens stand beside one, nor where its adapter and its ranks lie."""
+    ranks = [[rank] * 7, [40] * 7, [8] * 7]
     alone = Few(MEDIUM, ranks, (8,), (0,), "o")
-    expected = alone.run()
-    beside = Few(MEDIUM, ranks, (8, 30, 26), (0, 1, -1), "o")
-    x = beside.batch.x.at[:8].set(alone.batch.x)
-    np.testing.assert_array_equal(beside.run(x=x)[:8].view(np.uint16), expected.view(np.uint16))
+    expected = alone.run(most_ranks=256)
+    for lengths, adapters in [((8, 30, 26), (0, 1, -1)), ((6, 8, 20, 30), (1, 0, 2, 0)), ((1, 1, 8), (2, 2, 0))]:
+        beside = Few(MEDIUM, ranks, lengths, adapters, "o", padding=-sum(lengths) % 8, seed=3)
+        at = sum(lengths[: adapters.index(0)])
+        beside.batch.factors, beside.batch.scaling = alone.batch.factors, alone.batch.scaling
+        beside.batch.x = beside.batch.x.at[at : at + 8].set(alone.batch.x[:8])
+        beside.batch.pages, beside.batch.table = alone.batch.pages, alone.batch.table
+        result = beside.run(most_ranks=256)[at : at + 8]
+        np.testing.assert_array_equal(result.view(np.uint16), expected[:8].view(np.uint16))
 
 
 @pytest.mark.gpu
 def test_a_broken_promise_shows_on_gpu():
     few = Few(MEDIUM, [[72] * 7], (8, 8, 8), (0, -1, 0), "o")
-    result = few.run()
+    result = few.run(most_ranks=128)
     assert np.isnan(result[:8]).all() and np.isfinite(result[8:16]).all()
