@@ -30,7 +30,7 @@ import numpy as np
 
 from benchmarks.kernels.bench_attention import ceilings
 from benchmarks.record import environment
-from pallas_kernels import MOST_FEW, RANK_STEP
+from pallas_kernels import MOST_FEW, few_ranks
 from pallas_kernels.geometry import GROUPS, MODULES, PAGE_TOKENS, TILE_RANKS, ceil_div
 from pallas_kernels.lora.arg_specs import LoraSpec
 from pallas_kernels.lora.table import AdapterTable
@@ -132,7 +132,7 @@ def make_batch(case: Case, config: ModelConfig) -> tuple[Batch, int]:
 
 def has_few_adapters(batch: Batch) -> bool:
     """Whether Batch.few_adapters would hold for a batch of make_batch, in which each segment has its own adapter."""
-    ranks = (-(-batch.adapters.granules * TILE_RANKS // RANK_STEP) * RANK_STEP).sum(axis=0).max()
+    ranks = few_ranks(batch.adapters.granules * TILE_RANKS).sum(axis=0).max()
     return batch.use_adapters and small_for_few(len(batch.tokens)) and bool(ranks <= MOST_FEW)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 
-from pallas_kernels import MODULES, RANK_STEP, AdapterTable, Geometry
+from pallas_kernels import MODULES, AdapterTable, Geometry, few_ranks
 from pallas_kernels.geometry import TILE_RANKS
 from sharding import Layout, ShardedTable
 from slora_jax.adapter_pages import adapter_owner
@@ -60,9 +60,8 @@ class AdapterRows:
         return self._table if self._looked_up == (pool, pool.owners_made) else None
 
     def ranks_in_all(self, rows: np.ndarray) -> int:
-        """Ranks, rounded up to multiples of RANK_STEP, that the adapters in these rows have together on the module on
-        which they have most: of each adapter those of its largest layer, as often as its row is named. -1: the base
-        model.
+        """Ranks that the adapters in these rows take together (`few_ranks`) on the module on which they take most: of
+        each adapter those of its largest layer, as often as its row is named. -1: the base model.
         """
         return int(self._module_ranks[rows].sum(axis=0).max())
 
@@ -109,7 +108,7 @@ class AdapterRows:
     def _write(self, row: int, pages: Sequence[int], adapter: AdapterShape) -> None:
         self._pages[row] = pages
         self._page_arrays[row] = np.array(pages, np.int32)
-        self._module_ranks[row] = -(-adapter.module_granules * TILE_RANKS // RANK_STEP) * RANK_STEP
+        self._module_ranks[row] = few_ranks(adapter.module_granules * TILE_RANKS)
         self._fields["granules"][row] = adapter.granules
         self._fields["scaling"][row] = adapter.scaling
         if self._layout is None:

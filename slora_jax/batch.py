@@ -80,9 +80,9 @@ class Batch:
     sampling: Sampling | None = None  # None leaves sampling to the caller: only `forward` takes such a batch
     max_query: int = _static(default=1)  # 1 = every sequence has one token; else a bound, for prompt chunks
     use_adapters: bool = _static(default=True)  # False leaves all LoRA work out of the program
-    # True promises that in no module of any layer the segments' adapters have more than MOST_FEW ranks in all, each
-    # adapter's rank rounded up to a multiple of 16 and counted in every segment that names it. Where that does not
-    # hold, the step's results are not finite.
+    # True promises that in no module of any layer the segments' adapters take more than MOST_FEW ranks in all
+    # (few_ranks), each counted in every segment that names it. Where that does not hold, the step's results are not
+    # finite.
     few_adapters: bool = _static(default=False)
     return_logits: bool = _static(default=False)
     return_hidden: bool = _static(default=False)

@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks.decode_step import kernel_times
 from benchmarks.kernels.bench_attention import ceilings, seconds
 from benchmarks.record import write_result
-from pallas_kernels import FEW_TOKENS, MOST_FEW, RANK_STEP, lora_matmul
+from pallas_kernels import FEW_TOKENS, MOST_FEW, few_ranks, lora_matmul
 from pallas_kernels.geometry import GROUPS
 from pallas_kernels.lora import reference
 from pallas_kernels.lora.arg_specs import GEOMETRIES, SPECS, LoraSpec
@@ -180,7 +180,7 @@ def products(inputs: Inputs, group: str, num_layers: int):
     x, _ = inputs.activations(group)
     widths = g.in_sizes[GROUPS[group][0]], sum(g.out_sizes[m] for m in GROUPS[group])
     layers = range(num_layers)
-    few = spec.num_tokens <= FEW_TOKENS and sum(-(-r // RANK_STEP) * RANK_STEP for r in spec.ranks) <= MOST_FEW
+    few = spec.num_tokens <= FEW_TOKENS and bool(few_ranks(np.array(spec.ranks)).sum() <= MOST_FEW)
     options: dict[str, Any] = dict(group=group, max_rank=spec.max_rank, few_adapters=few)
     options |= dict(shrink_geometry=g, expand_geometry=g)
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.dispatch import Implementation, log_fallback, use_mosaic
 from pallas_kernels.geometry import Geometry
 from pallas_kernels.lora import kernel_few_sm90, kernel_gated_sm90, kernel_matmul_sm90, kernel_sm90, reference
-from pallas_kernels.lora.config import FEW_TOKENS, MOST_FEW, PRODUCT_STEP, RANK_STEP
+from pallas_kernels.lora.config import FEW_TOKENS, MOST_FEW, PRODUCT_STEP, few_ranks
 from pallas_kernels.lora.table import AdapterTable, empty_table
 from pallas_kernels.lora.token_rows import Intermediate, from_token_rows, to_token_rows
 from pallas_kernels.silu_mul import silu_mul
@@ -22,9 +22,9 @@ from pallas_kernels.silu_mul import silu_mul
 __all__ = [
     "FEW_TOKENS",
     "MOST_FEW",
-    "RANK_STEP",
     "AdapterTable",
     "empty_table",
+    "few_ranks",
     "from_token_rows",
     "lora_add",
     "lora_expand",
@@ -185,9 +185,9 @@ def lora_matmul(
     `lora_add` to the same base outputs, rounded to x's dtype. Otherwise as lora_shrink. Raises UnsupportedInput if
     implementation is "mosaic" and the kernels of lora_add cannot take the input.
 
-    few_adapters: promises that the segments' adapters have MOST_FEW ranks or less in all, in each module of each layer,
-    every segment's rounded up to a multiple of RANK_STEP. On GPUs a step of up to FEW_TOKENS tokens is then one kernel
-    with the base projection, whose sums have another order; where the promise does not hold its results are NaN.
+    few_adapters: promises that the segments' adapters take MOST_FEW ranks or less in all (few_ranks), in each module of
+    each layer and counted in every segment that names them. On GPUs a step of up to FEW_TOKENS tokens is then one
+    kernel with the base projection, whose sums have another order; where the promise does not hold its results are NaN.
     """
     geometries: dict[str, Any] = dict(shrink_geometry=shrink_geometry, expand_geometry=expand_geometry)
     options: dict[str, Any] = dict(group=group, max_rank=max_rank)

@@ -24,9 +24,7 @@ PRODUCT_STEP = 1024
 FEW_TOKENS = 64
 """Steps up to this many tokens can do so as well if their adapters are few: have MOST_FEW ranks or less in all."""
 MOST_FEW = 128
-"""Each adapter's rank rounded up to a multiple of RANK_STEP."""
-RANK_STEP = 16
-"""Ranks that one tensor-core instruction sums."""
+"""Of which an adapter takes `few_ranks`."""
 SHORT_SEGMENT = 16
 """In larger steps, segments up to this many tokens do. A block of 64 with one token would read 64 rows of output."""
 
@@ -68,6 +66,15 @@ class LoraConfig:
             raise ValueError(f"shrink_packed must be 1, 2 or 4, not {self.shrink_packed}")
         if self.expand_packed not in (2, 4):
             raise ValueError(f"expand_packed must be 2 or 4, not {self.expand_packed}")
+
+
+def few_ranks(ranks):
+    """Ranks of MOST_FEW that adapters of so many ranks take, arrays of any kind: 16, 32 or a multiple of 64.
+
+    Sixteen are summed by one instruction, and 64 go through the kernel together. Whose ranks lie in two such blocks
+    begins one, so that what is summed with what does not depend on other adapters.
+    """
+    return (ranks > 0) * ((ranks <= 32) * (16 + 16 * (ranks > 16)) + (ranks > 32) * (-(-ranks // 64) * 64))
 
 
 def chunk_tiles(geometry: Geometry, limit: int) -> int:

@@ -1,9 +1,9 @@
 """What a step with few adapters works on: the ranks of all adapters side by side, as if they were one adapter's.
 
-In every module of every layer the granules of the segments' adapters follow one another, in blocks of eight. An adapter
-begins at a multiple of RANK_STEP, so that which of its ranks one instruction sums does not depend on the others. The
-plan says where each granule's tiles lie in the pool, and which tokens each rank is for. It does not depend on the layer
-or group at hand, so XLA makes it once a step.
+In every module of every layer the granules of the segments' adapters follow one another, in blocks of eight, those of
+large ranks first: then each begins at a multiple of what it takes (`few_ranks`), and which of its ranks are summed
+together does not depend on the others. The plan says where each granule's tiles lie in the pool, and which tokens each
+rank is for. It does not depend on the layer or group at hand, so XLA makes it once a step.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.geometry import GROUPS, MODULES, TILE_RANKS, Geometry
-from pallas_kernels.lora.config import CLUSTER, RANK_STEP
+from pallas_kernels.lora.config import CLUSTER, few_ranks
 from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS
 from pallas_kernels.lora.table import AdapterTable, section_starts
 
@@ -51,22 +51,22 @@ def make_few_plan(
 ) -> FewPlan:
     """The plan of a step, with room for so many blocks."""
     layers, modules, room = geometry.num_layers, len(MODULES), blocks * STAGE_CHUNKS
-    step = RANK_STEP // TILE_RANKS
     adapter = jnp.maximum(seg_adapter, 0)
     live = (seg_adapter >= 0) & (seg_start[1:] > seg_start[:-1])
     granules = table.granules[adapter]  # [S, L, 7]
     own = jnp.where(live[:, None, None], granules, 0)
-    taken = -(-own // step) * step
-    order = jnp.arange(len(seg_adapter))
-    # A sum over a mask is one small kernel, where a scan would be several.
-    upto = jnp.sum(jnp.where((order[:, None] <= order)[..., None, None], taken[:, None], 0), axis=0, dtype=jnp.int32)
-    total = upto[-1]
+    taken = few_ranks(own * TILE_RANKS) // TILE_RANKS
+    # Sums over masks are small kernels, where a sort or a scan would be several, or a loop.
+    order = jnp.arange(len(seg_adapter))[:, None, None]
+    sooner = (taken > taken[:, None]) | ((taken == taken[:, None]) & (order < order[:, None]))
+    start = jnp.sum(jnp.where(sooner, taken, 0), axis=1, dtype=jnp.int32)
+    total = jnp.sum(taken, axis=0, dtype=jnp.int32)
     place = jnp.arange(room, dtype=jnp.int32)
-    segment = jnp.sum(upto[..., None] <= place, axis=0, dtype=jnp.int32)  # [L, 7, G]
-    segment = jnp.minimum(segment, len(seg_adapter) - 1)
+    is_of = (place >= start[..., None]) & (place < (start + taken)[..., None])
+    segment = jnp.sum(jnp.where(is_of, order[..., None], 0), axis=0, dtype=jnp.int32)  # [L, 7, G]
     of_layer = jnp.arange(layers)[:, None, None], jnp.arange(modules)[:, None]
-    within = place - (upto - taken)[segment, *of_layer]
-    used = within < own[segment, *of_layer]
+    within = place - start[segment, *of_layer]
+    used = jnp.any(is_of, axis=0) & (within < own[segment, *of_layer])
 
     page_start = table.page_start[adapter[segment]]
     fields = {PAGE_START: page_start, IS_USED: used}

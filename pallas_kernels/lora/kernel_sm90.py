@@ -247,7 +247,7 @@ def few_sm90(
     interpret=None,
 ) -> Float[Array, "T c"]:
     """`matmul_sm90` for steps of few tokens whose adapters are few, see FewPlan: summed in another order. most_ranks:
-    of all segments' adapters in a module, each segment's rounded up to a multiple of RANK_STEP.
+    that all segments' adapters take in a module, see few_ranks.
     """
     where, geometry = jnp.asarray(layer, jnp.int32).reshape(1), adapters.geometry
     blocks = ceil_div(most_ranks, STAGE_ROWS)

@@ -17,7 +17,7 @@ import pytest
 from pallas_kernels import FEW_TOKENS, lora_matmul
 from pallas_kernels.geometry import GROUPS, MODULES
 from pallas_kernels.lora.arg_specs import SPECS
-from pallas_kernels.lora.config import CLUSTERS
+from pallas_kernels.lora.config import CLUSTERS, few_ranks
 from pallas_kernels.lora.few_plan import A_TILE, B_TILE, FIRST, IS_USED, LAST, PAGE_START, PAGES, SCALE
 from pallas_kernels.lora.few_stripes import MOST_WIDE, Stripes
 from pallas_kernels.lora.kernel_few_sm90 import unsupported
@@ -57,10 +57,10 @@ class Few:
         return self.program(**options)(self.batch.x if x is None else x)
 
     def ranks(self):
-        """Of the segments' adapters, each rounded up, on the module with most."""
-        granules = np.asarray(self.batch.table.granules)[np.maximum(self.batch.adapters, 0)]
-        own = np.where(np.asarray(self.batch.adapters)[:, None, None] >= 0, -(-granules // 2) * 16, 0)
-        return max(64, int(own.sum(axis=0).max()))
+        """That the segments' adapters take, on the module on which they take most."""
+        adapters = np.asarray(self.batch.adapters)
+        taken = few_ranks(np.asarray(self.batch.table.granules)[np.maximum(adapters, 0)] * 8)
+        return max(64, int(taken[adapters >= 0].sum(axis=0).max()))
 
     def check(self, result):
         batch = self.batch
@@ -121,11 +121,13 @@ def test_plan_finds_every_granule(ranks, lengths, chosen, blocks, seed):
         return tiles[at].transpose(1, 0, 2).reshape(8, -1)
 
     for layer, m in np.ndindex(g.num_layers, len(MODULES)):
+        users = [(s, a) for s, a in enumerate(adapters) if a >= 0 and lengths[s]]
         owned = []
-        for s, a in enumerate(adapters):
-            if a >= 0 and lengths[s]:
-                own = [(s, a, n) for n in range(-(-ranks[a][m] // 8))]
-                owned += own + [None] * (len(own) % 2)
+        for s, a in sorted(users, key=lambda user: -few_ranks(ranks[user[1]][m])):
+            taken, own = few_ranks(ranks[a][m]), -(-ranks[a][m] // 8)
+            assert taken in (0, 16, 32) or taken % 64 == 0
+            assert not taken or 8 * len(owned) % min(taken, 64) == 0
+            owned += [(s, a, n) for n in range(own)] + [None] * (taken // 8 - own)
         assert count[layer, m] == min(len(owned), 8 * blocks)
         scale = scales[layer, m]
         if len(owned) > 8 * blocks:
@@ -234,7 +236,7 @@ def test_unsupported_names_the_reason():
     assert "too narrow" in unsupported(x[:, :320], weights[:, :320], WIDE, WIDE)
 
 
-_TEN = [[64] * 7] + [[16, 8, 4, 16, 12, 16, 16]] * 8 + [[100, 0, 112, 88, 1, 104, 96]]
+_RANKS = [[64] * 7] + [[16, 8, 4, 16, 12, 16, 16]] * 8 + [[100, 0, 112, 88, 1, 104, 96], [24, 9, 30, 8, 0, 32, 1]]
 
 
 @pytest.mark.gpu
@@ -246,14 +248,14 @@ _TEN = [[64] * 7] + [[16, 8, 4, 16, 12, 16, 16]] * 8 + [[100, 0, 112, 88, 1, 104
         ((8,) * 8, (1, 2, 3, 4, 5, 6, 7, 8)),
         ((1,) * 40, (1, -1) * 4 + (-1,) * 32),
         ((3, 5), (9, 1)),
-        ((1,) * 20 + (22, 22), (1, 2) * 10 + (0, 9)),
+        ((1, 2, 22, 1, 30), (3, 10, 0, -1, 4)),
     ],
-    ids=["one", "eight", "between", "few tokens", "many"],
+    ids=["one", "eight", "between", "few tokens", "mixed"],
 )
 @pytest.mark.parametrize("g", [LEAST, NARROW, MEDIUM, LARGE], ids=["least", "narrow", "medium", "large"])
 def test_on_gpu(g, lengths, adapters, group):
     """As the reference has it, with the same bits again and again, other activations in between."""
-    few = Few(g, _TEN, lengths, adapters, group)
+    few = Few(g, _RANKS, lengths, adapters, group)
     run, others = few.program(), few.batch.x[::-1] + 1
     result, other = run(few.batch.x), run(others)
     few.check(result)

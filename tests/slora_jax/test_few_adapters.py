@@ -61,7 +61,9 @@ def build(builder, chunks, pool=None):
     return batch
 
 
-SMALL, HALF, MOST, MORE = (random_adapter(CONFIG, rank, ["q", "up"], seed=rank) for rank in (8, 64, 128, 129))
+SMALL, TWENTY, HALF, MOST, MORE = (
+    random_adapter(CONFIG, rank, ["q", "up"], seed=rank) for rank in (8, 20, 64, 128, 129)
+)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +79,9 @@ SMALL, HALF, MOST, MORE = (random_adapter(CONFIG, rank, ["q", "up"], seed=rank) 
         pytest.param([(MOST, 1), (MOST, 1)], True, id="two sequences of one segment"),
         pytest.param([(HALF, 1), (None, 1), (HALF, 1)], True, id="two segments of one adapter, at the bound"),
         pytest.param([(HALF, 1), (SMALL, 1), (HALF, 1)], False, id="two segments of one adapter, over it"),
+        pytest.param([(SMALL, 1), (None, 1)] * 4, True, id="each as 16, at most"),
+        pytest.param([(TWENTY, 1), (None, 1)] * 4, True, id="each as 32, at the bound"),
+        pytest.param([(TWENTY, 1), (SMALL, 1)] * 4, False, id="as 32 and as 16, over it"),
         pytest.param([(None, 1), (None, 1)], False, id="no adapters"),
         pytest.param([(SMALL, 1)], False, id="a single token"),
         pytest.param([(SMALL, FEW_TOKENS)], True, id="as many tokens as can be"),
@@ -95,7 +100,7 @@ def test_steps_say_that_their_adapters_are_few_where_it_holds(chunks, few):
 def test_rows_that_changed_hands_count_with_their_present_adapter():
     made = BatchBuilder(CONFIG.geometry, Buckets(seqs=(2,), tokens=(8,)), PAGES, 96, few_adapters=True)
     pool, large = PagePool(PAGES), random_adapter(CONFIG, 72, ["q"])
-    steps = [(HALF, SMALL), (HALF, large), (HALF, SMALL), (large, SMALL), (large, HALF), (HALF, None)]
+    steps = [(HALF, SMALL), (HALF, large), (HALF, SMALL), (large, None), (large, HALF), (HALF, None)]
     found = [build(made, [(adapter, 1) for adapter in step], pool).few_adapters for step in steps]
     assert found == [True, False, True, True, False, True]
 
