@@ -16,6 +16,7 @@ import pytest
 
 from pallas_kernels import FEW_TOKENS, lora_matmul
 from pallas_kernels.geometry import GROUPS, MODULES
+from pallas_kernels.lora import kernel_few_sm90
 from pallas_kernels.lora.arg_specs import SPECS
 from pallas_kernels.lora.config import CLUSTERS, few_ranks
 from pallas_kernels.lora.few_plan import A_TILE, B_TILE, FIRST, IS_USED, LAST, PAGE_START, PAGES, SCALE
@@ -227,13 +228,15 @@ def test_other_steps_keep_the_product_to_themselves():
     assert "dot_general" in _lower(g, "o", 64, few_adapters=False)
 
 
-def test_unsupported_names_the_reason():
+def test_unsupported_names_the_reason(monkeypatch):
     x, weights = jnp.zeros((64, 512), jnp.bfloat16), jnp.zeros((2, 512, 1024), jnp.bfloat16)
     assert unsupported(x, weights, WIDE, WIDE) is None
     assert "4 tokens" in unsupported(x[:4], weights, WIDE, WIDE)
     assert "float32" in unsupported(x, weights.astype(jnp.float32), WIDE, WIDE)
     assert "cut differently" in unsupported(x, weights, WIDE, TINY)
     assert "too narrow" in unsupported(x[:, :320], weights[:, :320], WIDE, WIDE)
+    monkeypatch.setattr(kernel_few_sm90, "sm_count", lambda: 114)
+    assert "114 multiprocessors" in unsupported(x, weights, WIDE, WIDE)
 
 
 _RANKS = [[64] * 7] + [[16, 8, 4, 16, 12, 16, 16]] * 8 + [[100, 0, 112, 88, 1, 104, 96], [24, 9, 30, 8, 0, 32, 1]]
