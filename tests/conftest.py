@@ -15,7 +15,7 @@ CACHE = ROOT / ".cache"
 os.environ["XDG_CACHE_HOME"] = str(CACHE)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax-tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # for tests/sharding; all else uses the first
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # for tests/sharding; make test gives all else one
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: threads of each only get into each other's way
@@ -26,7 +26,16 @@ settings.register_profile("slora-jax", deadline=None)  # a first call compiles
 settings.load_profile("slora-jax")
 
 
-_SLOWEST = ("test_golden.py", "test_structured.py", "test_serving.py", "test_forward.py")  # these files come first
+_SLOWEST = (  # these files come first
+    "test_golden.py",
+    "test_structured.py",
+    "test_serving.py",
+    "test_engine.py",
+    "test_forward.py",
+    "test_processes.py",
+    "test_lora_sm90.py",
+    "test_lora_matmul_sm90.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

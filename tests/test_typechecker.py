@@ -17,7 +17,13 @@ def test_a_function_refuses_a_wrong_shape():
 
 
 def test_a_dataclass_refuses_a_wrong_dtype():
-    fields = dict(a_tiles=(), b_tiles=(), count=jnp.zeros((2, 7), jnp.int32), ranks=jnp.zeros((2, 7, 3, 128)))
+    fields = dict(
+        records=jnp.zeros((2, 7, 1, 8, 8), jnp.int32),
+        count=jnp.zeros((2, 7), jnp.int32),
+        ranks=jnp.zeros((2, 7, 1, 3, 64)),
+        page_ids=jnp.zeros(3, jnp.int32),
+        signals=jnp.zeros(28, jnp.int32),
+    )
     FewPlan(**fields)
     with pytest.raises(TypeCheckError, match="count"):
         FewPlan(**fields | dict(count=jnp.zeros((2, 7))))
