@@ -26,11 +26,10 @@ _TILE_BYTES = 2 * TILE_RANKS * TILE_COLS
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FewLoad:
     """Of one warp. x, w, pool, records, page_ids, ys: in global memory, see FewPlan and FewItems. x_ring, w_ring,
-    w_tiles: what copies write. full: by warpgroup that multiplies, barriers of its stages. empty:
-    barriers of all.
+    w_tiles: what copies write. full: by warpgroup that multiplies, barriers of its stages. empty: barriers of all.
 
-    first, count: stages of the input that this thread block takes. stripes: of the outputs. wait_y: waits for a
-    block's y.
+    first, count: stages of the input that this thread block takes. stripes: of the outputs. wait_y: waits for the y of
+    a block of a module.
     """
 
     ring: FewRing

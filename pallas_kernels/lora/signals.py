@@ -33,7 +33,10 @@ def signal(signals, index) -> None:
 
 
 def wait_signals(signals, index, count: int) -> None:
-    """Of a warp in warp_map: until ``signals[index]`` is `count`. Its bulk copies then read what came before that."""
+    """Of a warp in warp_map: until ``signals[index]`` is `count`. Its bulk copies then read what came before that.
+
+    A spinning load: a signal that never comes hangs the GPU.
+    """
     ref, transforms = state_primitives.get_ref_and_transforms(signals, None, "wait_signals")
     assert not transforms
     _wait_p.bind(ref, jnp.asarray(index, jnp.int32), count=count)
