@@ -2,6 +2,7 @@
 (marked gpu) on the machine.
 """
 
+import dataclasses
 import re
 
 from hypothesis import given, settings
@@ -89,18 +90,18 @@ def test_interpreted(g, ranks, lengths, adapters, group, padding):
 
 @settings(max_examples=10, deadline=None)
 @given(
-    ranks=st.lists(st.lists(st.integers(0, 60), min_size=7, max_size=7), min_size=1, max_size=4),
+    ranks=st.lists(st.lists(st.integers(0, 60), min_size=7, max_size=7), min_size=4, max_size=4),
     lengths=st.lists(st.integers(0, 9), min_size=1, max_size=8),
     chosen=st.lists(st.integers(-1, 3), min_size=8, max_size=8),
-    blocks=st.integers(2, 5),
+    blocks=st.sampled_from([2, 5]),
     seed=st.integers(0, 99),
 )
 def test_plan_finds_every_granule(ranks, lengths, chosen, blocks, seed):
     """What lies where it says is what the adapters have, in order, and each rank knows its tokens."""
-    adapters = [min(a, len(ranks) - 1) for a in chosen]
-    lengths = lengths + [0] * (len(chosen) - len(lengths))
+    adapters, lengths = chosen, lengths + [0] * (len(chosen) - len(lengths))
     batch = Batch(TINY, ranks, lengths, adapters, "qkv", seed=seed)
-    g, table = TINY, batch.table
+    g, pages = TINY, batch.table.pages
+    table = dataclasses.replace(batch.table, pages=jnp.pad(pages, (0, 999 - len(pages))))  # two programs for all
     segments = jnp.asarray(batch.seg_start), jnp.asarray(adapters, jnp.int32)
     plan = _make_few_plan(table, *segments, blocks=blocks, geometry=g)
     records = np.asarray(plan.records).reshape(g.num_layers, 7, 8 * blocks, -1)
