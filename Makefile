@@ -18,9 +18,9 @@ ADAPTERS ?= examples/adapters
 EXTRAS ?=
 # A file's tests share engines, so they stay in one process; conftest.py puts the slowest file first.
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
-# Where nothing interprets kernels, whose callbacks wait for each other, and nobody needs several devices, XLA has one
-# thread: two processes fill two cores, and steps of models take a tenth to a quarter less of them.
-SEVERAL_THREADS := tests/pallas_kernels tests/sharding
+# XLA has one thread, as two processes fill two cores, except where kernels are interpreted, whose callbacks wait for
+# each other, and where tests need several devices: with one they are skipped, which tests/conftest.py makes a failure.
+SEVERAL_THREADS := tests/examples tests/pallas_kernels tests/sharding tests/slora_jax/test_layout_choice.py
 ONE_THREAD := JAX_NUM_CPU_DEVICES=1 NPROC=1 PJRT_NPROC=1
 comma := ,
 # A stamp says what is installed; other EXTRAS have another stamp.

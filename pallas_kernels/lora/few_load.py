@@ -170,6 +170,10 @@ class FewLoad:
 
     def _other_stage(self, k, begin, stripe_count, full, issued) -> None:
         del k, begin, stripe_count
+        self._skip(full, issued)
+
+    def _skip(self, full, issued) -> None:
+        """A stage to which this warp copies nothing."""
         _, barrier = self._claim(issued, full, 0)
         if not self.ring.tiles.whole:
             for _ in range(WARP_GRANULES):
@@ -249,7 +253,7 @@ class FewLoad:
 
                     self._if(wanted & (i < stripe_count), copy)
             for q in range(1, quarters):
-                self._other_stage(None, None, None, full, before + n * quarters + q)
+                self._skip(full, before + n * quarters + q)
             return ahead
 
         lax.fori_loop(0, blocks, block_body, fetch(jnp.int32(0)))

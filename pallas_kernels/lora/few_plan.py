@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.geometry import GROUPS, MODULES, TILE_RANKS, Geometry
 from pallas_kernels.lora.config import CLUSTER, few_ranks
 from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS
+from pallas_kernels.lora.plan import largest_first
 from pallas_kernels.lora.table import AdapterTable, section_starts
 
 FIRST, LAST, SCALE = range(3)  # rows of FewPlan.ranks
@@ -56,14 +57,13 @@ def make_few_plan(
     granules = table.granules[adapter]  # [S, L, 7]
     own = jnp.where(live[:, None, None], granules, 0)
     taken = few_ranks(own * TILE_RANKS) // TILE_RANKS
-    # Sums over masks are small kernels, where a sort or a scan would be several, or a loop.
-    order = jnp.arange(len(seg_adapter))[:, None, None]
-    sooner = (taken > taken[:, None]) | ((taken == taken[:, None]) & (order < order[:, None]))
-    start = jnp.sum(jnp.where(sooner, taken, 0), axis=1, dtype=jnp.int32)
+    start = jax.vmap(jax.vmap(largest_first, -1, -1), -1, -1)(taken, taken)
     total = jnp.sum(taken, axis=0, dtype=jnp.int32)
     place = jnp.arange(room, dtype=jnp.int32)
     is_of = (place >= start[..., None]) & (place < (start + taken)[..., None])
-    segment = jnp.sum(jnp.where(is_of, order[..., None], 0), axis=0, dtype=jnp.int32)  # [L, 7, G]
+    segment = jnp.sum(
+        jnp.where(is_of, jnp.arange(len(seg_adapter))[:, None, None, None], 0), axis=0, dtype=jnp.int32
+    )  # [L, 7, G]
     of_layer = jnp.arange(layers)[:, None, None], jnp.arange(modules)[:, None]
     within = place - start[segment, *of_layer]
     used = jnp.any(is_of, axis=0) & (within < own[segment, *of_layer])

@@ -107,7 +107,7 @@ def _num_blocks(
     return jnp.where((seg_adapter >= 0) & (end > start), -(-(end - first) // block_tokens), 0)
 
 
-def _largest_first(blocks: Int[Array, "S"], sizes: Int[Array, "S"]) -> Int[Array, "S"]:
+def largest_first(blocks: Int[Array, "S"], sizes: Int[Array, "S"]) -> Int[Array, "S"]:
     """First token block of every segment, of `blocks` each, if those of larger sizes are listed first and equal ones in
     the order of the segments. A sort would be many launches or a loop, which would break a GPU's command graph.
     """
@@ -185,7 +185,7 @@ def make_plan(
     sizes = jnp.zeros_like(blocks)
     if loads is not None:
         sizes = jnp.sum(loads[jnp.maximum(seg_adapter, 0)], axis=1, dtype=jnp.int32)
-    first_block, num_blocks = _largest_first(blocks, sizes), jnp.sum(blocks, dtype=jnp.int32)
+    first_block, num_blocks = largest_first(blocks, sizes), jnp.sum(blocks, dtype=jnp.int32)
     index = jnp.arange(limit, dtype=jnp.int32)
     within = index[:, None] - first_block
     is_of = (within >= 0) & (within < blocks)
