@@ -113,10 +113,6 @@ class Llama(nn.Module):
         """Runs all layers. Returns the pool with the tokens' keys and values, and the final hidden state [T, H]."""
         cfg, num_tokens = self.config, batch.tokens.shape[0]
         batch = _whole_rows(batch, pages.shape[1])
-        if batch.few_adapters:
-            # See lora_matmul: steps of one program may have the same segments, but not the same positions.
-            seg_start, _ = lax.optimization_barrier((batch.seg_start, batch.positions))
-            batch = dataclasses.replace(batch, seg_start=seg_start)
         angles = batch.positions.astype(jnp.float32)[:, None] * rope_frequencies(
             cfg.head_dim, cfg.rope_theta, cfg.rope_scaling
         )

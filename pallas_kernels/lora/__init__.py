@@ -188,9 +188,6 @@ def lora_matmul(
     few_adapters: promises that the segments' adapters take MOST_FEW ranks or less in all (few_ranks), in each module of
     each layer and counted in every segment that names them. On GPUs a step of up to FEW_TOKENS tokens is then one
     kernel with the base projection, whose sums have another order; where the promise does not hold its results are NaN.
-    That kernel counts in zeros that XLA makes with the plan of the segments, one of each layer and module: a program
-    that calls it twice for the same layer and group, a loop over steps for instance, must give each call its own
-    `seg_start`, by `lax.optimization_barrier` with something that differs.
     """
     geometries: dict[str, Any] = dict(shrink_geometry=shrink_geometry, expand_geometry=expand_geometry)
     options: dict[str, Any] = dict(group=group, max_rank=max_rank)

@@ -4,6 +4,7 @@ the others copy what adapters have.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 from jax import lax
@@ -14,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.geometry import TILE_COLS, TILE_RANKS
 from pallas_kernels.lora.bulk_copy import expect, start_copy
 from pallas_kernels.lora.config import FEW_TOKENS
-from pallas_kernels.lora.few_items import FewItems
+from pallas_kernels.lora.few_items import FewItems, FewOrder
 from pallas_kernels.lora.few_plan import A_TILE, B_TILE, IS_USED, PAGE_START, PAGES
 from pallas_kernels.lora.few_ring import ADAPTER_WARPS, TOKEN_PARTS, WARP_GRANULES, FewRing, Kind
 from pallas_kernels.lora.few_stripes import PairStripes
@@ -28,8 +29,9 @@ class FewLoad:
     """Of one warp. x, w, pool, records, page_ids, ys: in global memory, see FewPlan and FewItems. x_ring, w_ring,
     w_tiles: what copies write. full: by warpgroup that multiplies, barriers of its stages. empty: barriers of all.
 
-    first, count: stages of the input that this thread block takes. stripes: of the outputs. wait_y: waits for the y of
-    a block of a module.
+    first: stage of the input that this thread block's half begins with. order: of that half. stripes: of the outputs.
+    wait_slots: until slots that are not filled blindly may be. wait_y: until the y of a block of the pair's module is
+    there. done_with_y: to be called for each block after that.
     """
 
     ring: FewRing
@@ -48,52 +50,71 @@ class FewLoad:
     layer: Any
     tokens: Any
     first: Any
-    count: Any
+    order: FewOrder
     stripes: PairStripes
     items: FewItems
+    wait_slots: Callable
     wait_y: Callable
+    done_with_y: Callable
 
     def run(self) -> None:
         """Loads all stages, and waits until they have been read."""
-        pl.when(self.warp == 0)(lambda: self._stages(self._base_stage, self._tokens_of_item, self._ys))
-        pl.when(self.warp > 0)(lambda: self._stages(self._other_stage, self._a_of_item, self._b))
 
-    def _stages(self, load_stage: Callable, load_item: Callable, load_deltas: Callable) -> None:
-        """Each is called with barriers and with the number of stages before."""
-        begin, stripe_count = self.stripes.pass_of(0)
-        ahead = self.items.ahead(self.ring.slots, self.count)
+        @pl.when(self.warp == 0)
+        def _():
+            self._stages(self._base_stage, lambda: self._no_a, self._ys)
+            blocks = self.items.blocks_of(self.stripes.place)
+            pl.loop(0, jnp.where(self.stripes.pass_of(0)[1] > 0, blocks, 0))(self.done_with_y)
 
-        @pl.loop(0, ahead)
-        def _(k):
-            load_stage(k, begin, stripe_count, self.full[0], k)
+        pl.when(self.warp > 0)(lambda: self._stages(self._nothing, self._a, self._b))
 
-        def item_body(j, before):
-            item = self.items.item(j)
-            first, count = self.items.stages(item.quarter, self.count)
-            load_item(item, first, count, ahead + before)
-            return before + count
+    def _stages(self, load_base: Callable, a_of_share: Callable, load_deltas: Callable) -> None:
+        """Each is called with barriers and with the number of stages before; `a_of_share` returns what is."""
+        order, (begin, stripe_count) = self.order, self.stripes.pass_of(0)
 
-        before = lax.fori_loop(0, self.items.count, item_body, jnp.int32(0))
-        deltas = self.items.blocks_of(self.stripes.place) * self.items.quarters
-        issued = before
-        for number in range(self.stripes.stripes.passes):
+        def base(place, issued):
+            load_base(order.stage(place), begin, stripe_count, self.full[0], issued)
+
+        @pl.when(stripe_count > 0)
+        def _():
+            pl.loop(0, order.blind)(lambda place: base(place, place))
+            self.wait_slots()
+
+            @pl.when(order.shared > 0)
+            def _():
+                load_a = a_of_share()
+
+                @pl.loop(0, order.shared)
+                def _(k):
+                    base(order.blind + k, order.of_share(k))
+                    for j in range(self.items.shares.most_each):
+                        pl.when(j < order.items)(functools.partial(load_a, j, k, order.of_share(k) + 1 + j))
+
+            pl.loop(order.blind + order.shared, order.count)(lambda place: base(place, place + order.more))
+            load_deltas(0, begin, stripe_count, self.full[0], order.more + order.count)
+
+        issued = jnp.where(stripe_count > 0, order.more + order.count + self._deltas, 0)
+        for number in range(1, self.stripes.stripes.passes):
             begin, stripe_count = self.stripes.pass_of(number)
+            full = self.full[number % len(self.full)]
 
             @pl.when(stripe_count > 0)
-            def _(number=number, begin=begin, stripe_count=stripe_count):
-                full, issued = self.full[number % len(self.full)], before + number * (self.count + deltas)
+            def _(number=number, begin=begin, stripe_count=stripe_count, full=full, issued=issued):
+                @pl.loop(0, order.count)
+                def _(place):
+                    load_base(order.stage(place), begin, stripe_count, full, issued + place)
 
-                @pl.loop(0 if number else ahead, self.count)
-                def _(k):
-                    load_stage(k, begin, stripe_count, full, issued + k)
+                load_deltas(number, begin, stripe_count, full, issued + order.count)
 
-                load_deltas(number, begin, stripe_count, full, issued + self.count)
-
-            issued += jnp.where(stripe_count > 0, self.count + deltas, 0)
+            issued += jnp.where(stripe_count > 0, order.count + self._deltas, 0)
 
         @pl.loop(jnp.maximum(issued - self.ring.slots, 0), issued)
         def _(i):
             plgpu.barrier_wait(self.empty.at[lax.rem(i, jnp.int32(self.ring.slots))])
+
+    @property
+    def _deltas(self):
+        return self.items.blocks_of(self.stripes.place)
 
     def _claim(self, issued, full, num_bytes):
         """The slot of the `issued`-th stage, as soon as it is empty, and its barrier. num_bytes: that this warp will
@@ -145,12 +166,10 @@ class FewLoad:
     def _token_bytes(self):
         return lax.div(self.tokens, jnp.int32(TILE_RANKS)) * _TILE_BYTES
 
-    def _tokens_of_item(self, item, first, count, before) -> None:
-        @pl.loop(0, count)
-        def _(k):
-            slot, barrier = self._claim(before + k, self.full[-1], self._token_bytes)
-            self._tokens(slot, first + k, barrier)
-            self._fill(barrier, "shrink")
+    def _no_a(self, j, k, issued) -> None:
+        del j, k
+        _, barrier = self._claim(issued, self.full[0], 0)
+        self._fill(barrier, "shrink")
 
     def _base_stage(self, k, begin, stripe_count, full, issued) -> None:
         """Base weights and activations."""
@@ -168,12 +187,9 @@ class FewLoad:
         self._tokens(slot, k, barrier)
         self._fill(barrier, "base")
 
-    def _other_stage(self, k, begin, stripe_count, full, issued) -> None:
+    def _nothing(self, k, begin, stripe_count, full, issued) -> None:
+        """For a stage to which this warp copies nothing."""
         del k, begin, stripe_count
-        self._skip(full, issued)
-
-    def _skip(self, full, issued) -> None:
-        """A stage to which this warp copies nothing."""
         _, barrier = self._claim(issued, full, 0)
         if not self.ring.tiles.whole:
             for _ in range(WARP_GRANULES):
@@ -181,17 +197,15 @@ class FewLoad:
 
     def _ys(self, number: int, begin, stripe_count, full, before) -> None:
         del begin, stripe_count
-        quarters = self.items.quarters
 
         @pl.loop(0, self.items.blocks_of(self.stripes.place))
         def _(n):
-            for q in range(quarters):
-                slot, barrier = self._claim(before + n * quarters + q, full, STAGE_CHUNKS * _TILE_BYTES)
-                if number == 0 and q == 0:
-                    self.wait_y(self.stripes.module, n)
-                source = self.ys.at[self.items.y_rows(self.stripes.place, n, q)]
-                self._copy(source, self.x_ring.at[self.ring.tokens(slot)], barrier, jnp.bool_(True))
-                self._fill(barrier, "y" if q else "delta")
+            slot, barrier = self._claim(before + n, full, STAGE_CHUNKS * _TILE_BYTES)
+            if number == 0:
+                self.wait_y(n)
+            source = self.ys.at[self.items.y_rows(self.stripes.place, n, self.items.shares.count)]
+            self._copy(source, self.x_ring.at[self.ring.tokens(slot)], barrier, jnp.bool_(True))
+            self._fill(barrier, "delta")
 
     def _granules(self, module, block, kind: int) -> list:
         """Of this warp's granules of a block: where they lie, in the form that a loop carries."""
@@ -214,26 +228,31 @@ class FewLoad:
         used = zip(self._mine(), granules, strict=True)
         return [(g < STAGE_CHUNKS) & (is_used > 0) for g, (_, _, is_used, *_) in used]
 
-    def _a_of_item(self, item, first, count, before) -> None:
-        granules = self._granules(item.module, item.block, A_TILE)
-        used = self._used(granules)
-        num_bytes = sum(jnp.where(u, _TILE_BYTES, 0) for u in used)
+    def _a(self) -> Callable:
+        """Of the pair's items, the function that copies A: of the j-th one, for the k-th stage of the share."""
+        items = [self.items.item(j) for j in range(self.items.shares.most_each)]
+        blocks = self.records.shape[2]
+        granules = [self._granules(item.module, jnp.minimum(item.block, blocks - 1), A_TILE) for item in items]
+        used = [self._used(of_item) for of_item in granules]
+        num_bytes = [sum(jnp.where(u, _TILE_BYTES, 0) for u in of_item) for of_item in used]
         span = self.ring.tiles.geometry.in_tiles(self.stripes.modules[0])
 
-        @pl.loop(0, count)
-        def _(k):
-            slot, barrier = self._claim(before + k, self.full[-1], num_bytes)
-            for g, granule, wanted in zip(self._mine(STAGE_CHUNKS - 1), granules, used, strict=True):
+        def load(j, k, issued):
+            slot, barrier = self._claim(issued, self.full[0], num_bytes[j])
+            for g, granule, wanted in zip(self._mine(STAGE_CHUNKS - 1), granules[j], used[j], strict=True):
 
                 def copy(wanted, g=g, granule=granule):
                     row = slot * self.ring.width * STAGE_CHUNKS + g
-                    self._copy_tile(granule, self.first + first + k, span, row, barrier, wanted)
+                    tile = self.first + self.order.stage(self.order.blind + k)
+                    self._copy_tile(granule, tile, span, row, barrier, wanted)
 
                 self._if(wanted, copy)
 
+        return load
+
     def _b(self, number: int, begin, stripe_count, full, before) -> None:
         """Where its tiles lie is read one block ahead."""
-        blocks, quarters = self.items.blocks_of(self.stripes.place), self.items.quarters
+        blocks = self.items.blocks_of(self.stripes.place)
         span = max(self.ring.tiles.geometry.out_tiles(m) for m in self.stripes.modules)
 
         def fetch(n):
@@ -243,7 +262,7 @@ class FewLoad:
             ahead = fetch(n + 1)
             used = self._used(granules)
             num_bytes = sum(jnp.where(u, _TILE_BYTES, 0) for u in used) * stripe_count
-            slot, barrier = self._claim(before + n * quarters, full, num_bytes)
+            slot, barrier = self._claim(before + n, full, num_bytes)
             for i in range(self.ring.width):
                 for g, granule, wanted in zip(self._mine(STAGE_CHUNKS - 1), granules, used, strict=True):
 
@@ -252,8 +271,6 @@ class FewLoad:
                         self._copy_tile(granule, begin + i, span, row, barrier, wanted)
 
                     self._if(wanted & (i < stripe_count), copy)
-            for q in range(1, quarters):
-                self._skip(full, before + n * quarters + q)
             return ahead
 
         lax.fori_loop(0, blocks, block_body, fetch(jnp.int32(0)))

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.geometry import GROUPS, MODULES, TILE_RANKS, Geometry
 from pallas_kernels.lora.config import CLUSTER, few_ranks
+from pallas_kernels.lora.few_items import SIGNALS
 from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS
 from pallas_kernels.lora.plan import largest_first
 from pallas_kernels.lora.table import AdapterTable, section_starts
@@ -32,7 +33,7 @@ class FewPlan:
     records: of each granule, see above; tiles are counted from the beginning of the adapter's image. count: granules,
     unused ones between adapters included. ranks: of each rank, which tokens it is for, from the first to before the
     last, and their adapter's scaling; no token for ranks that are not in use. Where there are more granules than fit,
-    the scaling is NaN. signals: zeros, one for each block of each module and layer and each half of the input.
+    the scaling is NaN. signals: zeros, which the kernel counts in and puts back, see FewItems.signal.
     """
 
     records: Int[Array, "L 7 N 8 F"]
@@ -94,7 +95,7 @@ def make_few_plan(
         count=jnp.minimum(total, room),
         ranks=ranks,
         page_ids=table.pages.astype(jnp.int32),
-        signals=jnp.full(layers * modules * blocks * CLUSTER, zero, jnp.int32),
+        signals=jnp.full(layers * modules * blocks * CLUSTER * SIGNALS, zero, jnp.int32),
     )
 
 

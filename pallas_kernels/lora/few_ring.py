@@ -1,8 +1,8 @@
 """The ring in shared memory of the kernel for few adapters.
 
-A slot holds 64 columns of all tokens' activations and as many rows of the base weights of each stripe of outputs; while
-the kernel shrinks, as many columns of a block of A. At last a quarter of a block's y each, the first one with 64 ranks
-of B.
+A slot holds 64 columns of all tokens' activations and as many rows of the base weights of each stripe of outputs; or as
+many columns of a block of A, to be multiplied with the activations of a slot before; or a block's y and its 64 ranks of
+B. What B does not fill has other weights or zeros: it must be finite.
 """
 
 import dataclasses
@@ -21,9 +21,8 @@ TOKEN_PARTS = (32, 16, 8)
 ADAPTER_WARPS = WARPS - 1
 WARP_GRANULES = ceil_div(STAGE_CHUNKS, ADAPTER_WARPS)
 _MOST_SLOTS = 12
-_QUARTERS = 4
 
-Kind = Literal["base", "shrink", "delta", "y"]
+Kind = Literal["base", "shrink", "delta"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,18 +34,10 @@ class FewRing:
     tiles: ChunkSource
 
     @classmethod
-    def of(cls, width: int, tiles: ChunkSource, shared_bytes: int, stages: int) -> "FewRing":
-        """stages: of the input, at least. Half as many slots as there are may have base weights ahead; after them as
-        many stages as there are slots do: no slot has B before it had base weights, as what B does not fill must be
-        finite.
-        """
+    def of(cls, width: int, tiles: ChunkSource, shared_bytes: int) -> "FewRing":
+        """Of so many bytes at most."""
         slot = 2 * TILE_COLS * (FEW_TOKENS + width * STAGE_ROWS)
-        return cls(slots=min(shared_bytes // slot, _MOST_SLOTS, stages * 2 // 3), width=width, tiles=tiles)
-
-    @property
-    def quarters(self) -> int:
-        """Parts of each half of the input that are shrunk apart: all of a block's y are in the ring at once."""
-        return min(_QUARTERS, self.slots)
+        return cls(slots=min(shared_bytes // slot, _MOST_SLOTS), width=width, tiles=tiles)
 
     def types(self, dtype) -> dict[str, Any]:
         """Scratch types of activations and weights."""
@@ -69,7 +60,7 @@ class FewRing:
         arrive all the same, so that none is left behind.
         """
         tokens, granules = 1 + len(TOKEN_PARTS), ADAPTER_WARPS * WARP_GRANULES
-        return dict(base=tokens + self.width, shrink=tokens, delta=1 + (self.width - 1) * granules, y=1)
+        return dict(base=tokens + self.width, shrink=0, delta=1 + (self.width - 1) * granules)
 
     @property
     def arrivals(self) -> int:

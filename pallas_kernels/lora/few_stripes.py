@@ -53,6 +53,11 @@ class Stripes:
         passes = ceil_div(largest, MOST_WIDE)
         return cls(tuple(parts), passes, ceil_div(largest, passes))
 
+    @property
+    def users(self) -> int:
+        """Pairs with stripes, the first ones."""
+        return sum(part.pairs for part in self.parts)
+
     def of_pair(self, pair) -> "PairStripes":
         """What a pair has to do: int32 scalars of a kernel, or a number."""
         chosen = [jnp.int32(v) for v in self.parts[0]]
@@ -82,6 +87,14 @@ class PairStripes:
     def modules(self) -> list[int]:
         """Of the group."""
         return [part.module for part in self.stripes.parts]
+
+    @property
+    def users(self):
+        """Pairs with stripes of the module."""
+        found = jnp.int32(self.stripes.parts[0].pairs)
+        for part in self.stripes.parts[1:]:
+            found = jnp.where(self.place == part.place, part.pairs, found)
+        return found
 
     def pass_of(self, number: int):
         """First stripe of a pass, of the module's, and how many it has: about the same each, never more than before."""

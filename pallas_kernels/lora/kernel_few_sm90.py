@@ -5,13 +5,15 @@ columns of x, zero for tokens of other adapters, and B like more rows of W. A pa
 outputs and halves the input between them: each has a y of its half, because the sum of both is that of the whole. They
 add up through distributed shared memory, each half of the outputs.
 
-A is read once: a quarter of a block of 64 ranks is shrunk by one pair, beside its stripes, which writes that y to
-global memory and says so. When the others are through with W, which takes longer, y has long been there.
+A is read once. A block of 64 ranks is shrunk by many pairs: each multiplies its share of the input, among the first
+stages that it has, with W and with A. Their sums go to global memory, where each adds all of them up for a part of the
+tokens. When the pairs are through with W, which takes longer, y has long been there.
 
 A pair with many stripes goes through the input several times. Two warpgroups do so in turn, one while the other adds up
-and writes; the second one also shrinks. A third fills the ring.
+and writes; the second one also brings y together, while the first one goes on. A third fills the ring.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -23,20 +25,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry
 from pallas_kernels.lora.any_rows import any_rows
 from pallas_kernels.lora.config import CLUSTER, CLUSTERS, FEW_TOKENS
-from pallas_kernels.lora.few_items import FewItems
+from pallas_kernels.lora.few_items import FewItems, FewOrder, Shares
 from pallas_kernels.lora.few_load import FewLoad
 from pallas_kernels.lora.few_plan import FIRST, LAST, SCALE, FewPlan
 from pallas_kernels.lora.few_ring import TOKEN_PARTS, FewRing
 from pallas_kernels.lora.few_stripes import Stripes
 from pallas_kernels.lora.mosaic_common import SHARED_BYTES, STAGE_CHUNKS, STAGE_ROWS, ChunkSource, ceil_div
 from pallas_kernels.lora.pair_sum import PairSum
-from pallas_kernels.lora.signals import signal, wait_signals
+from pallas_kernels.lora.signals import await_signals, put_back, signal, wait_signals
 from pallas_kernels.paged_attention.decode_schedule import sm_count
 
-_LEAST_STAGES = 3
-"""Of a half of the input: a ring needs two slots, see FewRing.of."""
 _WARPGROUPS = 2
-_SHRINKS = _WARPGROUPS - 1
 _PART = TILE_COLS // CLUSTER
 """Outputs of a stripe that a thread block of a pair writes."""
 _WGMMA = plgpu.Layout.WGMMA
@@ -50,7 +49,7 @@ def unsupported(x, w, shrink: Geometry, expand: Geometry) -> str | None:
         return f"weights are {w.dtype} and activations {x.dtype}"
     if shrink != expand:
         return "A and B are cut differently"
-    if x.shape[1] < CLUSTER * _LEAST_STAGES * TILE_COLS:
+    if x.shape[1] < CLUSTER * TILE_COLS:
         return f"an input of {x.shape[1]} is too narrow to be halved"
     if sm_count() < CLUSTER * CLUSTERS:
         return f"{sm_count()} multiprocessors cannot run {CLUSTER * CLUSTERS} thread blocks that wait for each other"
@@ -63,14 +62,14 @@ def few_matmul(x, w, pages, plan: FewPlan, layer, *, group: str, geometry: Geome
     stripes, parts = Stripes.of(geometry, group, pairs), 1 if interpret else CLUSTER
     tiles = ChunkSource(geometry=geometry, num_pages=pages.shape[1], chunk=1, whole=not interpret)
     shared = SHARED_BYTES - 4 * stripes.width * FEW_TOKENS * _PART
-    ring = FewRing.of(stripes.width, tiles, shared, x.shape[1] // TILE_COLS // CLUSTER)
+    ring, blocks = FewRing.of(stripes.width, tiles, shared), plan.records.shape[2]
+    shares = Shares(1, 1, blocks) if interpret else Shares.of(stripes, blocks, x.shape[1] // TILE_COLS // CLUSTER)
     number = jnp.concatenate([layer, jnp.full(1, x.shape[0], jnp.int32)])
     args = (x, w, tiles.view_of_pool(pages), plan.records, plan.ranks, plan.count, plan.page_ids, plan.signals, number)
-    most = plan.records.shape[2] * len(GROUPS[group]) * ring.quarters
-    assert interpret or most <= CLUSTERS, "more blocks of ranks than there are pairs to shrink them"
-    ys = jax.ShapeDtypeStruct((most * parts * FEW_TOKENS, STAGE_ROWS), x.dtype)
+    rows = blocks * len(GROUPS[group]) * (shares.count + 1) * parts * FEW_TOKENS
+    ys = jax.ShapeDtypeStruct((rows, STAGE_ROWS), x.dtype)
     out = jax.ShapeDtypeStruct((x.shape[0], w.shape[2]), x.dtype)
-    options: dict[str, Any] = dict(ring=ring, stripes=stripes)
+    options: dict[str, Any] = dict(ring=ring, stripes=stripes, shares=shares)
     with jax.named_scope("lora_matmul_few"):
         if interpret:
             return _launch(*args, **options, out=(out, ys), interpret=interpret)[0]
@@ -78,9 +77,10 @@ def few_matmul(x, w, pages, plan: FewPlan, layer, *, group: str, geometry: Geome
         return any_rows(_launch, args, rows={0: FEW_TOKENS}, out=(out, ys), in_place=False, options=options)[0]
 
 
-def _launch(*args, ring: FewRing, stripes: Stripes, out, interpret=None):
+def _launch(*args, ring: FewRing, stripes: Stripes, shares: Shares, out, interpret=None):
     stages, dtype, width = args[0].shape[1] // TILE_COLS, out[0].dtype, stripes.width
     layers, blocks = args[3].shape[0], args[3].shape[2]
+    all_shares = shares.count
     pairs, parts = (len(stripes.parts), 1) if interpret else (CLUSTERS, CLUSTER)
     columns = TILE_COLS // parts
 
@@ -102,6 +102,8 @@ def _launch(*args, ring: FewRing, stripes: Stripes, out, interpret=None):
         results,
         full,
         empty,
+        cleared,
+        shrunk,
         has_y=None,
         sent=None,
         taken=None,
@@ -116,25 +118,28 @@ def _launch(*args, ring: FewRing, stripes: Stripes, out, interpret=None):
         items = FewItems(
             stripes=mine,
             blocks=[ceil_div(counts[layer, m], STAGE_CHUNKS) for m in mine.modules],
-            quarters=ring.quarters,
-            most=blocks * len(stripes.parts) * ring.quarters,
+            shares=shares,
             pair=pair,
-            pairs=pairs,
             part=part,
             parts=parts,
             own=bool(interpret),
         )
-        deltas, ahead = items.blocks_of(mine.place), items.ahead(ring.slots, count)
-        each = count + deltas * ring.quarters
+        order = FewOrder.of(items, count, ring.slots)
+        deltas = items.blocks_of(mine.place)
 
-        def signal_of(module, block):
-            return items.signal(layer, layers, module, block)
+        def y_signal(block):
+            """Counts the parts of a block's y."""
+            return items.signal(layer, layers, mine.module, block) + 1
 
-        def wait_y(module, block):
+        def wait_y(block):
             if interpret:
                 plgpu.barrier_wait(has_y.at[block])
             else:
-                wait_signals(signals, signal_of(module, block), ring.quarters)
+                wait_signals(signals, y_signal(block), all_shares)
+
+        def done_with_y(block):
+            if not interpret:
+                put_back(signals, y_signal(block), all_shares + mine.users)
 
         @pl.when(wg == _WARPGROUPS)
         def load():
@@ -159,10 +164,12 @@ def _launch(*args, ring: FewRing, stripes: Stripes, out, interpret=None):
                     layer=layer,
                     tokens=tokens,
                     first=first,
-                    count=count,
+                    order=order,
                     stripes=mine,
                     items=items,
+                    wait_slots=lambda: plgpu.barrier_wait(cleared),
                     wait_y=wait_y,
+                    done_with_y=done_with_y,
                 ).run()
 
         def slot_of(stage):
@@ -179,7 +186,7 @@ def _launch(*args, ring: FewRing, stripes: Stripes, out, interpret=None):
 
         def multiply_stages(user, first, stages, multiply):
             """``multiply(x, slot)``, which says how many products it begins, for so many stages. Each is freed when the
-            next one's have begun, and the last one, if there is one, is not.
+            next one's have begun.
             """
 
             @pl.loop(0, stages)
@@ -188,72 +195,125 @@ def _launch(*args, ring: FewRing, stripes: Stripes, out, interpret=None):
                 pl.when(k > 0)(lambda: free(first + k - 1))
 
             plgpu.wgmma_wait(0)
+            pl.when(stages > 0)(lambda: free(first + stages - 1))
 
-        def y_of(total, ranks):
-            """Zero for tokens that are not their adapter's."""
-            first, last, scale = (lax.broadcast_in_dim(vector, total.shape, (1,)) for vector in ranks)
-            token = plgpu.broadcasted_iota(jnp.int32, total.shape, 0, layout=_WGMMA).astype(jnp.float32)
-            return jnp.where((token >= first) & (token < last), total * scale, 0.0).astype(dtype)
+        def y_slot(j):
+            """Of the pair's j-th item: the slot of its last stage of A, which has no activations."""
+            return order.of_share(order.shared - 1) + 1 + j
 
-        def shrink(j, begin):
-            """The pair's j-th item, whose stages begin there. Returns where they end."""
+        def shrink(user, multiply, totals):
+            """The stages of the pair's share, whose activations are multiplied with A as well."""
+
+            @pl.loop(0, order.shared)
+            def _(k):
+                stage = order.of_share(k)
+                x = operand(user, stage)
+                multiply(x, slot_of(stage))
+                for j, total in enumerate(totals):
+
+                    def with_a(_, j=j, total=total):
+                        slot = slot_of(stage + 1 + j)
+                        plgpu.barrier_wait(full[user].at[slot])
+                        plgpu.wgmma(total, x, w_operand.at[ring.weights(slot, 0)].T)
+
+                    pl.loop(0, jnp.where(j < order.items, 1, 0))(with_a)  # an accumulator passes no condition
+                plgpu.wgmma_wait(0)
+                free(stage)
+                for j in range(len(totals)):
+                    pl.when((j < order.items) & (k + 1 < order.shared))(functools.partial(free, stage + 1 + j))
+
+            for j, total in enumerate(totals):
+                found = total[...].astype(dtype)
+
+                @pl.when(j < order.items)
+                def _(j=j, found=found):
+                    y = x_ring.at[ring.tokens(slot_of(y_slot(j)))]
+                    y[...] = found
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(shrunk.at[j])
+
+        def hand_on(j):
+            """Writes the sums of the pair's j-th item, zero for tokens that are not their adapter's."""
             item = items.item(j)
-            _, stages = items.stages(item.quarter, count)
             its_ranks = ranks.at[layer, item.module, item.block]
             load = lambda row: plgpu.load(its_ranks.at[row], layout=_WGMMA.reduce(0), optimized=False)  # noqa: E731
-            vectors = [load(row) for row in (FIRST, LAST, SCALE)]
-
-            def accumulate(total):
-                def multiply(x, slot):
-                    plgpu.wgmma(total, x, w_operand.at[ring.weights(slot, 0)].T)
-                    return 1
-
-                multiply_stages(_SHRINKS, begin, stages, multiply)
-                return total[...]
-
-            total = pl.run_scoped(accumulate, plgpu.ACC((FEW_TOKENS, STAGE_ROWS), jnp.float32))
-            y = x_ring.at[ring.tokens(slot_of(begin + stages - 1))]
-            y[...] = y_of(total, vectors)
+            shape = (FEW_TOKENS, STAGE_ROWS)
+            vectors = [lax.broadcast_in_dim(load(row), shape, (1,)) for row in (FIRST, LAST, SCALE)]
+            plgpu.barrier_wait(shrunk.at[j])
+            y = x_ring.at[ring.tokens(slot_of(y_slot(j)))]
+            found = plgpu.load(y, layout=_WGMMA).astype(jnp.float32)
+            first, last, scale = vectors
+            token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_WGMMA).astype(jnp.float32)
+            y[...] = jnp.where((token >= first) & (token < last), found * scale, 0.0).astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(y, ys.at[items.y_rows(item.place, item.block, item.quarter)])
+            plgpu.copy_smem_to_gmem(y, ys.at[items.y_rows(item.place, item.block, item.share)])
             plgpu.wait_smem_to_gmem(0)
+            if not interpret:
+                signal(signals, items.signal(layer, layers, item.module, item.block))
+            free(y_slot(j))
+
+        def add_up(j):
+            """A part of the tokens' y of the block of the pair's j-th item, of all shares."""
+            item = items.item(j)
+            signal_of = items.signal(layer, layers, item.module, item.block)
+            if not interpret:
+                await_signals(signals, signal_of, all_shares)
+            size = FEW_TOKENS // all_shares
+
+            def rows(share):
+                return pl.ds(items.y_row(item.place, item.block, share) + item.share * size, size)
+
+            total = sum(ys[rows(share), :].astype(jnp.float32) for share in range(all_shares))
+            ys[rows(all_shares), :] = total.astype(dtype)
             if interpret:
                 plgpu.barrier_arrive(has_y.at[item.block])
             else:
-                signal(signals, signal_of(item.module, item.block))
-            free(begin + stages - 1)
-            return begin + stages
+                signal(signals, signal_of + 1)
 
-        def products(user, number, before):
-            """Of a pass: sums of the stripes, float32 [64, 64] each. before: stages of the pair's items."""
-            begin = before + number * each
-            parts = [(begin, count)] if number else [(jnp.int32(0), ahead), (before + ahead, count - ahead)]
+        def clear():
+            """What no weights are copied to before B is."""
+
+            @pl.loop(order.blind, ring.slots)
+            def _(slot):
+                for i in range(width):
+                    nothing = jnp.zeros((STAGE_ROWS, TILE_COLS), dtype)
+                    w_operand.at[ring.weights(slot, i)][...] = plgpu.layout_cast(nothing, _WGMMA)
+
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(cleared)
+
+        def products(user, number):
+            """Of a pass: sums of the stripes, float32 [64, 64] each."""
+            begin = order.more + number * (count + deltas)
 
             def accumulate(*sums):
+                sums, totals = sums[:width], sums[width:]
+
                 def multiply(x, slot):
                     for i, total in enumerate(sums):
                         plgpu.wgmma(total, x, w_operand.at[ring.weights(slot, i)])
                     return width
 
-                for first, stages in parts:  # what stands between them must not wait for the last one
-                    multiply_stages(user, first, stages, multiply)
-
-                    @pl.when(stages > 0)
-                    def _(first=first, stages=stages):
-                        free(first + stages - 1)
+                if number == 0:
+                    multiply_stages(user, jnp.int32(0), order.blind, multiply)
+                    shrink(user, multiply, totals)
+                    multiply_stages(user, order.rest, count - order.blind - order.shared, multiply)
+                else:
+                    multiply_stages(user, begin, count, multiply)
 
                 @pl.loop(0, deltas)
                 def _(n):
-                    first = begin + count + n * ring.quarters
-                    for q in range(ring.quarters):
-                        multiply(operand(user, first + q), slot_of(first))
+                    stage = begin + count + n
+                    multiply(operand(user, stage), slot_of(stage))
                     plgpu.wgmma_wait(0)
-                    for q in range(ring.quarters):
-                        free(first + q)
+                    free(stage)
 
                 return [total[...] for total in sums]
 
-            return pl.run_scoped(accumulate, *[plgpu.ACC((FEW_TOKENS, TILE_COLS), jnp.float32)] * width)
+            accumulators = [plgpu.ACC((FEW_TOKENS, TILE_COLS), jnp.float32)] * width
+            if number == 0:
+                accumulators += [plgpu.ACC((FEW_TOKENS, STAGE_ROWS), jnp.float32)] * shares.most_each
+            return pl.run_scoped(accumulate, *accumulators)
 
         def write(i, value, stripe):
             """A stripe's outputs, or this thread block's half of them."""
@@ -276,8 +336,8 @@ def _launch(*args, ring: FewRing, stripes: Stripes, out, interpret=None):
                 def _(size=size):
                     copy(tokens & (FEW_TOKENS - 2 * size), size)
 
-        def multiply_pass(user, number, before, stripe, stripe_count):
-            found = products(user, number, before)
+        def multiply_pass(user, number, stripe, stripe_count):
+            found = products(user, number)
             if not interpret:
                 if number:  # until both have taken what they got in the pass before
                     plgpu.barrier_wait(taken.at[(number - 1) % _WARPGROUPS])
@@ -295,14 +355,17 @@ def _launch(*args, ring: FewRing, stripes: Stripes, out, interpret=None):
 
         def multiply(user):
             plgpu.set_max_registers(208, action="increase")
-            skip = lambda j, begin: begin + items.stages(items.item(j).quarter, count)[1]  # noqa: E731
-            begin = lax.fori_loop(0, items.count, shrink if user == _SHRINKS else skip, ahead)
+            if user:
+                clear()
+                for step in (hand_on, add_up):
+                    for j in range(shares.most_each):
+                        pl.when(j < order.items)(functools.partial(step, j))
             for number in range(user, stripes.passes, _WARPGROUPS):
                 stripe, stripe_count = mine.pass_of(number)
 
                 @pl.when(stripe_count > 0)
                 def _(number=number, stripe=stripe, stripe_count=stripe_count):
-                    multiply_pass(user, number, begin - ahead, stripe, stripe_count)
+                    multiply_pass(user, number, stripe, stripe_count)
 
         for user in range(_WARPGROUPS):
 
@@ -317,12 +380,12 @@ def _launch(*args, ring: FewRing, stripes: Stripes, out, interpret=None):
         results=plgpu.RefUnion(plgpu.SMEM((width, FEW_TOKENS, _PART), jnp.float32), outputs),
         full=tuple(plgpu.Barrier(num_arrivals=ring.arrivals, num_barriers=ring.slots) for _ in range(_WARPGROUPS)),
         empty=plgpu.Barrier(num_barriers=ring.slots),
+        cleared=plgpu.Barrier(),
+        shrunk=plgpu.Barrier(num_barriers=shares.most_each),
     )
     options: dict[str, Any] = dict(grid=(pairs,))
     if interpret:
-        scratch |= dict(
-            results=(outputs, outputs), has_y=plgpu.Barrier(num_arrivals=ring.quarters, num_barriers=blocks)
-        )
+        scratch |= dict(results=(outputs, outputs), has_y=plgpu.Barrier(num_barriers=blocks))
     else:
         options |= dict(cluster=(CLUSTER,), cluster_names=("part",))
         scratch |= dict(

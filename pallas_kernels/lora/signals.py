@@ -1,6 +1,7 @@
-"""Signals between thread blocks of a kernel through global memory, for what bulk copies wrote and will read.
+"""Signals between thread blocks of a kernel through global memory: counters that are zero before and after it.
 
-A kernel that waits for another thread block's signal must have all its thread blocks running at once.
+A kernel that waits for another thread block's signal must have all its thread blocks running at once. Whoever waits
+spins: a signal that never comes hangs the GPU.
 """
 
 from jax import numpy as jnp
@@ -16,56 +17,102 @@ from pallas_kernels.lora.lanes import i32, scalars
 from pallas_kernels.lora.short_ring import sync_warpgroup
 
 _utils = mgpu.utils
-_wait_p = jax_core.Primitive("lora_wait_signal")
-_wait_p.multiple_results = True
+_wait_p = jax_core.Primitive("lora_wait_signals")
+_put_back_p = jax_core.Primitive("lora_put_back")
+# PTX as a whole, because Mosaic takes no loop of a warp that ends on a condition.
+_WAIT = """{
+.reg .pred there;
+.reg .b32 seen;
+again:
+ld.acquire.gpu.global.b32 seen, [$0];
+setp.ge.s32 there, seen, $1;
+@!there bra again;
+fence.proxy.async;
+}"""
+_PUT_BACK = """{
+.reg .pred mine, last;
+.reg .b32 lane, seen;
+mov.u32 lane, %laneid;
+setp.eq.u32 mine, lane, 0;
+mov.b32 seen, 0;
+@mine atom.acq_rel.gpu.global.add.u32 seen, [$0], 1;
+add.s32 seen, seen, 1;
+setp.eq.and.s32 last, seen, $1, mine;
+@last st.relaxed.gpu.global.b32 [$0], 0;
+@last st.relaxed.gpu.global.b32 [$0 + -4], 0;
+}"""
 
 
 def signal(signals, index) -> None:
-    """Of a warpgroup whose copies to global memory are complete: adds one to ``signals[index]``, int32 [n]."""
+    """Of a warpgroup whose copies to global memory are complete, or which has stored there: adds one to
+    ``signals[index]``, int32 [n].
+    """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT, plgpu.RefType()))
     def run(ctx, index, signals):
         del ctx
         _utils.SemaphoreRef(_place(signals, *scalars(index))).signal(1, memory_scope="gpu")
 
-    sync_warpgroup()  # any thread's copies
+    @plgpu.inline_mgpu()
+    def fence(ctx):
+        del ctx
+        _utils.inline_ptx("fence.proxy.async;", has_side_effects=True)
+
+    fence()  # stores, before others' bulk copies read them
+    sync_warpgroup()  # any thread's copies and stores
+    run(index, signals)
+
+
+def await_signals(signals, index, count: int) -> None:
+    """Of a warpgroup: until ``signals[index]`` is `count` or more. Its loads then read what came before that."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT, plgpu.RefType()))
+    def run(ctx, index, signals):
+        del ctx
+        _utils.inline_ptx(_WAIT, _place(signals, *scalars(index)), i32(count), has_side_effects=True)
+
     run(index, signals)
 
 
 def wait_signals(signals, index, count: int) -> None:
-    """Of a warp in warp_map: until ``signals[index]`` is `count`. Its bulk copies then read what came before that.
-
-    A spinning load: a signal that never comes hangs the GPU.
+    """Of a warp in warp_map: until ``signals[index]`` is `count` or more. Its bulk copies then read what came before
+    that.
     """
-    ref, transforms = state_primitives.get_ref_and_transforms(signals, None, "wait_signals")
+    _bind(_wait_p, signals, index, jnp.int32(count))
+
+
+def put_back(signals, index, total) -> None:
+    """Of a warp in warp_map that waits for ``signals[index]`` no more: adds one to it. Who finds that this makes it
+    `total`, all signals and all who wait, makes it zero, and the one before it as well.
+    """
+    _bind(_put_back_p, signals, index, total)
+
+
+def _bind(primitive, signals, index, number) -> None:
+    ref, transforms = state_primitives.get_ref_and_transforms(signals, None, primitive.name)
     assert not transforms
-    _wait_p.bind(ref, jnp.asarray(index, jnp.int32), count=count)
+    primitive.bind(ref, jnp.asarray(index, jnp.int32), jnp.asarray(number, jnp.int32))
 
 
 def _place(signals, index):
     return _utils.getelementptr(_utils.memref_ptr(signals), [index], i32(0).type)
 
 
-@_wait_p.def_effectful_abstract_eval
-def _wait_abstract_eval(signals, index, *, count):
+def _abstract_eval(signals, index, number):
     return (), {state.ReadEffect(0), state.WriteEffect(0)}
 
 
-@lowering.register_lowering_rule(_wait_p, mgpu.LoweringSemantics.Warpgroup, gpu_core.PrimitiveSemantics.Warp)
-def _wait_lowering(ctx, signals, index, *, count):
-    # PTX as a whole, because Mosaic takes no loop of a warp that ends on a condition.
-    _utils.inline_ptx(
-        """{
-        .reg .pred there;
-        .reg .b32 seen;
-        again:
-        ld.acquire.gpu.global.b32 seen, [$0];
-        setp.ge.s32 there, seen, $1;
-        @!there bra again;
-        fence.proxy.async;
-        }""",
-        _place(signals, lowering._ensure_ir_value(index, jnp.int32)),
-        i32(count),
-        has_side_effects=True,
-    )
-    return ()
+def _lowering(ptx: str):
+    def rule(ctx, signals, index, number):
+        index, number = (lowering._ensure_ir_value(value, jnp.int32) for value in (index, number))
+        _utils.inline_ptx(ptx, _place(signals, index), number, has_side_effects=True)
+        return ()
+
+    return rule
+
+
+for _primitive, _ptx in ((_wait_p, _WAIT), (_put_back_p, _PUT_BACK)):
+    _primitive.multiple_results = True
+    _primitive.def_effectful_abstract_eval(_abstract_eval)
+    semantics = mgpu.LoweringSemantics.Warpgroup, gpu_core.PrimitiveSemantics.Warp
+    lowering.register_lowering_rule(_primitive, *semantics)(_lowering(_ptx))

@@ -4,6 +4,7 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from pallas_kernels.geometry import GROUPS, MODULES
 from pallas_kernels.lora import kernel_few_sm90
 from pallas_kernels.lora.arg_specs import SPECS
 from pallas_kernels.lora.config import CLUSTERS, few_ranks
+from pallas_kernels.lora.few_items import FewItems, FewOrder, Shares
 from pallas_kernels.lora.few_plan import A_TILE, B_TILE, FIRST, IS_USED, LAST, PAGE_START, PAGES, SCALE
 from pallas_kernels.lora.few_stripes import MOST_WIDE, Stripes
 from pallas_kernels.lora.kernel_few_sm90 import unsupported
@@ -193,6 +195,67 @@ def test_pairs_have_about_the_same(name, widest):
         assert max(_of_pairs(stripes)[-1]) == most
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    widths=st.tuples(st.integers(1, 130), st.integers(1, 40), st.integers(1, 450)),
+    group=st.sampled_from(list(GROUPS)),
+    blocks=st.lists(st.integers(0, 3), min_size=3, max_size=3),
+    stages=st.integers(1, 99),
+)
+def test_pairs_take_every_item(widths, group, blocks, stages):
+    """Once, by pairs with stripes, all of a pair's of the share that it has."""
+    hidden, kv, mlp = widths
+    stripes = Stripes.of(geometry(64 * hidden, 64 * kv, 64 * mlp, kv_heads=kv), group)
+    modules = GROUPS[group]
+    blocks = blocks[: len(modules)]
+    shares = Shares.of(stripes, 3, stages)
+    assert shares.count <= stages and FEW_TOKENS % shares.count == 0
+
+    def of_pair(pair):
+        mine = stripes.of_pair(pair)
+        items = FewItems(
+            stripes=mine, blocks=[jnp.int32(n) for n in blocks], shares=shares, pair=pair, part=0, parts=1, own=False
+        )
+        return items.count, mine.end - mine.begin, [items.item(j) for j in range(shares.most_each)], items.share
+
+    counts, having, items, own = jax.tree.map(np.asarray, jax.jit(jax.vmap(of_pair))(jnp.arange(CLUSTERS)))
+    found = []
+    for pair, count in enumerate(counts):
+        assert not count or having[pair]
+        mine = [tuple(int(np.broadcast_to(f, CLUSTERS)[pair]) for f in item) for item in items[:count]]
+        assert {share for *_, share in mine} <= {own[pair]}
+        found += mine
+    wanted = [(m, i, b, s) for i, m in enumerate(modules) for b in range(blocks[i]) for s in range(shares.count)]
+    assert sorted(found) == sorted(wanted)
+
+
+@pytest.mark.parametrize("name", ["7b", "8b"])
+@pytest.mark.parametrize("group, wanted", [("qkv", 8), ("o", 32), ("gu", 16), ("down", 32)])
+def test_no_pair_shrinks_twice(name, group, wanted):
+    g = _GEOMETRY[name]
+    shares = Shares.of(Stripes.of(g, group), 2, g.in_tiles(GROUPS[group][0]) // 2)
+    assert (shares.count, shares.most_each) == (wanted, 1)
+
+
+@given(count=st.integers(1, 99), slots=st.integers(2, 12), shares=st.sampled_from([1, 2, 8]), items=st.integers(0, 3))
+def test_order_has_every_stage_once(count, slots, shares, items):
+    """And every place of the ring, A's behind the stages that it is multiplied with."""
+    shares = min(shares, 1 << count.bit_length() - 1)
+    for share in range(shares):
+        its = SimpleNamespace(share=share, shares=Shares(shares, 9, 3), count=items)
+        order = FewOrder.of(its, jnp.int32(count), slots)
+        blind, shared = int(order.blind), int(order.shared)
+        assert sorted(int(order.stage(p)) for p in range(count)) == list(range(count))
+        if items:
+            of_share = [int(order.stage(blind + k)) for k in range(shared)]
+            assert of_share == list(range(share * count // shares, (share + 1) * count // shares))
+        places = [*range(blind)]
+        for k in range(shared):
+            places += [int(order.of_share(k)) + i for i in range(1 + items)]
+        places += [int(order.rest) + i for i in range(count - blind - shared)]
+        assert places == list(range(count + int(order.more)))
+
+
 def _lower(g, group, tokens, few_adapters=True):
     spec = next(s for s in SPECS.values() if s.geometry == g)
     modules = GROUPS[group]
@@ -235,7 +298,7 @@ def test_unsupported_names_the_reason(monkeypatch):
     assert "4 tokens" in unsupported(x[:4], weights, WIDE, WIDE)
     assert "float32" in unsupported(x, weights.astype(jnp.float32), WIDE, WIDE)
     assert "cut differently" in unsupported(x, weights, WIDE, TINY)
-    assert "too narrow" in unsupported(x[:, :320], weights[:, :320], WIDE, WIDE)
+    assert "too narrow" in unsupported(x[:, :64], weights[:, :64], WIDE, WIDE)
     monkeypatch.setattr(kernel_few_sm90, "sm_count", lambda: 114)
     assert "114 multiprocessors" in unsupported(x, weights, WIDE, WIDE)
 
@@ -274,15 +337,36 @@ def test_others_do_not_matter_on_gpu(rank):
     """Neither which tokens stand beside one, nor where its adapter and its ranks lie."""
     ranks = [[rank] * 7, [40] * 7, [8] * 7]
     alone = Few(MEDIUM, ranks, (8,), (0,), "o")
-    expected = alone.run(most_ranks=256)
+    expected = alone.run(most_ranks=384)
     for lengths, adapters in [((8, 30, 26), (0, 1, -1)), ((6, 8, 20, 30), (1, 0, 2, 0)), ((1, 1, 8), (2, 2, 0))]:
         beside = Few(MEDIUM, ranks, lengths, adapters, "o", padding=-sum(lengths) % 8, seed=3)
         at = sum(lengths[: adapters.index(0)])
         beside.batch.factors, beside.batch.scaling = alone.batch.factors, alone.batch.scaling
         beside.batch.x = beside.batch.x.at[at : at + 8].set(alone.batch.x[:8])
         beside.batch.pages, beside.batch.table = alone.batch.pages, alone.batch.table
-        result = beside.run(most_ranks=256)[at : at + 8]
+        result = beside.run(most_ranks=384)[at : at + 8]
         np.testing.assert_array_equal(result.view(np.uint16), expected[:8].view(np.uint16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", GROUPS)
+def test_calls_of_one_program_share_a_plan_on_gpu(group):
+    """Signals are zero again after each call."""
+    few = Few(MEDIUM, _RANKS, (8,) * 8, (1, 2, 3, 4, 5, 6, 7, 8), group)
+    batch = few.batch
+    options = dict(layer=batch.layer, group=group, few_adapters=True, max_rank=64, implementation="mosaic")
+    options |= dict(shrink_geometry=MEDIUM, expand_geometry=MEDIUM)
+
+    @jax.jit
+    def run(xs, weights, pages, table, *segments):
+        where = (pages, table, table, *segments)
+        return [lora_matmul(x, weights, lambda x=x: x @ weights[batch.layer], *where, **options) for x in xs]
+
+    xs = [batch.x, batch.x[::-1] + 1, batch.x * 2, batch.x]
+    segments = jnp.asarray(batch.seg_start), jnp.asarray(batch.adapters, jnp.int32)
+    found = run(xs, few.weights, batch.pages, batch.table, *segments)
+    for x, result in zip(xs, found, strict=True):
+        np.testing.assert_array_equal(np.asarray(result).view(np.uint16), few.run(x).view(np.uint16))
 
 
 @pytest.mark.gpu

@@ -159,22 +159,6 @@ def test_the_kernels_are_told(monkeypatch, few):
     assert set(told) == {("lora_matmul", few), ("lora_matmul_silu_mul", few)}
 
 
-@pytest.mark.parametrize("few", [False, True])
-def test_steps_of_one_program_have_segments_of_their_own(few):
-    """Though these are the same: positions are not."""
-    batch = builder().padding(8, 8, decode_only=True, use_adapters=True, few_adapters=few)
-    params = {name: jnp.zeros(spec.shape) for name, spec in param_specs(CONFIG).items()}
-    forward = make_forward(CONFIG, dtype=jnp.float32, loop="scan")
-    state = new_state(CONFIG, PAGES, np.dtype("float32"))
-
-    @jax.jit
-    def steps(params, state, batch, positions):
-        return [forward(params, state, dataclasses.replace(batch, positions=p))[0] for p in positions]
-
-    lowered = steps.lower(params, state, batch, jnp.arange(16).reshape(2, 8)).as_text()
-    assert lowered.count("stablehlo.optimization_barrier") == (2 if few else 0)
-
-
 def shapes_from_now_on(engine):
     """A list that the shapes of the engine's steps will be appended to."""
     programs, found = engine._core.runner.programs, []
