@@ -12,13 +12,13 @@ from pallas_kernels.lora.config import FEW_TOKENS
 from pallas_kernels.lora.few_stripes import PairStripes, Stripes
 
 SIGNALS = 2
-"""Of each block of each module and layer and each half of the input."""
-_MOST_SHARES = 32
+"""Of each block of each module and layer."""
+_MOST_SHARES = 8
 
 
 class FewItem(NamedTuple):
     """module: its number. place: in the group. block: of the module's ranks. share: of this thread block's half of the
-    input, and of the block's tokens when the shares are added up.
+    input.
     """
 
     module: Any
@@ -101,19 +101,29 @@ class FewItems:
             found = jnp.where(place == i, value, found)
         return found
 
-    def y_row(self, place, block, share):
-        """First row of this thread block's part of an item's y, for all tokens, in global memory; after those of the
-        shares comes their sum.
-        """
-        number = ((block * len(self.blocks) + place) * (self.shares.count + 1) + share) * self.parts + self.part
-        return number * FEW_TOKENS
+    def own_block(self, n):
+        """The n-th block that this thread block multiplies with B."""
+        return n * self.parts + self.part
 
-    def y_rows(self, place, block, share):
-        return pl.ds(self.y_row(place, block, share), FEW_TOKENS)
+    @property
+    def summands(self) -> int:
+        """Of a y: the shares of both thread blocks of a pair."""
+        return self.shares.count * self.parts
+
+    def summand(self, share):
+        """Which one is this thread block's."""
+        return share * self.parts + self.part
+
+    def y_row(self, place, block, summand):
+        """First row of a summand of y for all tokens, in global memory; after the last one comes their sum."""
+        return ((block * len(self.blocks) + place) * (self.summands + 1) + summand) * FEW_TOKENS
+
+    def y_rows(self, place, block, summand):
+        return pl.ds(self.y_row(place, block, summand), FEW_TOKENS)
 
     def signal(self, layer, layers: int, module, block):
-        """Which signal counts the shares that are there; the next one counts the parts of their sum."""
-        return (((block * layers + layer) * len(MODULES) + module) * self.parts + self.part) * SIGNALS
+        """Which signal counts the summands that are there; the next one counts the parts of their sum."""
+        return ((block * layers + layer) * len(MODULES) + module) * SIGNALS
 
 
 @dataclasses.dataclass(frozen=True)

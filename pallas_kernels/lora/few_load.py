@@ -30,8 +30,9 @@ class FewLoad:
     w_tiles: what copies write. full: by warpgroup that multiplies, barriers of its stages. empty: barriers of all.
 
     first: stage of the input that this thread block's half begins with. order: of that half. stripes: of the outputs.
-    wait_slots: until slots that are not filled blindly may be. wait_y: until the y of a block of the pair's module is
-    there. done_with_y: to be called for each block after that.
+    deltas: blocks whose y this thread block multiplies with B. wait_slots: until slots that are not filled blindly may
+    be. wait_y: until the y of a block of the pair's module is there. done_with_y: to be called for each block after
+    that.
     """
 
     ring: FewRing
@@ -53,6 +54,7 @@ class FewLoad:
     order: FewOrder
     stripes: PairStripes
     items: FewItems
+    deltas: Any
     wait_slots: Callable
     wait_y: Callable
     done_with_y: Callable
@@ -63,8 +65,10 @@ class FewLoad:
         @pl.when(self.warp == 0)
         def _():
             self._stages(self._base_stage, lambda: self._no_a, self._ys)
-            blocks = self.items.blocks_of(self.stripes.place)
-            pl.loop(0, jnp.where(self.stripes.pass_of(0)[1] > 0, blocks, 0))(self.done_with_y)
+
+            @pl.loop(0, jnp.where(self.stripes.pass_of(0)[1] > 0, self.deltas, 0))
+            def _(n):
+                self.done_with_y(self.items.own_block(n))
 
         pl.when(self.warp > 0)(lambda: self._stages(self._nothing, self._a, self._b))
 
@@ -93,7 +97,7 @@ class FewLoad:
             pl.loop(order.blind + order.shared, order.count)(lambda place: base(place, place + order.more))
             load_deltas(0, begin, stripe_count, self.full[0], order.more + order.count)
 
-        issued = jnp.where(stripe_count > 0, order.more + order.count + self._deltas, 0)
+        issued = jnp.where(stripe_count > 0, order.more + order.count + self.deltas, 0)
         for number in range(1, self.stripes.stripes.passes):
             begin, stripe_count = self.stripes.pass_of(number)
             full = self.full[number % len(self.full)]
@@ -106,15 +110,11 @@ class FewLoad:
 
                 load_deltas(number, begin, stripe_count, full, issued + order.count)
 
-            issued += jnp.where(stripe_count > 0, order.count + self._deltas, 0)
+            issued += jnp.where(stripe_count > 0, order.count + self.deltas, 0)
 
         @pl.loop(jnp.maximum(issued - self.ring.slots, 0), issued)
         def _(i):
             plgpu.barrier_wait(self.empty.at[lax.rem(i, jnp.int32(self.ring.slots))])
-
-    @property
-    def _deltas(self):
-        return self.items.blocks_of(self.stripes.place)
 
     def _claim(self, issued, full, num_bytes):
         """The slot of the `issued`-th stage, as soon as it is empty, and its barrier. num_bytes: that this warp will
@@ -198,12 +198,13 @@ class FewLoad:
     def _ys(self, number: int, begin, stripe_count, full, before) -> None:
         del begin, stripe_count
 
-        @pl.loop(0, self.items.blocks_of(self.stripes.place))
+        @pl.loop(0, self.deltas)
         def _(n):
             slot, barrier = self._claim(before + n, full, STAGE_CHUNKS * _TILE_BYTES)
+            block = self.items.own_block(n)
             if number == 0:
-                self.wait_y(n)
-            source = self.ys.at[self.items.y_rows(self.stripes.place, n, self.items.shares.count)]
+                self.wait_y(block)
+            source = self.ys.at[self.items.y_rows(self.stripes.place, block, self.items.summands)]
             self._copy(source, self.x_ring.at[self.ring.tokens(slot)], barrier, jnp.bool_(True))
             self._fill(barrier, "delta")
 
@@ -252,11 +253,11 @@ class FewLoad:
 
     def _b(self, number: int, begin, stripe_count, full, before) -> None:
         """Where its tiles lie is read one block ahead."""
-        blocks = self.items.blocks_of(self.stripes.place)
         span = max(self.ring.tiles.geometry.out_tiles(m) for m in self.stripes.modules)
 
         def fetch(n):
-            return self._granules(self.stripes.module, jnp.maximum(jnp.minimum(n, blocks - 1), 0), B_TILE)
+            n = jnp.maximum(jnp.minimum(n, self.deltas - 1), 0)
+            return self._granules(self.stripes.module, self.items.own_block(n), B_TILE)
 
         def block_body(n, granules):
             ahead = fetch(n + 1)
@@ -273,4 +274,4 @@ class FewLoad:
                     self._if(wanted & (i < stripe_count), copy)
             return ahead
 
-        lax.fori_loop(0, blocks, block_body, fetch(jnp.int32(0)))
+        lax.fori_loop(0, self.deltas, block_body, fetch(jnp.int32(0)))

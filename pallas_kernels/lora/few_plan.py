@@ -1,9 +1,10 @@
 """What a step with few adapters works on: the ranks of all adapters side by side, as if they were one adapter's.
 
-In every module of every layer the granules of the segments' adapters follow one another, in blocks of eight, those of
-large ranks first: then each begins at a multiple of what it takes (`few_ranks`), and which of its ranks are summed
-together does not depend on the others. The plan says where each granule's tiles lie in the pool, and which tokens each
-rank is for. It does not depend on the layer or group at hand, so XLA makes it once a step.
+In every module of every layer an adapter's granules are dealt out to two lists by turns, one for each thread block of a
+pair. In each the segments' adapters follow one another, in blocks of eight granules, those of large ranks first: then
+each begins at a multiple of what it takes (half of `few_ranks`), and which of its ranks are summed together does not
+depend on the others. The plan says where each granule's tiles lie in the pool, and which tokens each rank is for. It
+does not depend on the layer or group at hand, so XLA makes it once a step.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.geometry import GROUPS, MODULES, TILE_RANKS, Geometry
 from pallas_kernels.lora.config import CLUSTER, few_ranks
 from pallas_kernels.lora.few_items import SIGNALS
-from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS
+from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, ceil_div
 from pallas_kernels.lora.plan import largest_first
 from pallas_kernels.lora.table import AdapterTable, section_starts
 
@@ -28,10 +29,10 @@ RECORD = 8
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FewPlan:
-    """N blocks of eight granules at most.
+    """N blocks of eight granules at most, of the first list, of the second, of the first and so on.
 
-    records: of each granule, see above; tiles are counted from the beginning of the adapter's image. count: granules,
-    unused ones between adapters included. ranks: of each rank, which tokens it is for, from the first to before the
+    records: of each granule, see above; tiles are counted from the beginning of the adapter's image. count: blocks, the
+    same number of both lists. ranks: of each rank, which tokens it is for, from the first to before the
     last, and their adapter's scaling; no token for ranks that are not in use. Where there are more granules than fit,
     the scaling is NaN. signals: zeros, which the kernel counts in and puts back, see FewItems.signal.
     """
@@ -51,23 +52,26 @@ def make_few_plan(
     blocks: int,
     geometry: Geometry,
 ) -> FewPlan:
-    """The plan of a step, with room for so many blocks."""
-    layers, modules, room = geometry.num_layers, len(MODULES), blocks * STAGE_CHUNKS
+    """The plan of a step, with room for so many blocks, an even number."""
+    layers, modules, room = geometry.num_layers, len(MODULES), blocks // CLUSTER * STAGE_CHUNKS
     adapter = jnp.maximum(seg_adapter, 0)
     live = (seg_adapter >= 0) & (seg_start[1:] > seg_start[:-1])
     granules = table.granules[adapter]  # [S, L, 7]
     own = jnp.where(live[:, None, None], granules, 0)
-    taken = few_ranks(own * TILE_RANKS) // TILE_RANKS
+    taken = few_ranks(own * TILE_RANKS) // TILE_RANKS // CLUSTER  # of each list
     start = jax.vmap(jax.vmap(largest_first, -1, -1), -1, -1)(taken, taken)
     total = jnp.sum(taken, axis=0, dtype=jnp.int32)
     place = jnp.arange(room, dtype=jnp.int32)
     is_of = (place >= start[..., None]) & (place < (start + taken)[..., None])
     segment = jnp.sum(
         jnp.where(is_of, jnp.arange(len(seg_adapter))[:, None, None, None], 0), axis=0, dtype=jnp.int32
-    )  # [L, 7, G]
+    )  # [L, 7, room]
     of_layer = jnp.arange(layers)[:, None, None], jnp.arange(modules)[:, None]
-    within = place - start[segment, *of_layer]
-    used = jnp.any(is_of, axis=0) & (within < own[segment, *of_layer])
+    within = CLUSTER * (place - start[segment, *of_layer])
+    # From here on [L, 7, granules of both lists], block by block.
+    within = _by_blocks(jnp.stack([within + i for i in range(CLUSTER)], axis=2))
+    segment, is_used = (_by_blocks(jnp.stack([of] * CLUSTER, axis=2)) for of in (segment, jnp.any(is_of, axis=0)))
+    used = is_used & (within < own[segment, *of_layer])
 
     page_start = table.page_start[adapter[segment]]
     fields = {PAGE_START: page_start, IS_USED: used}
@@ -92,11 +96,18 @@ def make_few_plan(
     zero = jnp.minimum(seg_start[0], 0)
     return FewPlan(
         records=records.reshape(layers, modules, blocks, STAGE_CHUNKS, RECORD),
-        count=jnp.minimum(total, room),
+        count=CLUSTER * ceil_div(jnp.minimum(total, room), jnp.int32(STAGE_CHUNKS)),
         ranks=ranks,
         page_ids=table.pages.astype(jnp.int32),
-        signals=jnp.full(layers * modules * blocks * CLUSTER * SIGNALS, zero, jnp.int32),
+        signals=jnp.full(layers * modules * blocks * SIGNALS, zero, jnp.int32),
     )
+
+
+def _by_blocks(lists):
+    """[L, 7, lists, granules] as [L, 7, all granules], a block of each list by turns."""
+    layers, modules, number, granules = lists.shape
+    blocks = lists.reshape(layers, modules, number, granules // STAGE_CHUNKS, STAGE_CHUNKS)
+    return blocks.swapaxes(2, 3).reshape(layers, modules, number * granules)
 
 
 def _first_tiles(granules: Int[Array, "S L 7"], geometry: Geometry) -> tuple[Int[Array, "S L 7"], Int[Array, "S L 7"]]:

@@ -2,8 +2,8 @@
 
 Reading W takes the time of such a step, and whatever is a launch of its own comes on top. Here y goes on like more
 columns of x, zero for tokens of other adapters, and B like more rows of W. A pair of thread blocks takes stripes of 64
-outputs and halves the input between them: each has a y of its half, because the sum of both is that of the whole. They
-add up through distributed shared memory, each half of the outputs.
+outputs and halves the input between them, and the ranks. They add up through distributed shared memory, each half of
+the outputs.
 
 A is read once. A block of 64 ranks is shrunk by many pairs: each multiplies its share of the input, among the first
 stages that it has, with W and with A. Their sums go to global memory, where each adds all of them up for a part of the
@@ -30,7 +30,7 @@ from pallas_kernels.lora.few_load import FewLoad
 from pallas_kernels.lora.few_plan import FIRST, LAST, SCALE, FewPlan
 from pallas_kernels.lora.few_ring import TOKEN_PARTS, FewRing
 from pallas_kernels.lora.few_stripes import Stripes
-from pallas_kernels.lora.mosaic_common import SHARED_BYTES, STAGE_CHUNKS, STAGE_ROWS, ChunkSource, ceil_div
+from pallas_kernels.lora.mosaic_common import SHARED_BYTES, STAGE_ROWS, ChunkSource, ceil_div
 from pallas_kernels.lora.pair_sum import PairSum
 from pallas_kernels.lora.signals import await_signals, put_back, signal, wait_signals
 from pallas_kernels.paged_attention.decode_schedule import sm_count
@@ -66,7 +66,7 @@ def few_matmul(x, w, pages, plan: FewPlan, layer, *, group: str, geometry: Geome
     shares = Shares(1, 1, blocks) if interpret else Shares.of(stripes, blocks, x.shape[1] // TILE_COLS // CLUSTER)
     number = jnp.concatenate([layer, jnp.full(1, x.shape[0], jnp.int32)])
     args = (x, w, tiles.view_of_pool(pages), plan.records, plan.ranks, plan.count, plan.page_ids, plan.signals, number)
-    rows = blocks * len(GROUPS[group]) * (shares.count + 1) * parts * FEW_TOKENS
+    rows = blocks * len(GROUPS[group]) * (shares.count * parts + 1) * FEW_TOKENS
     ys = jax.ShapeDtypeStruct((rows, STAGE_ROWS), x.dtype)
     out = jax.ShapeDtypeStruct((x.shape[0], w.shape[2]), x.dtype)
     options: dict[str, Any] = dict(ring=ring, stripes=stripes, shares=shares)
@@ -80,9 +80,8 @@ def few_matmul(x, w, pages, plan: FewPlan, layer, *, group: str, geometry: Geome
 def _launch(*args, ring: FewRing, stripes: Stripes, shares: Shares, out, interpret=None):
     stages, dtype, width = args[0].shape[1] // TILE_COLS, out[0].dtype, stripes.width
     layers, blocks = args[3].shape[0], args[3].shape[2]
-    all_shares = shares.count
     pairs, parts = (len(stripes.parts), 1) if interpret else (CLUSTERS, CLUSTER)
-    columns = TILE_COLS // parts
+    columns, summands = TILE_COLS // parts, shares.count * parts
 
     def body(
         x_ref,
@@ -117,7 +116,7 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: Shares, out, interpr
         count = jnp.minimum(stages - first, half)
         items = FewItems(
             stripes=mine,
-            blocks=[ceil_div(counts[layer, m], STAGE_CHUNKS) for m in mine.modules],
+            blocks=[counts[layer, m] for m in mine.modules],
             shares=shares,
             pair=pair,
             part=part,
@@ -125,7 +124,7 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: Shares, out, interpr
             own=bool(interpret),
         )
         order = FewOrder.of(items, count, ring.slots)
-        deltas = items.blocks_of(mine.place)
+        deltas = lax.div(items.blocks_of(mine.place), jnp.int32(parts))
 
         def y_signal(block):
             """Counts the parts of a block's y."""
@@ -135,11 +134,11 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: Shares, out, interpr
             if interpret:
                 plgpu.barrier_wait(has_y.at[block])
             else:
-                wait_signals(signals, y_signal(block), all_shares)
+                wait_signals(signals, y_signal(block), summands)
 
         def done_with_y(block):
             if not interpret:
-                put_back(signals, y_signal(block), all_shares + mine.users)
+                put_back(signals, y_signal(block), summands + mine.users)
 
         @pl.when(wg == _WARPGROUPS)
         def load():
@@ -167,6 +166,7 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: Shares, out, interpr
                     order=order,
                     stripes=mine,
                     items=items,
+                    deltas=deltas,
                     wait_slots=lambda: plgpu.barrier_wait(cleared),
                     wait_y=wait_y,
                     done_with_y=done_with_y,
@@ -246,25 +246,26 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: Shares, out, interpr
             token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_WGMMA).astype(jnp.float32)
             y[...] = jnp.where((token >= first) & (token < last), found * scale, 0.0).astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(y, ys.at[items.y_rows(item.place, item.block, item.share)])
+            plgpu.copy_smem_to_gmem(y, ys.at[items.y_rows(item.place, item.block, items.summand(item.share))])
             plgpu.wait_smem_to_gmem(0)
             if not interpret:
                 signal(signals, items.signal(layer, layers, item.module, item.block))
             free(y_slot(j))
 
         def add_up(j):
-            """A part of the tokens' y of the block of the pair's j-th item, of all shares."""
+            """Some tokens' y of the block of the pair's j-th item."""
             item = items.item(j)
             signal_of = items.signal(layer, layers, item.module, item.block)
             if not interpret:
-                await_signals(signals, signal_of, all_shares)
-            size = FEW_TOKENS // all_shares
+                await_signals(signals, signal_of, summands)
+            size = FEW_TOKENS // summands
 
-            def rows(share):
-                return pl.ds(items.y_row(item.place, item.block, share) + item.share * size, size)
+            def rows(summand):
+                first = items.y_row(item.place, item.block, summand) + items.summand(item.share) * size
+                return pl.ds(first, size)
 
-            total = sum(ys[rows(share), :].astype(jnp.float32) for share in range(all_shares))
-            ys[rows(all_shares), :] = total.astype(dtype)
+            total = sum(ys[rows(summand), :].astype(jnp.float32) for summand in range(summands))
+            ys[rows(summands), :] = total.astype(dtype)
             if interpret:
                 plgpu.barrier_arrive(has_y.at[item.block])
             else:

@@ -14,7 +14,15 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry, ceil_div
 from pallas_kernels.lora import kernel_few_sm90, kernel_gated_sm90, kernel_matmul_sm90
-from pallas_kernels.lora.config import MOST_FEW, SHORT_SEGMENT, SHORT_STEP, LoraConfig, chunk_tiles, default_config
+from pallas_kernels.lora.config import (
+    CLUSTER,
+    MOST_FEW,
+    SHORT_SEGMENT,
+    SHORT_STEP,
+    LoraConfig,
+    chunk_tiles,
+    default_config,
+)
 from pallas_kernels.lora.few_plan import make_few_plan
 from pallas_kernels.lora.kernel_add_sm90 import add
 from pallas_kernels.lora.kernel_expand_sm90 import expand
@@ -250,7 +258,7 @@ def few_sm90(
     that all segments' adapters take in a module, see few_ranks.
     """
     where, geometry = jnp.asarray(layer, jnp.int32).reshape(1), adapters.geometry
-    blocks = ceil_div(most_ranks, STAGE_ROWS)
+    blocks = CLUSTER * ceil_div(most_ranks, CLUSTER * STAGE_ROWS)
     plan = _make_few_plan(adapters.table, seg_start, seg_adapter, blocks=blocks, geometry=geometry)
     return _few(x, weights, pages, plan, where, group=group, geometry=geometry, interpret=interpret)
 

@@ -95,7 +95,7 @@ def test_interpreted(g, ranks, lengths, adapters, group, padding):
     ranks=st.lists(st.lists(st.integers(0, 60), min_size=7, max_size=7), min_size=4, max_size=4),
     lengths=st.lists(st.integers(0, 9), min_size=1, max_size=8),
     chosen=st.lists(st.integers(-1, 3), min_size=8, max_size=8),
-    blocks=st.sampled_from([2, 5]),
+    blocks=st.sampled_from([2, 4]),
     seed=st.integers(0, 99),
 )
 def test_plan_finds_every_granule(ranks, lengths, chosen, blocks, seed):
@@ -126,18 +126,22 @@ def test_plan_finds_every_granule(ranks, lengths, chosen, blocks, seed):
 
     for layer, m in np.ndindex(g.num_layers, len(MODULES)):
         users = [(s, a) for s, a in enumerate(adapters) if a >= 0 and lengths[s]]
-        owned = []
+        lists = [], []
         for s, a in sorted(users, key=lambda user: -few_ranks(ranks[user[1]][m])):
-            taken, own = few_ranks(ranks[a][m]), -(-ranks[a][m] // 8)
-            assert taken in (0, 16, 32) or taken % 64 == 0
-            assert not taken or 8 * len(owned) % min(taken, 64) == 0
-            owned += [(s, a, n) for n in range(own)] + [None] * (taken // 8 - own)
-        assert count[layer, m] == min(len(owned), 8 * blocks)
-        scale = scales[layer, m]
-        if len(owned) > 8 * blocks:
+            taken, own = few_ranks(ranks[a][m]) // 2, -(-ranks[a][m] // 8)
+            assert taken in (0, 8, 16) or taken % 32 == 0
+            for i, owned in enumerate(lists):
+                assert not taken or 8 * len(owned) % min(taken, 32) == 0
+                numbers = range(i, own, 2)
+                owned += [(s, a, n) for n in numbers] + [None] * (taken // 8 - len(numbers))
+        most, scale = len(lists[0]), scales[layer, m]
+        assert count[layer, m] == 2 * min(-(-most // 8), blocks // 2)
+        if most > 4 * blocks:
             assert np.isnan(scale[scale != 0]).all() and np.isnan(scale).any()
             continue
-        for n, one in enumerate(owned):
+        for n in range(8 * blocks):
+            owned, at = lists[n // 8 % 2], n // 16 * 8 + n % 8
+            one = owned[at] if at < most else None
             record, its = records[layer, m, n], slice(8 * n, 8 * n + 8)
             assert record[IS_USED] == (one is not None)
             if one is None:
@@ -153,9 +157,6 @@ def test_plan_finds_every_granule(ranks, lengths, chosen, blocks, seed):
             assert set(first[layer, m, its]) == {batch.seg_start[s]}
             assert set(last[layer, m, its]) == {batch.seg_start[s + 1]}
             np.testing.assert_array_equal(scale[its], batch.scaling[a, layer, m])
-        rest = slice(8 * len(owned), None)
-        assert not records[layer, m, len(owned) :, IS_USED].any()
-        assert (first[layer, m, rest] >= last[layer, m, rest]).all()
 
 
 @given(hidden=st.integers(1, 130), kv=st.integers(1, 40), mlp=st.integers(1, 450), group=st.sampled_from(list(GROUPS)))
@@ -230,11 +231,11 @@ def test_pairs_take_every_item(widths, group, blocks, stages):
 
 
 @pytest.mark.parametrize("name", ["7b", "8b"])
-@pytest.mark.parametrize("group, wanted", [("qkv", 8), ("o", 32), ("gu", 16), ("down", 32)])
-def test_no_pair_shrinks_twice(name, group, wanted):
+@pytest.mark.parametrize("group", GROUPS)
+def test_no_pair_shrinks_twice(name, group):
     g = _GEOMETRY[name]
     shares = Shares.of(Stripes.of(g, group), 2, g.in_tiles(GROUPS[group][0]) // 2)
-    assert (shares.count, shares.most_each) == (wanted, 1)
+    assert (shares.count, shares.most_each) == (8, 1)
 
 
 @given(count=st.integers(1, 99), slots=st.integers(2, 12), shares=st.sampled_from([1, 2, 8]), items=st.integers(0, 3))
