@@ -8,12 +8,12 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.geometry import MODULES, ceil_div
-from pallas_kernels.lora.config import FEW_TOKENS
+from pallas_kernels.lora.config import CLUSTER, FEW_TOKENS
 from pallas_kernels.lora.few_stripes import PairStripes, Stripes
 
 SIGNALS = 2
 """Of each block of each module and layer."""
-_MOST_SHARES = 8
+_MOST_SHARES = 16
 
 
 class FewItem(NamedTuple):
@@ -29,26 +29,40 @@ class FewItem(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
-    """Every block of ranks of each of the group's modules has one item for each share of the depth. Pairs take items by
-    turns, so that all that one takes have the same share: that whose activations it multiplies first.
+    """Every block of ranks of each of the group's modules has one item for each share of the depth. So many neighbours
+    among the pairs have the same share: that whose activations they multiply first. They take blocks by turns.
 
-    count: shares. turn: pairs that take one before the first one takes its second. most_each: items of a pair at most.
+    count: shares. neighbours: with the same share. most_each: items of a pair at most. longest: stages of a share at
+    most. slots: of the ring, for A of one item.
     """
 
     count: int
-    turn: int
+    neighbours: int
     most_each: int
+    longest: int
+    slots: int
 
     @classmethod
     def of(cls, stripes: Stripes, blocks: int, stages: int) -> "Shares":
-        """blocks: of each module, at most. stages: of a half of the input, at least. A power of two, so that tokens are
-        shared evenly, and as many as leave one item for each pair.
+        """blocks: of each module, at most. stages: of the input. A power of two, so that tokens are shared evenly, and
+        as many as leave one item for each pair.
         """
         blocks *= len(stripes.parts)
-        most = max(min(stages, _MOST_SHARES, stripes.users // blocks), 1)
+        most = max(min(stages // CLUSTER, _MOST_SHARES, stripes.users // blocks), 1)
         count = 1 << most.bit_length() - 1
-        turn = stripes.users // count * count
-        return cls(count, turn, ceil_div(blocks * count, turn))
+        neighbours = stripes.users // count
+        longest = ceil_div(ceil_div(stages, CLUSTER), count)
+        return cls(count, neighbours, ceil_div(blocks, neighbours), longest, ceil_div(longest, 1 + stripes.width))
+
+    @classmethod
+    def of_one(cls, blocks: int, stages: int, width: int) -> "Shares":
+        """The whole depth is one pair's."""
+        return cls(1, 1, blocks, stages, ceil_div(stages, 1 + width))
+
+    @property
+    def least_slots(self) -> int:
+        """Of the ring: A stays there until the share's last stage has been multiplied with it."""
+        return self.most_each * self.slots + self.longest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,8 +86,14 @@ class FewItems:
         """How many there are. A pair without stripes has none."""
         if self.own:
             return self.blocks_of(self.stripes.place)
-        total, turn = sum(self.blocks) * self.shares.count, jnp.int32(self.shares.turn)
-        return jnp.where(self.pair < turn, lax.div(jnp.maximum(total - self.pair, 0) + turn - 1, turn), 0)
+        total, turn = sum(self.blocks), jnp.int32(self.shares.neighbours)
+        count = lax.div(jnp.maximum(total - self._first_block, 0) + turn - 1, turn)
+        return jnp.where(self.pair < self.shares.count * self.shares.neighbours, count, 0)
+
+    @property
+    def _first_block(self):
+        """Of the group's, which of the modules follow one another."""
+        return lax.rem(self.pair, jnp.int32(self.shares.neighbours))
 
     def blocks_of(self, place):
         """Blocks of a module."""
@@ -83,7 +103,7 @@ class FewItems:
         """The pair's j-th."""
         if self.own:
             return FewItem(self.stripes.module, self.stripes.place, jnp.int32(j), self.share)
-        block = lax.div(self.pair + j * self.shares.turn, jnp.int32(self.shares.count))
+        block = self._first_block + j * self.shares.neighbours
         ends = [sum(self.blocks[: i + 1]) for i in range(len(self.blocks))]
         place = sum((jnp.where(block >= end, 1, 0) for end in ends[:-1]), jnp.int32(0))
         within = block - self._at(place, [jnp.int32(0), *ends[:-1]])
@@ -91,8 +111,8 @@ class FewItems:
 
     @property
     def share(self):
-        """Of all the pair's items."""
-        return lax.rem(self.pair, jnp.int32(self.shares.count))
+        """Of all the pair's items. Pairs that are left over have one, too, but no items."""
+        return jnp.minimum(lax.div(self.pair, jnp.int32(self.shares.neighbours)), self.shares.count - 1)
 
     @staticmethod
     def _at(place, values: list):
@@ -128,42 +148,38 @@ class FewItems:
 
 @dataclasses.dataclass(frozen=True)
 class FewOrder:
-    """In which order a thread block takes the stages of its half of the input, and where A's stages stand among these.
+    """In which order a thread block takes the stages of its half of the input, and where A stands among these.
 
-    `blind` stages are asked for before it is known what adapters there are. Then come those of the pair's share, each
-    followed by a stage of A for each of its items, and then all others, the input's beginning after its end.
+    `blind` stages are asked for before it is known what adapters there are. Then comes A of the pair's share, several
+    stages of it in a slot, then the stages of the share and all others, the input's beginning after its end.
 
     count: stages of the half. first: of the share. shared: how many the share has, none if the pair has no items.
-    items: of the pair.
+    a_slots: of the ring, for A of all items.
     """
 
     count: Any
     first: Any
     blind: Any
     shared: Any
-    items: Any
+    a_slots: Any
 
     @classmethod
     def of(cls, items: FewItems, count, slots: int) -> "FewOrder":
         share, shares = items.share, jnp.int32(items.shares.count)
         first, end = (lax.div((share + i) * count, shares) for i in (0, 1))
         blind = jnp.minimum(slots // 2, count - (end - first))
-        return cls(count, first, blind, jnp.where(items.count > 0, end - first, 0), items.count)
+        its = items.count
+        return cls(count, first, blind, jnp.where(its > 0, end - first, 0), its * items.shares.slots)
 
     def stage(self, place):
         """Which stage of the half is the `place`-th."""
         return lax.rem(self.first - self.blind + place + self.count, self.count)
 
-    def of_share(self, k):
-        """Where the k-th stage of the share stands in the ring; A's stages stand behind it."""
-        return self.blind + k * (1 + self.items)
+    def ring(self, place):
+        """The number of that stage among all that go through the ring."""
+        return place + jnp.where(place < self.blind, 0, self.a_slots)
 
     @property
-    def rest(self):
-        """Where the first stage after the share's stands, which is the `blind + shared`-th."""
-        return self.of_share(self.shared)
-
-    @property
-    def more(self):
-        """Stages of A."""
-        return self.shared * self.items
+    def stages(self):
+        """That go through the ring."""
+        return self.count + self.a_slots

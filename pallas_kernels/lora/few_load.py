@@ -26,8 +26,9 @@ _TILE_BYTES = 2 * TILE_RANKS * TILE_COLS
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FewLoad:
-    """Of one warp. x, w, pool, records, page_ids, ys: in global memory, see FewPlan and FewItems. x_ring, w_ring,
-    w_tiles: what copies write. full: by warpgroup that multiplies, barriers of its stages. empty: barriers of all.
+    """Of one warp. x, w, pool, records, page_ids, ys: in global memory, see FewPlan and FewItems. slots, slot_tiles: of
+    the ring, as operands and for copies of granules' tiles. full: by warpgroup that multiplies, barriers of its stages.
+    empty: barriers of all.
 
     first: stage of the input that this thread block's half begins with. order: of that half. stripes: of the outputs.
     deltas: blocks whose y this thread block multiplies with B. wait_slots: until slots that are not filled blindly may
@@ -43,9 +44,8 @@ class FewLoad:
     records: Any
     page_ids: Any
     ys: Any
-    x_ring: Any
-    w_ring: Any
-    w_tiles: Any
+    slots: Any
+    slot_tiles: Any
     full: tuple
     empty: Any
     layer: Any
@@ -76,28 +76,25 @@ class FewLoad:
         """Each is called with barriers and with the number of stages before; `a_of_share` returns what is."""
         order, (begin, stripe_count) = self.order, self.stripes.pass_of(0)
 
-        def base(place, issued):
-            load_base(order.stage(place), begin, stripe_count, self.full[0], issued)
+        def base(place):
+            load_base(order.stage(place), begin, stripe_count, self.full[0], order.ring(place))
 
         @pl.when(stripe_count > 0)
         def _():
-            pl.loop(0, order.blind)(lambda place: base(place, place))
+            pl.loop(0, order.blind)(base)
             self.wait_slots()
 
             @pl.when(order.shared > 0)
             def _():
                 load_a = a_of_share()
+                for j in range(self.items.shares.most_each):
+                    for i in range(self.items.shares.slots):
+                        pl.when(j < self.items.count)(functools.partial(load_a, j, i))
 
-                @pl.loop(0, order.shared)
-                def _(k):
-                    base(order.blind + k, order.of_share(k))
-                    for j in range(self.items.shares.most_each):
-                        pl.when(j < order.items)(functools.partial(load_a, j, k, order.of_share(k) + 1 + j))
+            pl.loop(order.blind, order.count)(base)
+            load_deltas(0, begin, stripe_count, self.full[0], order.stages)
 
-            pl.loop(order.blind + order.shared, order.count)(lambda place: base(place, place + order.more))
-            load_deltas(0, begin, stripe_count, self.full[0], order.more + order.count)
-
-        issued = jnp.where(stripe_count > 0, order.more + order.count + self.deltas, 0)
+        issued = jnp.where(stripe_count > 0, order.stages + self.deltas, 0)
         for number in range(1, self.stripes.stripes.passes):
             begin, stripe_count = self.stripes.pass_of(number)
             full = self.full[number % len(self.full)]
@@ -153,7 +150,7 @@ class FewLoad:
         columns = pl.ds((self.first + stage) * TILE_COLS, TILE_COLS)
 
         def copy(row, size, wanted):
-            target = self.x_ring.at[pl.ds(slot * FEW_TOKENS + row, size)]
+            target = self.slots.at[pl.ds(self.ring.tokens(slot).start + row, size)]
             self._copy(self.x.at[pl.ds(row, size), columns], target, barrier, wanted)
 
         self._if(self.tokens == FEW_TOKENS, lambda wanted: copy(0, FEW_TOKENS, wanted))
@@ -166,9 +163,12 @@ class FewLoad:
     def _token_bytes(self):
         return lax.div(self.tokens, jnp.int32(TILE_RANKS)) * _TILE_BYTES
 
-    def _no_a(self, j, k, issued) -> None:
-        del j, k
-        _, barrier = self._claim(issued, self.full[0], 0)
+    def _a_slot(self, j, i):
+        """Number of the i-th slot of A of the pair's j-th item among all that go through the ring."""
+        return self.order.blind + j * self.items.shares.slots + i
+
+    def _no_a(self, j, i) -> None:
+        _, barrier = self._claim(self._a_slot(j, i), self.full[0], 0)
         self._fill(barrier, "shrink")
 
     def _base_stage(self, k, begin, stripe_count, full, issued) -> None:
@@ -180,7 +180,7 @@ class FewLoad:
 
             def copy_weights(wanted, i=i):
                 outputs = pl.ds((self.stripes.first + begin + i) * TILE_COLS, TILE_COLS)
-                target = self.w_ring.at[self.ring.weights(slot, i)]
+                target = self.slots.at[self.ring.weights(slot, i)]
                 self._copy(self.w.at[self.layer, rows, outputs], target, barrier, wanted)
 
             self._if(i < stripe_count, copy_weights)
@@ -205,7 +205,7 @@ class FewLoad:
             if number == 0:
                 self.wait_y(block)
             source = self.ys.at[self.items.y_rows(self.stripes.place, block, self.items.summands)]
-            self._copy(source, self.x_ring.at[self.ring.tokens(slot)], barrier, jnp.bool_(True))
+            self._copy(source, self.slots.at[self.ring.tokens(slot)], barrier, jnp.bool_(True))
             self._fill(barrier, "delta")
 
     def _granules(self, module, block, kind: int) -> list:
@@ -223,31 +223,33 @@ class FewLoad:
         tiles = self.ring.tiles
         pages = tiles.pages(first, span, known, page_start, self.page_ids)
         index = tiles.locate(first + jnp.where(wanted, tile, 0), pages)
-        tiles.copy(self.pool, index, self.w_tiles, row, barrier, wanted)
+        tiles.copy(self.pool, index, self.slot_tiles, row, barrier, wanted)
 
     def _used(self, granules) -> list:
         used = zip(self._mine(), granules, strict=True)
         return [(g < STAGE_CHUNKS) & (is_used > 0) for g, (_, _, is_used, *_) in used]
 
     def _a(self) -> Callable:
-        """Of the pair's items, the function that copies A: of the j-th one, for the k-th stage of the share."""
+        """Of the pair's items, the function that copies A: to the i-th slot of the j-th one."""
         items = [self.items.item(j) for j in range(self.items.shares.most_each)]
         blocks = self.records.shape[2]
         granules = [self._granules(item.module, jnp.minimum(item.block, blocks - 1), A_TILE) for item in items]
         used = [self._used(of_item) for of_item in granules]
-        num_bytes = [sum(jnp.where(u, _TILE_BYTES, 0) for u in of_item) for of_item in used]
-        span = self.ring.tiles.geometry.in_tiles(self.stripes.modules[0])
+        span, tiles = self.ring.tiles.geometry.in_tiles(self.stripes.modules[0]), 1 + self.ring.width
 
-        def load(j, k, issued):
-            slot, barrier = self._claim(issued, self.full[0], num_bytes[j])
-            for g, granule, wanted in zip(self._mine(STAGE_CHUNKS - 1), granules[j], used[j], strict=True):
+        def load(j, i):
+            stages = jnp.minimum(self.order.shared - i * tiles, tiles)
+            num_bytes = sum(jnp.where(u, _TILE_BYTES, 0) for u in used[j]) * stages
+            slot, barrier = self._claim(self._a_slot(j, i), self.full[0], jnp.maximum(num_bytes, 0))
+            for k in range(tiles):
+                for g, granule, wanted in zip(self._mine(STAGE_CHUNKS - 1), granules[j], used[j], strict=True):
 
-                def copy(wanted, g=g, granule=granule):
-                    row = slot * self.ring.width * STAGE_CHUNKS + g
-                    tile = self.first + self.order.stage(self.order.blind + k)
-                    self._copy_tile(granule, tile, span, row, barrier, wanted)
+                    def copy(wanted, k=k, g=g, granule=granule):
+                        row = (slot * tiles + k) * STAGE_CHUNKS + g
+                        tile = self.first + self.order.stage(self.order.blind + i * tiles + k)
+                        self._copy_tile(granule, tile, span, row, barrier, wanted)
 
-                self._if(wanted, copy)
+                    self._if(wanted & (k < stages), copy)
 
         return load
 
@@ -268,7 +270,7 @@ class FewLoad:
                 for g, granule, wanted in zip(self._mine(STAGE_CHUNKS - 1), granules, used, strict=True):
 
                     def copy(wanted, i=i, g=g, granule=granule):
-                        row = (slot * self.ring.width + i) * STAGE_CHUNKS + g
+                        row = (slot * (1 + self.ring.width) + 1 + i) * STAGE_CHUNKS + g
                         self._copy_tile(granule, begin + i, span, row, barrier, wanted)
 
                     self._if(wanted & (i < stripe_count), copy)

@@ -1,19 +1,19 @@
 """The ring in shared memory of the kernel for few adapters.
 
-A slot holds 64 columns of all tokens' activations and as many rows of the base weights of each stripe of outputs; or as
-many columns of a block of A, to be multiplied with the activations of a slot before; or a block's y and its 64 ranks of
-B. What B does not fill has other weights or zeros: it must be finite.
+A slot holds tiles of 64 rows and columns: activations of all tokens, and weights of each stripe of outputs. Or all of
+them are A, each of a stage that comes later. Or a block's y and its 64 ranks of B: what B does not fill has other
+weights or zeros, as it must be finite.
 """
 
 import dataclasses
 from typing import Any, Literal
 
+from jax import lax
+from jax import numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.geometry import TILE_COLS, ceil_div
-from pallas_kernels.lora.config import FEW_TOKENS
-from pallas_kernels.lora.mosaic_common import OPERAND, STAGE_CHUNKS, STAGE_ROWS, ChunkSource
+from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, STAGE_ROWS, ChunkSource
 from pallas_kernels.lora.short_ring import WARPS
 
 TOKEN_PARTS = (32, 16, 8)
@@ -36,23 +36,29 @@ class FewRing:
     @classmethod
     def of(cls, width: int, tiles: ChunkSource, shared_bytes: int) -> "FewRing":
         """Of so many bytes at most."""
-        slot = 2 * TILE_COLS * (FEW_TOKENS + width * STAGE_ROWS)
+        slot = 2 * (1 + width) * STAGE_ROWS * TILE_COLS
         return cls(slots=min(shared_bytes // slot, _MOST_SLOTS), width=width, tiles=tiles)
 
     def types(self, dtype) -> dict[str, Any]:
-        """Scratch types of activations and weights."""
-        return dict(
-            x_ring=plgpu.SMEM((self.slots * FEW_TOKENS, TILE_COLS), dtype, transforms=OPERAND),
-            w_ring=self.tiles.ring(self.slots * self.width * STAGE_ROWS, dtype),
-        )
+        """Scratch types."""
+        return dict(slots=self.tiles.ring(self.slots * (1 + self.width) * STAGE_ROWS, dtype))
+
+    def rows(self, slot, tile):
+        """Rows of a tile."""
+        return pl.ds((slot * (1 + self.width) + tile) * STAGE_ROWS, STAGE_ROWS)
 
     def tokens(self, slot):
         """Rows of activations."""
-        return pl.ds(slot * FEW_TOKENS, FEW_TOKENS)
+        return self.rows(slot, 0)
 
-    def weights(self, slot, stripe: int):
+    def weights(self, slot, stripe):
         """Rows of a stripe's weights."""
-        return pl.ds((slot * self.width + stripe) * STAGE_ROWS, STAGE_ROWS)
+        return self.rows(slot, 1 + stripe)
+
+    def a_tile(self, k):
+        """Where A of the k-th stage of a share lies: in which slot, and which tile of it."""
+        slot = lax.div(k, jnp.int32(1 + self.width))
+        return slot, k - slot * (1 + self.width)
 
     @property
     def _copies(self) -> dict[Kind, int]:
@@ -60,7 +66,7 @@ class FewRing:
         arrive all the same, so that none is left behind.
         """
         tokens, granules = 1 + len(TOKEN_PARTS), ADAPTER_WARPS * WARP_GRANULES
-        return dict(base=tokens + self.width, shrink=0, delta=1 + (self.width - 1) * granules)
+        return dict(base=tokens + self.width, shrink=self.width * granules, delta=1 + (self.width - 1) * granules)
 
     @property
     def arrivals(self) -> int:

@@ -13,6 +13,7 @@ A pair with many stripes goes through the input several times. Two warpgroups do
 and writes; the second one also brings y together, while the first one goes on. A third fills the ring.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -22,15 +23,15 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry
+from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry, ceil_div
 from pallas_kernels.lora.any_rows import any_rows
-from pallas_kernels.lora.config import CLUSTER, CLUSTERS, FEW_TOKENS
+from pallas_kernels.lora.config import CLUSTER, CLUSTERS, FEW_TOKENS, MOST_FEW
 from pallas_kernels.lora.few_items import FewItems, FewOrder, Shares
 from pallas_kernels.lora.few_load import FewLoad
 from pallas_kernels.lora.few_plan import FIRST, LAST, SCALE, FewPlan
 from pallas_kernels.lora.few_ring import TOKEN_PARTS, FewRing
 from pallas_kernels.lora.few_stripes import Stripes
-from pallas_kernels.lora.mosaic_common import SHARED_BYTES, STAGE_ROWS, ChunkSource, ceil_div
+from pallas_kernels.lora.mosaic_common import SHARED_BYTES, STAGE_ROWS, ChunkSource
 from pallas_kernels.lora.pair_sum import PairSum
 from pallas_kernels.lora.signals import await_signals, put_back, signal, wait_signals
 from pallas_kernels.paged_attention.decode_schedule import sm_count
@@ -41,7 +42,7 @@ _PART = TILE_COLS // CLUSTER
 _WGMMA = plgpu.Layout.WGMMA
 
 
-def unsupported(x, w, shrink: Geometry, expand: Geometry) -> str | None:
+def unsupported(x, w, shrink: Geometry, expand: Geometry, group: str) -> str | None:
     """Why the kernel cannot take what `lora_add` can, or None if it can. w: [layers, in, out]."""
     if not TILE_RANKS <= x.shape[0] <= FEW_TOKENS or x.shape[0] % TILE_RANKS:
         return f"{x.shape[0]} tokens are not 8, 16, ..., {FEW_TOKENS}"
@@ -51,21 +52,50 @@ def unsupported(x, w, shrink: Geometry, expand: Geometry) -> str | None:
         return "A and B are cut differently"
     if x.shape[1] < CLUSTER * TILE_COLS:
         return f"an input of {x.shape[1]} is too narrow to be halved"
+    ring, shares = _ring_and_shares(expand, group, x.shape[1], few_blocks(MOST_FEW))
+    if shares.least_slots > ring.slots:
+        return (
+            f"an input of {x.shape[1]} is too wide for the pairs of thread blocks that {w.shape[2]} outputs keep busy"
+        )
     if sm_count() < CLUSTER * CLUSTERS:
         return f"{sm_count()} multiprocessors cannot run {CLUSTER * CLUSTERS} thread blocks that wait for each other"
     return None
 
 
+def few_blocks(ranks: int) -> int:
+    """Blocks of a module that has so many ranks: of each thread block's list the same number."""
+    return CLUSTER * ceil_div(ranks, CLUSTER * STAGE_ROWS)
+
+
+def _ring_and_shares(geometry: Geometry, group: str, columns: int, blocks: int, num_pages=1, interpret=None):
+    stripes = Stripes.of(geometry, group, len(GROUPS[group]) if interpret else CLUSTERS)
+    tiles = ChunkSource(geometry=geometry, num_pages=num_pages, chunk=1, whole=not interpret)
+    ring = FewRing.of(stripes.width, tiles, SHARED_BYTES - 4 * stripes.width * FEW_TOKENS * _PART)
+    stages = columns // TILE_COLS
+    if not interpret:
+        return ring, Shares.of(stripes, blocks, stages)
+    shares = Shares.of_one(blocks, stages, stripes.width)
+    return dataclasses.replace(ring, slots=max(ring.slots, shares.least_slots)), shares
+
+
 def few_matmul(x, w, pages, plan: FewPlan, layer, *, group: str, geometry: Geometry, interpret=None):
     """``x @ w[layer]`` and the deltas of the plan's adapters, bfloat16 [T, out]. layer: int32[1]."""
-    pairs = len(GROUPS[group]) if interpret else CLUSTERS
-    stripes, parts = Stripes.of(geometry, group, pairs), 1 if interpret else CLUSTER
-    tiles = ChunkSource(geometry=geometry, num_pages=pages.shape[1], chunk=1, whole=not interpret)
-    shared = SHARED_BYTES - 4 * stripes.width * FEW_TOKENS * _PART
-    ring, blocks = FewRing.of(stripes.width, tiles, shared), plan.records.shape[2]
-    shares = Shares(1, 1, blocks) if interpret else Shares.of(stripes, blocks, x.shape[1] // TILE_COLS // CLUSTER)
+    stripes = Stripes.of(geometry, group, len(GROUPS[group]) if interpret else CLUSTERS)
+    parts, blocks = 1 if interpret else CLUSTER, plan.records.shape[2]
+    ring, shares = _ring_and_shares(geometry, group, x.shape[1], blocks, pages.shape[1], interpret)
+    assert shares.least_slots <= ring.slots, "see unsupported"
     number = jnp.concatenate([layer, jnp.full(1, x.shape[0], jnp.int32)])
-    args = (x, w, tiles.view_of_pool(pages), plan.records, plan.ranks, plan.count, plan.page_ids, plan.signals, number)
+    args = (
+        x,
+        w,
+        ring.tiles.view_of_pool(pages),
+        plan.records,
+        plan.ranks,
+        plan.count,
+        plan.page_ids,
+        plan.signals,
+        number,
+    )
     rows = blocks * len(GROUPS[group]) * (shares.count * parts + 1) * FEW_TOKENS
     ys = jax.ShapeDtypeStruct((rows, STAGE_ROWS), x.dtype)
     out = jax.ShapeDtypeStruct((x.shape[0], w.shape[2]), x.dtype)
@@ -96,8 +126,7 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: Shares, out, interpr
         out_ref,
         ys,
         *,
-        x_ring,
-        w_ring,
+        slots,
         results,
         full,
         empty,
@@ -107,11 +136,11 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: Shares, out, interpr
         sent=None,
         taken=None,
     ):
-        w_operand, w_tiles = ring.tiles.views(w_ring)
+        slots, slot_tiles = ring.tiles.views(slots)
         wg, part, pair = lax.axis_index("wg"), 0 if interpret else lax.axis_index("part"), lax.axis_index("pair")
         mine = stripes.of_pair(pair)
         layer, tokens = number[0], number[1]
-        half = ceil_div(jnp.int32(stages), parts)
+        half = jnp.int32(ceil_div(stages, parts))
         first = part * half
         count = jnp.minimum(stages - first, half)
         items = FewItems(
@@ -155,9 +184,8 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: Shares, out, interpr
                     records=records,
                     page_ids=page_ids,
                     ys=ys,
-                    x_ring=x_ring,
-                    w_ring=w_operand,
-                    w_tiles=w_tiles,
+                    slots=slots,
+                    slot_tiles=slot_tiles,
                     full=full,
                     empty=empty,
                     layer=layer,
@@ -182,55 +210,58 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: Shares, out, interpr
             """The activations or y of a stage that has come."""
             slot = slot_of(stage)
             plgpu.barrier_wait(full[user].at[slot])
-            return x_ring.at[ring.tokens(slot)]
+            return slots.at[ring.tokens(slot)]
 
         def multiply_stages(user, first, stages, multiply):
-            """``multiply(x, slot)``, which says how many products it begins, for so many stages. Each is freed when the
-            next one's have begun.
+            """``multiply(x, slot, k)``, which says how many products it begins, for so many stages. Each is freed when
+            the next one's have begun.
             """
 
             @pl.loop(0, stages)
             def _(k):
-                plgpu.wgmma_wait(multiply(operand(user, first + k), slot_of(first + k)))
+                plgpu.wgmma_wait(multiply(operand(user, first + k), slot_of(first + k), k))
                 pl.when(k > 0)(lambda: free(first + k - 1))
 
             plgpu.wgmma_wait(0)
             pl.when(stages > 0)(lambda: free(first + stages - 1))
 
-        def y_slot(j):
-            """Of the pair's j-th item: the slot of its last stage of A, which has no activations."""
-            return order.of_share(order.shared - 1) + 1 + j
+        def a_slot(j, i=0):
+            """Of the pair's j-th item: the i-th slot's number. The first one's first tile will be its y."""
+            return order.blind + j * shares.slots + i
 
         def shrink(user, multiply, totals):
             """The stages of the pair's share, whose activations are multiplied with A as well."""
+            for j in range(len(totals)):
+                for i in range(shares.slots):
+                    wait = functools.partial(plgpu.barrier_wait, full[user].at[slot_of(a_slot(j, i))])
+                    pl.when(j < items.count)(wait)
 
-            @pl.loop(0, order.shared)
-            def _(k):
-                stage = order.of_share(k)
-                x = operand(user, stage)
-                multiply(x, slot_of(stage))
+            def multiply_both(x, slot, k):
+                started = multiply(x, slot, k)
+                i, tile = ring.a_tile(k)
                 for j, total in enumerate(totals):
 
                     def with_a(_, j=j, total=total):
-                        slot = slot_of(stage + 1 + j)
-                        plgpu.barrier_wait(full[user].at[slot])
-                        plgpu.wgmma(total, x, w_operand.at[ring.weights(slot, 0)].T)
+                        a = slots.at[ring.rows(slot_of(a_slot(j, i)), tile)]
+                        plgpu.wgmma(total, x, a.T)
 
-                    pl.loop(0, jnp.where(j < order.items, 1, 0))(with_a)  # an accumulator passes no condition
-                plgpu.wgmma_wait(0)
-                free(stage)
-                for j in range(len(totals)):
-                    pl.when((j < order.items) & (k + 1 < order.shared))(functools.partial(free, stage + 1 + j))
+                    if len(totals) == 1:
+                        with_a(0)
+                    else:  # an accumulator passes no condition
+                        pl.loop(0, jnp.where(j < items.count, 1, 0))(with_a)
+                return started + 1 if len(totals) == 1 else 0
 
+            multiply_stages(user, order.ring(order.blind), order.shared, multiply_both)
             for j, total in enumerate(totals):
                 found = total[...].astype(dtype)
 
-                @pl.when(j < order.items)
+                @pl.when(j < items.count)
                 def _(j=j, found=found):
-                    y = x_ring.at[ring.tokens(slot_of(y_slot(j)))]
-                    y[...] = found
+                    slots.at[ring.tokens(slot_of(a_slot(j)))][...] = found
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(shrunk.at[j])
+                    for i in range(1, shares.slots):
+                        free(a_slot(j, i))
 
         def hand_on(j):
             """Writes the sums of the pair's j-th item, zero for tokens that are not their adapter's."""
@@ -240,17 +271,18 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: Shares, out, interpr
             shape = (FEW_TOKENS, STAGE_ROWS)
             vectors = [lax.broadcast_in_dim(load(row), shape, (1,)) for row in (FIRST, LAST, SCALE)]
             plgpu.barrier_wait(shrunk.at[j])
-            y = x_ring.at[ring.tokens(slot_of(y_slot(j)))]
+            y = slots.at[ring.tokens(slot_of(a_slot(j)))]
             found = plgpu.load(y, layout=_WGMMA).astype(jnp.float32)
             first, last, scale = vectors
             token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_WGMMA).astype(jnp.float32)
             y[...] = jnp.where((token >= first) & (token < last), found * scale, 0.0).astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(y, ys.at[items.y_rows(item.place, item.block, items.summand(item.share))])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            free(a_slot(j))
             plgpu.wait_smem_to_gmem(0)
             if not interpret:
                 signal(signals, items.signal(layer, layers, item.module, item.block))
-            free(y_slot(j))
 
         def add_up(j):
             """Some tokens' y of the block of the pair's j-th item."""
@@ -278,34 +310,35 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: Shares, out, interpr
             def _(slot):
                 for i in range(width):
                     nothing = jnp.zeros((STAGE_ROWS, TILE_COLS), dtype)
-                    w_operand.at[ring.weights(slot, i)][...] = plgpu.layout_cast(nothing, _WGMMA)
+                    slots.at[ring.weights(slot, i)][...] = plgpu.layout_cast(nothing, _WGMMA)
 
             plgpu.commit_smem()
             plgpu.barrier_arrive(cleared)
 
         def products(user, number):
             """Of a pass: sums of the stripes, float32 [64, 64] each."""
-            begin = order.more + number * (count + deltas)
+            begin = order.a_slots + number * (count + deltas)
 
             def accumulate(*sums):
                 sums, totals = sums[:width], sums[width:]
 
-                def multiply(x, slot):
+                def multiply(x, slot, _):
                     for i, total in enumerate(sums):
-                        plgpu.wgmma(total, x, w_operand.at[ring.weights(slot, i)])
+                        plgpu.wgmma(total, x, slots.at[ring.weights(slot, i)])
                     return width
 
                 if number == 0:
                     multiply_stages(user, jnp.int32(0), order.blind, multiply)
                     shrink(user, multiply, totals)
-                    multiply_stages(user, order.rest, count - order.blind - order.shared, multiply)
+                    rest = order.blind + order.shared
+                    multiply_stages(user, order.ring(rest), count - rest, multiply)
                 else:
                     multiply_stages(user, begin, count, multiply)
 
                 @pl.loop(0, deltas)
                 def _(n):
                     stage = begin + count + n
-                    multiply(operand(user, stage), slot_of(stage))
+                    multiply(operand(user, stage), slot_of(stage), n)
                     plgpu.wgmma_wait(0)
                     free(stage)
 
@@ -360,7 +393,7 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: Shares, out, interpr
                 clear()
                 for step in (hand_on, add_up):
                     for j in range(shares.most_each):
-                        pl.when(j < order.items)(functools.partial(step, j))
+                        pl.when(j < items.count)(functools.partial(step, j))
             for number in range(user, stripes.passes, _WARPGROUPS):
                 stripe, stripe_count = mine.pass_of(number)
 

@@ -12,10 +12,9 @@ import jax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry, ceil_div
+from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry
 from pallas_kernels.lora import kernel_few_sm90, kernel_gated_sm90, kernel_matmul_sm90
 from pallas_kernels.lora.config import (
-    CLUSTER,
     MOST_FEW,
     SHORT_SEGMENT,
     SHORT_STEP,
@@ -29,7 +28,6 @@ from pallas_kernels.lora.kernel_expand_sm90 import expand
 from pallas_kernels.lora.kernel_short_sm90 import short
 from pallas_kernels.lora.kernel_shrink_sm90 import shrink
 from pallas_kernels.lora.kernel_shrink_y_sm90 import shrink_y
-from pallas_kernels.lora.mosaic_common import STAGE_ROWS
 from pallas_kernels.lora.plan import Half, by_length, group_loads, make_plan
 from pallas_kernels.lora.table import AdapterTable
 from pallas_kernels.lora.windows import WINDOW, make_tiles, touched_windows
@@ -258,7 +256,7 @@ def few_sm90(
     that all segments' adapters take in a module, see few_ranks.
     """
     where, geometry = jnp.asarray(layer, jnp.int32).reshape(1), adapters.geometry
-    blocks = CLUSTER * ceil_div(most_ranks, CLUSTER * STAGE_ROWS)
+    blocks = kernel_few_sm90.few_blocks(most_ranks)
     plan = _make_few_plan(adapters.table, seg_start, seg_adapter, blocks=blocks, geometry=geometry)
     return _few(x, weights, pages, plan, where, group=group, geometry=geometry, interpret=interpret)
 
