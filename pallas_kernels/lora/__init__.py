@@ -254,7 +254,7 @@ def _product_implementation(
         if reason is None:
             return "product"
     elif few_adapters and x.shape[0] <= FEW_TOKENS:
-        reason = kernel_few_sm90.unsupported(x, weights, shrink_geometry, expand_geometry, group)
+        reason = kernel_few_sm90.unsupported(x, weights, shrink_geometry, expand_geometry)
         if reason is None:
             return "few"
     else:

@@ -1,10 +1,9 @@
-"""The warpgroup that fills the ring of the kernel for few adapters. One warp copies base weights, activations and y,
-the others copy what adapters have.
+"""The warpgroup that fills the rings of the kernel for few adapters. One warp copies base weights, activations and y,
+one what shrink needs, the others B.
 """
 
 from collections.abc import Callable
 import dataclasses
-import functools
 from typing import Any
 
 from jax import lax
@@ -15,11 +14,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.geometry import TILE_COLS, TILE_RANKS
 from pallas_kernels.lora.bulk_copy import expect, start_copy
 from pallas_kernels.lora.config import FEW_TOKENS
-from pallas_kernels.lora.few_items import FewItems, FewOrder
+from pallas_kernels.lora.few_items import FewItems
 from pallas_kernels.lora.few_plan import A_TILE, B_TILE, IS_USED, PAGE_START, PAGES
-from pallas_kernels.lora.few_ring import ADAPTER_WARPS, TOKEN_PARTS, WARP_GRANULES, FewRing, Kind
+from pallas_kernels.lora.few_ring import A_SLOTS, A_WARP, B_WARPS, BASE_WARP, TOKEN_PARTS, WARP_GRANULES, FewRing, Kind
 from pallas_kernels.lora.few_stripes import PairStripes
-from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS
+from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, drain
 
 _TILE_BYTES = 2 * TILE_RANKS * TILE_COLS
 
@@ -27,13 +26,12 @@ _TILE_BYTES = 2 * TILE_RANKS * TILE_COLS
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FewLoad:
     """Of one warp. x, w, pool, records, page_ids, ys: in global memory, see FewPlan and FewItems. slots, slot_tiles: of
-    the ring, as operands and for copies of granules' tiles. full: by warpgroup that multiplies, barriers of its stages.
-    empty: barriers of all.
+    the large ring, as operands and for copies of granules' tiles. full: by warpgroup that multiplies, barriers of its
+    stages. empty: barriers of all. a_slots, a_tiles, a_full, a_empty: of the small ring.
 
-    first: stage of the input that this thread block's half begins with. order: of that half. stripes: of the outputs.
-    deltas: blocks whose y this thread block multiplies with B. wait_slots: until slots that are not filled blindly may
-    be. wait_y: until the y of a block of the pair's module is there. done_with_y: to be called for each block after
-    that.
+    first, count: stages of the input that this thread block takes. stripes: of the outputs. deltas: blocks whose y this
+    thread block multiplies with B. wait_y: until the y of a block of the pair's module is there. done_with_y: to be
+    called for each block after that.
     """
 
     ring: FewRing
@@ -48,70 +46,49 @@ class FewLoad:
     slot_tiles: Any
     full: tuple
     empty: Any
+    a_slots: Any
+    a_tiles: Any
+    a_full: Any
+    a_empty: Any
     layer: Any
     tokens: Any
     first: Any
-    order: FewOrder
+    count: Any
     stripes: PairStripes
     items: FewItems
     deltas: Any
-    wait_slots: Callable
     wait_y: Callable
     done_with_y: Callable
 
     def run(self) -> None:
         """Loads all stages, and waits until they have been read."""
 
-        @pl.when(self.warp == 0)
+        @pl.when(self.warp == BASE_WARP)
         def _():
-            self._stages(self._base_stage, lambda: self._no_a, self._ys)
+            self._stages(self._base_stage, self._ys)
 
             @pl.loop(0, jnp.where(self.stripes.pass_of(0)[1] > 0, self.deltas, 0))
             def _(n):
                 self.done_with_y(self.items.own_block(n))
 
-        pl.when(self.warp > 0)(lambda: self._stages(self._nothing, self._a, self._b))
+        pl.when(self.warp == A_WARP)(self._shrink_stages)
+        pl.when(self.warp >= B_WARPS[0])(lambda: self._stages(self._nothing, self._b))
 
-    def _stages(self, load_base: Callable, a_of_share: Callable, load_deltas: Callable) -> None:
-        """Each is called with barriers and with the number of stages before; `a_of_share` returns what is."""
-        order, (begin, stripe_count) = self.order, self.stripes.pass_of(0)
-
-        def base(place):
-            load_base(order.stage(place), begin, stripe_count, self.full[0], order.ring(place))
-
-        @pl.when(stripe_count > 0)
-        def _():
-            pl.loop(0, order.blind)(base)
-            self.wait_slots()
-
-            @pl.when(order.shared > 0)
-            def _():
-                load_a = a_of_share()
-                for j in range(self.items.shares.most_each):
-                    for i in range(self.items.shares.slots):
-                        pl.when(j < self.items.count)(functools.partial(load_a, j, i))
-
-            pl.loop(order.blind, order.count)(base)
-            load_deltas(0, begin, stripe_count, self.full[0], order.stages)
-
-        issued = jnp.where(stripe_count > 0, order.stages + self.deltas, 0)
-        for number in range(1, self.stripes.stripes.passes):
+    def _stages(self, load_base: Callable, load_deltas: Callable) -> None:
+        """Each is called with barriers and with the number of stages before."""
+        issued = jnp.int32(0)
+        for number in range(self.stripes.stripes.passes):
             begin, stripe_count = self.stripes.pass_of(number)
             full = self.full[number % len(self.full)]
 
             @pl.when(stripe_count > 0)
             def _(number=number, begin=begin, stripe_count=stripe_count, full=full, issued=issued):
-                @pl.loop(0, order.count)
-                def _(place):
-                    load_base(order.stage(place), begin, stripe_count, full, issued + place)
+                pl.loop(0, self.count)(lambda k: load_base(k, begin, stripe_count, full, issued + k))
+                load_deltas(number, begin, stripe_count, full, issued + self.count)
 
-                load_deltas(number, begin, stripe_count, full, issued + order.count)
+            issued += jnp.where(stripe_count > 0, self.count + self.deltas, 0)
 
-            issued += jnp.where(stripe_count > 0, order.count + self.deltas, 0)
-
-        @pl.loop(jnp.maximum(issued - self.ring.slots, 0), issued)
-        def _(i):
-            plgpu.barrier_wait(self.empty.at[lax.rem(i, jnp.int32(self.ring.slots))])
+        drain(self.empty, issued, self.ring.slots)
 
     def _claim(self, issued, full, num_bytes):
         """The slot of the `issued`-th stage, as soon as it is empty, and its barrier. num_bytes: that this warp will
@@ -145,12 +122,12 @@ class FewLoad:
         for _ in range(self.ring.missing(kind)):
             plgpu.barrier_arrive(barrier)
 
-    def _tokens(self, slot, stage, barrier) -> None:
+    def _tokens(self, slots, rows, stage, barrier) -> None:
         """Activations: of a step with fewer tokens than fit in up to three copies, which end with the last token."""
         columns = pl.ds((self.first + stage) * TILE_COLS, TILE_COLS)
 
         def copy(row, size, wanted):
-            target = self.slots.at[pl.ds(self.ring.tokens(slot).start + row, size)]
+            target = slots.at[pl.ds(rows.start + row, size)]
             self._copy(self.x.at[pl.ds(row, size), columns], target, barrier, wanted)
 
         self._if(self.tokens == FEW_TOKENS, lambda wanted: copy(0, FEW_TOKENS, wanted))
@@ -162,14 +139,6 @@ class FewLoad:
     @property
     def _token_bytes(self):
         return lax.div(self.tokens, jnp.int32(TILE_RANKS)) * _TILE_BYTES
-
-    def _a_slot(self, j, i):
-        """Number of the i-th slot of A of the pair's j-th item among all that go through the ring."""
-        return self.order.blind + j * self.items.shares.slots + i
-
-    def _no_a(self, j, i) -> None:
-        _, barrier = self._claim(self._a_slot(j, i), self.full[0], 0)
-        self._fill(barrier, "shrink")
 
     def _base_stage(self, k, begin, stripe_count, full, issued) -> None:
         """Base weights and activations."""
@@ -184,7 +153,7 @@ class FewLoad:
                 self._copy(self.w.at[self.layer, rows, outputs], target, barrier, wanted)
 
             self._if(i < stripe_count, copy_weights)
-        self._tokens(slot, k, barrier)
+        self._tokens(self.slots, self.ring.tokens(slot), k, barrier)
         self._fill(barrier, "base")
 
     def _nothing(self, k, begin, stripe_count, full, issued) -> None:
@@ -208,70 +177,71 @@ class FewLoad:
             self._copy(source, self.slots.at[self.ring.tokens(slot)], barrier, jnp.bool_(True))
             self._fill(barrier, "delta")
 
-    def _granules(self, module, block, kind: int) -> list:
-        """Of this warp's granules of a block: where they lie, in the form that a loop carries."""
-        records = [self.records.at[self.layer, module, block, g] for g in self._mine(most=STAGE_CHUNKS - 1)]
+    def _granules(self, module, block, kind: int, mine: list) -> list:
+        """Of granules of a block: where they lie, in the form that a loop carries."""
+        records = [self.records.at[self.layer, module, block, g] for g in mine]
         fields = (kind, PAGE_START, IS_USED, PAGES[kind], PAGES[kind] + 1)
         return [[record[field] for field in fields] for record in records]
 
-    def _mine(self, most: int = STAGE_CHUNKS) -> list:
-        return [jnp.minimum(self.warp - 1 + ADAPTER_WARPS * i, most) for i in range(WARP_GRANULES)]
-
-    def _copy_tile(self, granule, tile, span: int, row, barrier, wanted) -> None:
+    def _copy_tile(self, granule, tile, span: int, tiles_of_ring, row, barrier, wanted) -> None:
         """A granule's tile, of `span`."""
         first, page_start, _, *known = granule
         tiles = self.ring.tiles
         pages = tiles.pages(first, span, known, page_start, self.page_ids)
         index = tiles.locate(first + jnp.where(wanted, tile, 0), pages)
-        tiles.copy(self.pool, index, self.slot_tiles, row, barrier, wanted)
+        tiles.copy(self.pool, index, tiles_of_ring, row, barrier, wanted)
 
-    def _used(self, granules) -> list:
-        used = zip(self._mine(), granules, strict=True)
-        return [(g < STAGE_CHUNKS) & (is_used > 0) for g, (_, _, is_used, *_) in used]
+    def _shrink_stages(self) -> None:
+        """Activations and A of the pair's items."""
+        span = self.ring.tiles.geometry.in_tiles(self.stripes.modules[0])
 
-    def _a(self) -> Callable:
-        """Of the pair's items, the function that copies A: to the i-th slot of the j-th one."""
-        items = [self.items.item(j) for j in range(self.items.shares.most_each)]
-        blocks = self.records.shape[2]
-        granules = [self._granules(item.module, jnp.minimum(item.block, blocks - 1), A_TILE) for item in items]
-        used = [self._used(of_item) for of_item in granules]
-        span, tiles = self.ring.tiles.geometry.in_tiles(self.stripes.modules[0]), 1 + self.ring.width
+        def item_body(j, before):
+            item = self.items.item(j)
+            first, count = self.items.stages(item.share, self.count)
+            granules = self._granules(item.module, item.block, A_TILE, list(range(STAGE_CHUNKS)))
+            used = [is_used > 0 for _, _, is_used, *_ in granules]
+            num_bytes = self._token_bytes + sum(jnp.where(u, _TILE_BYTES, 0) for u in used)
 
-        def load(j, i):
-            stages = jnp.minimum(self.order.shared - i * tiles, tiles)
-            num_bytes = sum(jnp.where(u, _TILE_BYTES, 0) for u in used[j]) * stages
-            slot, barrier = self._claim(self._a_slot(j, i), self.full[0], jnp.maximum(num_bytes, 0))
-            for k in range(tiles):
-                for g, granule, wanted in zip(self._mine(STAGE_CHUNKS - 1), granules[j], used[j], strict=True):
+            @pl.loop(0, count)
+            def _(k):
+                slot = lax.rem(before + k, jnp.int32(A_SLOTS))
+                pl.when(before + k >= A_SLOTS)(lambda: plgpu.barrier_wait(self.a_empty.at[slot]))
+                barrier = self.a_full.at[slot]
+                if self.ring.tiles.whole:
+                    expect(barrier, num_bytes)
+                self._tokens(self.a_slots, self.ring.a_tokens(slot), first + k, barrier)
+                for g, (granule, wanted) in enumerate(zip(granules, used, strict=True)):
 
-                    def copy(wanted, k=k, g=g, granule=granule):
-                        row = (slot * tiles + k) * STAGE_CHUNKS + g
-                        tile = self.first + self.order.stage(self.order.blind + i * tiles + k)
-                        self._copy_tile(granule, tile, span, row, barrier, wanted)
+                    def copy(wanted, g=g, granule=granule):
+                        row = (slot * 2 + 1) * STAGE_CHUNKS + g
+                        self._copy_tile(granule, self.first + first + k, span, self.a_tiles, row, barrier, wanted)
 
-                    self._if(wanted & (k < stages), copy)
+                    self._if(wanted, copy)
 
-        return load
+            return before + count
+
+        drain(self.a_empty, lax.fori_loop(0, self.items.count, item_body, jnp.int32(0)), A_SLOTS)
 
     def _b(self, number: int, begin, stripe_count, full, before) -> None:
         """Where its tiles lie is read one block ahead."""
         span = max(self.ring.tiles.geometry.out_tiles(m) for m in self.stripes.modules)
+        mine = [self.warp - B_WARPS[0] + len(B_WARPS) * i for i in range(WARP_GRANULES)]
 
         def fetch(n):
             n = jnp.maximum(jnp.minimum(n, self.deltas - 1), 0)
-            return self._granules(self.stripes.module, self.items.own_block(n), B_TILE)
+            return self._granules(self.stripes.module, self.items.own_block(n), B_TILE, mine)
 
         def block_body(n, granules):
             ahead = fetch(n + 1)
-            used = self._used(granules)
+            used = [is_used > 0 for _, _, is_used, *_ in granules]
             num_bytes = sum(jnp.where(u, _TILE_BYTES, 0) for u in used) * stripe_count
             slot, barrier = self._claim(before + n, full, num_bytes)
             for i in range(self.ring.width):
-                for g, granule, wanted in zip(self._mine(STAGE_CHUNKS - 1), granules, used, strict=True):
+                for g, granule, wanted in zip(mine, granules, used, strict=True):
 
                     def copy(wanted, i=i, g=g, granule=granule):
                         row = (slot * (1 + self.ring.width) + 1 + i) * STAGE_CHUNKS + g
-                        self._copy_tile(granule, begin + i, span, row, barrier, wanted)
+                        self._copy_tile(granule, begin + i, span, self.slot_tiles, row, barrier, wanted)
 
                     self._if(wanted & (i < stripe_count), copy)
             return ahead

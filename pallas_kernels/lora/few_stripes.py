@@ -15,7 +15,7 @@ MOST_WIDE = 3
 
 class Part(NamedTuple):
     """A module of the group: its place in the group, its number, its first stripe of the group's outputs and how many
-    there are, and its first pair and how many it has.
+    there are, its first pair and how many it has, and how many pairs before these have as many stripes as any.
     """
 
     place: int
@@ -24,6 +24,7 @@ class Part(NamedTuple):
     stripes: int
     first_pair: int
     pairs: int
+    full_before: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +32,15 @@ class Stripes:
     """No pair has stripes of two modules, so that it needs the A of one.
 
     passes: how many times a pair goes through the input, at most. width: stripes that it takes each time, at most.
+    largest: that a pair has. light: pairs that have less, or nothing. pairs: all.
     """
 
     parts: tuple[Part, ...]
     passes: int
     width: int
+    largest: int
+    light: int
+    pairs: int
 
     @classmethod
     def of(cls, geometry: Geometry, group: str, pairs: int = CLUSTERS) -> "Stripes":
@@ -48,32 +53,36 @@ class Stripes:
             if given[most] == stripes[most]:
                 break
             given[most] += 1
-        parts = [Part(i, m, sum(stripes[:i]), stripes[i], sum(given[:i]), given[i]) for i, m in enumerate(modules)]
-        largest = max(ceil_div(part.stripes, part.pairs) for part in parts)
+        largest = max(ceil_div(n, of) for n, of in zip(stripes, given, strict=True))
+        full = [max(n - of * (largest - 1), 0) for n, of in zip(stripes, given, strict=True)]
+        before = [[sum(counts[:i]) for counts in (stripes, given, full)] for i in range(len(modules))]
+        parts = [
+            Part(i, m, first, stripes[i], first_pair, given[i], full_before)
+            for i, (m, (first, first_pair, full_before)) in enumerate(zip(modules, before, strict=True))
+        ]
         passes = ceil_div(largest, MOST_WIDE)
-        return cls(tuple(parts), passes, ceil_div(largest, passes))
-
-    @property
-    def users(self) -> int:
-        """Pairs with stripes, the first ones."""
-        return sum(part.pairs for part in self.parts)
+        return cls(tuple(parts), passes, ceil_div(largest, passes), largest, pairs - sum(full), pairs)
 
     def of_pair(self, pair) -> "PairStripes":
         """What a pair has to do: int32 scalars of a kernel, or a number."""
         chosen = [jnp.int32(v) for v in self.parts[0]]
         for part in self.parts[1:]:
             chosen = [jnp.where(pair >= part.first_pair, v, old) for v, old in zip(part, chosen, strict=True)]
-        place, module, first, stripes, first_pair, pairs = chosen
-        within = pair - first_pair
+        place, module, first, stripes, first_pair, pairs, full_before = chosen
+        within = jnp.minimum(pair - first_pair, pairs)
         begin, end = (lax.div((within + i) * stripes, pairs) for i in (0, 1))
-        live = within < pairs
-        return PairStripes(self, place, module, first, jnp.where(live, begin, 0), jnp.where(live, end, 0))
+        end = jnp.where(within < pairs, end, begin)
+        # A module's pairs have `largest` stripes or one less, or none of them has `largest`.
+        full_before += jnp.maximum(begin - within * (self.largest - 1), 0)
+        light_before, is_light = pair - full_before, end - begin < self.largest
+        turn = jnp.where(is_light, light_before, self.light + full_before)
+        return PairStripes(self, place, module, first, begin, end, turn)
 
 
 @dataclasses.dataclass(frozen=True)
 class PairStripes:
     """place, module: as in Part. first: the module's first stripe of the group's outputs. begin, end: the pair's, of
-    the module's.
+    the module's. turn: the pair's among all, if those with less to do come first.
     """
 
     stripes: Stripes
@@ -82,6 +91,7 @@ class PairStripes:
     first: Any
     begin: Any
     end: Any
+    turn: Any
 
     @property
     def modules(self) -> list[int]:

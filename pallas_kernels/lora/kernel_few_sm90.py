@@ -5,16 +5,14 @@ columns of x, zero for tokens of other adapters, and B like more rows of W. A pa
 outputs and halves the input between them, and the ranks. They add up through distributed shared memory, each half of
 the outputs.
 
-A is read once. A block of 64 ranks is shrunk by many pairs: each multiplies its share of the input, among the first
-stages that it has, with W and with A. Their sums go to global memory, where each adds all of them up for a part of the
+A is read once. A block of 64 ranks is shrunk by many pairs, those with fewer stripes first: each multiplies a share of
+the input beside its stripes and writes the sums to global memory, where each of them adds all up for a part of the
 tokens. When the pairs are through with W, which takes longer, y has long been there.
 
 A pair with many stripes goes through the input several times. Two warpgroups do so in turn, one while the other adds up
-and writes; the second one also brings y together, while the first one goes on. A third fills the ring.
+and writes; the second one also shrinks. A third fills the rings.
 """
 
-import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -25,24 +23,27 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry, ceil_div
 from pallas_kernels.lora.any_rows import any_rows
-from pallas_kernels.lora.config import CLUSTER, CLUSTERS, FEW_TOKENS, MOST_FEW
-from pallas_kernels.lora.few_items import FewItems, FewOrder, Shares
+from pallas_kernels.lora.config import CLUSTER, CLUSTERS, FEW_TOKENS
+from pallas_kernels.lora.few_items import FewItems, shares_of
 from pallas_kernels.lora.few_load import FewLoad
 from pallas_kernels.lora.few_plan import FIRST, LAST, SCALE, FewPlan
-from pallas_kernels.lora.few_ring import TOKEN_PARTS, FewRing
+from pallas_kernels.lora.few_ring import A_SLOTS, TOKEN_PARTS, FewRing
 from pallas_kernels.lora.few_stripes import Stripes
 from pallas_kernels.lora.mosaic_common import SHARED_BYTES, STAGE_ROWS, ChunkSource
 from pallas_kernels.lora.pair_sum import PairSum
 from pallas_kernels.lora.signals import await_signals, put_back, signal, wait_signals
 from pallas_kernels.paged_attention.decode_schedule import sm_count
 
+_LEAST_STAGES = 2
+"""Of a half of the input: a ring needs two slots, see FewRing.of."""
 _WARPGROUPS = 2
+_SHRINKS = _WARPGROUPS - 1
 _PART = TILE_COLS // CLUSTER
 """Outputs of a stripe that a thread block of a pair writes."""
 _WGMMA = plgpu.Layout.WGMMA
 
 
-def unsupported(x, w, shrink: Geometry, expand: Geometry, group: str) -> str | None:
+def unsupported(x, w, shrink: Geometry, expand: Geometry) -> str | None:
     """Why the kernel cannot take what `lora_add` can, or None if it can. w: [layers, in, out]."""
     if not TILE_RANKS <= x.shape[0] <= FEW_TOKENS or x.shape[0] % TILE_RANKS:
         return f"{x.shape[0]} tokens are not 8, 16, ..., {FEW_TOKENS}"
@@ -50,13 +51,8 @@ def unsupported(x, w, shrink: Geometry, expand: Geometry, group: str) -> str | N
         return f"weights are {w.dtype} and activations {x.dtype}"
     if shrink != expand:
         return "A and B are cut differently"
-    if x.shape[1] < CLUSTER * TILE_COLS:
+    if x.shape[1] < CLUSTER * _LEAST_STAGES * TILE_COLS:
         return f"an input of {x.shape[1]} is too narrow to be halved"
-    ring, shares = _ring_and_shares(expand, group, x.shape[1], few_blocks(MOST_FEW))
-    if shares.least_slots > ring.slots:
-        return (
-            f"an input of {x.shape[1]} is too wide for the pairs of thread blocks that {w.shape[2]} outputs keep busy"
-        )
     if sm_count() < CLUSTER * CLUSTERS:
         return f"{sm_count()} multiprocessors cannot run {CLUSTER * CLUSTERS} thread blocks that wait for each other"
     return None
@@ -67,23 +63,15 @@ def few_blocks(ranks: int) -> int:
     return CLUSTER * ceil_div(ranks, CLUSTER * STAGE_ROWS)
 
 
-def _ring_and_shares(geometry: Geometry, group: str, columns: int, blocks: int, num_pages=1, interpret=None):
-    stripes = Stripes.of(geometry, group, len(GROUPS[group]) if interpret else CLUSTERS)
-    tiles = ChunkSource(geometry=geometry, num_pages=num_pages, chunk=1, whole=not interpret)
-    ring = FewRing.of(stripes.width, tiles, SHARED_BYTES - 4 * stripes.width * FEW_TOKENS * _PART)
-    stages = columns // TILE_COLS
-    if not interpret:
-        return ring, Shares.of(stripes, blocks, stages)
-    shares = Shares.of_one(blocks, stages, stripes.width)
-    return dataclasses.replace(ring, slots=max(ring.slots, shares.least_slots)), shares
-
-
 def few_matmul(x, w, pages, plan: FewPlan, layer, *, group: str, geometry: Geometry, interpret=None):
     """``x @ w[layer]`` and the deltas of the plan's adapters, bfloat16 [T, out]. layer: int32[1]."""
-    stripes = Stripes.of(geometry, group, len(GROUPS[group]) if interpret else CLUSTERS)
-    parts, blocks = 1 if interpret else CLUSTER, plan.records.shape[2]
-    ring, shares = _ring_and_shares(geometry, group, x.shape[1], blocks, pages.shape[1], interpret)
-    assert shares.least_slots <= ring.slots, "see unsupported"
+    pairs = len(GROUPS[group]) if interpret else CLUSTERS
+    stripes, parts = Stripes.of(geometry, group, pairs), 1 if interpret else CLUSTER
+    tiles = ChunkSource(geometry=geometry, num_pages=pages.shape[1], chunk=1, whole=not interpret)
+    shared = SHARED_BYTES - 4 * stripes.width * FEW_TOKENS * _PART
+    blocks, stages = plan.records.shape[2], x.shape[1] // TILE_COLS
+    ring = FewRing.of(stripes.width, tiles, shared, stages // CLUSTER)
+    shares = 1 if interpret else shares_of(stripes, blocks, stages)
     number = jnp.concatenate([layer, jnp.full(1, x.shape[0], jnp.int32)])
     args = (
         x,
@@ -96,7 +84,7 @@ def few_matmul(x, w, pages, plan: FewPlan, layer, *, group: str, geometry: Geome
         plan.signals,
         number,
     )
-    rows = blocks * len(GROUPS[group]) * (shares.count * parts + 1) * FEW_TOKENS
+    rows = blocks * len(GROUPS[group]) * (shares * parts + 1) * FEW_TOKENS
     ys = jax.ShapeDtypeStruct((rows, STAGE_ROWS), x.dtype)
     out = jax.ShapeDtypeStruct((x.shape[0], w.shape[2]), x.dtype)
     options: dict[str, Any] = dict(ring=ring, stripes=stripes, shares=shares)
@@ -107,11 +95,11 @@ def few_matmul(x, w, pages, plan: FewPlan, layer, *, group: str, geometry: Geome
         return any_rows(_launch, args, rows={0: FEW_TOKENS}, out=(out, ys), in_place=False, options=options)[0]
 
 
-def _launch(*args, ring: FewRing, stripes: Stripes, shares: Shares, out, interpret=None):
+def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=None):
     stages, dtype, width = args[0].shape[1] // TILE_COLS, out[0].dtype, stripes.width
     layers, blocks = args[3].shape[0], args[3].shape[2]
     pairs, parts = (len(stripes.parts), 1) if interpret else (CLUSTERS, CLUSTER)
-    columns, summands = TILE_COLS // parts, shares.count * parts
+    columns, summands = TILE_COLS // parts, shares * parts
 
     def body(
         x_ref,
@@ -127,16 +115,17 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: Shares, out, interpr
         ys,
         *,
         slots,
+        a_slots,
         results,
         full,
         empty,
-        cleared,
-        shrunk,
+        a_full,
+        a_empty,
         has_y=None,
         sent=None,
         taken=None,
     ):
-        slots, slot_tiles = ring.tiles.views(slots)
+        (slots, slot_tiles), (a_slots, a_tiles) = ring.tiles.views(slots), ring.tiles.views(a_slots)
         wg, part, pair = lax.axis_index("wg"), 0 if interpret else lax.axis_index("part"), lax.axis_index("pair")
         mine = stripes.of_pair(pair)
         layer, tokens = number[0], number[1]
@@ -147,13 +136,12 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: Shares, out, interpr
             stripes=mine,
             blocks=[counts[layer, m] for m in mine.modules],
             shares=shares,
-            pair=pair,
             part=part,
             parts=parts,
             own=bool(interpret),
         )
-        order = FewOrder.of(items, count, ring.slots)
         deltas = lax.div(items.blocks_of(mine.place), jnp.int32(parts))
+        each = count + deltas
 
         def y_signal(block):
             """Counts the parts of a block's y."""
@@ -163,11 +151,11 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: Shares, out, interpr
             if interpret:
                 plgpu.barrier_wait(has_y.at[block])
             else:
-                wait_signals(signals, y_signal(block), summands)
+                wait_signals(signals, y_signal(block), shares)
 
         def done_with_y(block):
             if not interpret:
-                put_back(signals, y_signal(block), summands + mine.users)
+                put_back(signals, y_signal(block), shares + mine.users)
 
         @pl.when(wg == _WARPGROUPS)
         def load():
@@ -188,14 +176,17 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: Shares, out, interpr
                     slot_tiles=slot_tiles,
                     full=full,
                     empty=empty,
+                    a_slots=a_slots,
+                    a_tiles=a_tiles,
+                    a_full=a_full,
+                    a_empty=a_empty,
                     layer=layer,
                     tokens=tokens,
                     first=first,
-                    order=order,
+                    count=count,
                     stripes=mine,
                     items=items,
                     deltas=deltas,
-                    wait_slots=lambda: plgpu.barrier_wait(cleared),
                     wait_y=wait_y,
                     done_with_y=done_with_y,
                 ).run()
@@ -206,83 +197,41 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: Shares, out, interpr
         def free(stage):
             plgpu.barrier_arrive(empty.at[slot_of(stage)])
 
-        def operand(user, stage):
-            """The activations or y of a stage that has come."""
-            slot = slot_of(stage)
-            plgpu.barrier_wait(full[user].at[slot])
-            return slots.at[ring.tokens(slot)]
-
-        def multiply_stages(user, first, stages, multiply):
-            """``multiply(x, slot, k)``, which says how many products it begins, for so many stages. Each is freed when
-            the next one's have begun.
+        def shrink(j, before):
+            """The pair's j-th item, before which the small ring had so many stages. Returns how many there then were.
+            Sums are zero for tokens that are not their adapter's.
             """
-
-            @pl.loop(0, stages)
-            def _(k):
-                plgpu.wgmma_wait(multiply(operand(user, first + k), slot_of(first + k), k))
-                pl.when(k > 0)(lambda: free(first + k - 1))
-
-            plgpu.wgmma_wait(0)
-            pl.when(stages > 0)(lambda: free(first + stages - 1))
-
-        def a_slot(j, i=0):
-            """Of the pair's j-th item: the i-th slot's number. The first one's first tile will be its y."""
-            return order.blind + j * shares.slots + i
-
-        def shrink(user, multiply, totals):
-            """The stages of the pair's share, whose activations are multiplied with A as well."""
-            for j in range(len(totals)):
-                for i in range(shares.slots):
-                    wait = functools.partial(plgpu.barrier_wait, full[user].at[slot_of(a_slot(j, i))])
-                    pl.when(j < items.count)(wait)
-
-            def multiply_both(x, slot, k):
-                started = multiply(x, slot, k)
-                i, tile = ring.a_tile(k)
-                for j, total in enumerate(totals):
-
-                    def with_a(_, j=j, total=total):
-                        a = slots.at[ring.rows(slot_of(a_slot(j, i)), tile)]
-                        plgpu.wgmma(total, x, a.T)
-
-                    if len(totals) == 1:
-                        with_a(0)
-                    else:  # an accumulator passes no condition
-                        pl.loop(0, jnp.where(j < items.count, 1, 0))(with_a)
-                return started + 1 if len(totals) == 1 else 0
-
-            multiply_stages(user, order.ring(order.blind), order.shared, multiply_both)
-            for j, total in enumerate(totals):
-                found = total[...].astype(dtype)
-
-                @pl.when(j < items.count)
-                def _(j=j, found=found):
-                    slots.at[ring.tokens(slot_of(a_slot(j)))][...] = found
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(shrunk.at[j])
-                    for i in range(1, shares.slots):
-                        free(a_slot(j, i))
-
-        def hand_on(j):
-            """Writes the sums of the pair's j-th item, zero for tokens that are not their adapter's."""
             item = items.item(j)
-            its_ranks = ranks.at[layer, item.module, item.block]
+            _, stages = items.stages(item.share, count)
+            its_ranks, shape = ranks.at[layer, item.module, item.block], (FEW_TOKENS, STAGE_ROWS)
             load = lambda row: plgpu.load(its_ranks.at[row], layout=_WGMMA.reduce(0), optimized=False)  # noqa: E731
-            shape = (FEW_TOKENS, STAGE_ROWS)
             vectors = [lax.broadcast_in_dim(load(row), shape, (1,)) for row in (FIRST, LAST, SCALE)]
-            plgpu.barrier_wait(shrunk.at[j])
-            y = slots.at[ring.tokens(slot_of(a_slot(j)))]
-            found = plgpu.load(y, layout=_WGMMA).astype(jnp.float32)
+            slot_of_a = lambda k: lax.rem(before + k, jnp.int32(A_SLOTS))  # noqa: E731
+
+            def accumulate(total):
+                @pl.loop(0, stages)
+                def _(k):
+                    slot = slot_of_a(k)
+                    plgpu.barrier_wait(a_full.at[slot])
+                    plgpu.wgmma(total, a_slots.at[ring.a_tokens(slot)], a_slots.at[ring.a_weights(slot)].T)
+                    plgpu.wgmma_wait(0)
+                    pl.when(k + 1 < stages)(lambda: plgpu.barrier_arrive(a_empty.at[slot]))
+
+                return total[...]
+
+            found = pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
             first, last, scale = vectors
             token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_WGMMA).astype(jnp.float32)
+            y = a_slots.at[ring.a_tokens(slot_of_a(stages - 1))]
             y[...] = jnp.where((token >= first) & (token < last), found * scale, 0.0).astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(y, ys.at[items.y_rows(item.place, item.block, items.summand(item.share))])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            free(a_slot(j))
+            summand = item.share * parts + part
+            plgpu.copy_smem_to_gmem(y, ys.at[items.y_rows(item.place, item.block, summand)])
             plgpu.wait_smem_to_gmem(0)
             if not interpret:
                 signal(signals, items.signal(layer, layers, item.module, item.block))
+            plgpu.barrier_arrive(a_empty.at[slot_of_a(stages - 1)])
+            return before + stages
 
         def add_up(j):
             """Some tokens' y of the block of the pair's j-th item."""
@@ -290,11 +239,10 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: Shares, out, interpr
             signal_of = items.signal(layer, layers, item.module, item.block)
             if not interpret:
                 await_signals(signals, signal_of, summands)
-            size = FEW_TOKENS // summands
+            size = FEW_TOKENS // shares
 
             def rows(summand):
-                first = items.y_row(item.place, item.block, summand) + items.summand(item.share) * size
-                return pl.ds(first, size)
+                return pl.ds(items.y_row(item.place, item.block, summand) + item.share * size, size)
 
             total = sum(ys[rows(summand), :].astype(jnp.float32) for summand in range(summands))
             ys[rows(summands), :] = total.astype(dtype)
@@ -303,51 +251,28 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: Shares, out, interpr
             else:
                 signal(signals, signal_of + 1)
 
-        def clear():
-            """What no weights are copied to before B is."""
-
-            @pl.loop(order.blind, ring.slots)
-            def _(slot):
-                for i in range(width):
-                    nothing = jnp.zeros((STAGE_ROWS, TILE_COLS), dtype)
-                    slots.at[ring.weights(slot, i)][...] = plgpu.layout_cast(nothing, _WGMMA)
-
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(cleared)
-
         def products(user, number):
             """Of a pass: sums of the stripes, float32 [64, 64] each."""
-            begin = order.a_slots + number * (count + deltas)
+            begin = number * each
 
             def accumulate(*sums):
-                sums, totals = sums[:width], sums[width:]
-
-                def multiply(x, slot, _):
+                def multiply(stage):
+                    slot = slot_of(stage)
+                    plgpu.barrier_wait(full[user].at[slot])
                     for i, total in enumerate(sums):
-                        plgpu.wgmma(total, x, slots.at[ring.weights(slot, i)])
-                    return width
+                        plgpu.wgmma(total, slots.at[ring.tokens(slot)], slots.at[ring.weights(slot, i)])
 
-                if number == 0:
-                    multiply_stages(user, jnp.int32(0), order.blind, multiply)
-                    shrink(user, multiply, totals)
-                    rest = order.blind + order.shared
-                    multiply_stages(user, order.ring(rest), count - rest, multiply)
-                else:
-                    multiply_stages(user, begin, count, multiply)
+                @pl.loop(0, each)
+                def _(k):
+                    multiply(begin + k)
+                    plgpu.wgmma_wait(width)
+                    pl.when(k > 0)(lambda: free(begin + k - 1))
 
-                @pl.loop(0, deltas)
-                def _(n):
-                    stage = begin + count + n
-                    multiply(operand(user, stage), slot_of(stage), n)
-                    plgpu.wgmma_wait(0)
-                    free(stage)
-
+                plgpu.wgmma_wait(0)
+                free(begin + each - 1)
                 return [total[...] for total in sums]
 
-            accumulators = [plgpu.ACC((FEW_TOKENS, TILE_COLS), jnp.float32)] * width
-            if number == 0:
-                accumulators += [plgpu.ACC((FEW_TOKENS, STAGE_ROWS), jnp.float32)] * shares.most_each
-            return pl.run_scoped(accumulate, *accumulators)
+            return pl.run_scoped(accumulate, *[plgpu.ACC((FEW_TOKENS, TILE_COLS), jnp.float32)] * width)
 
         def write(i, value, stripe):
             """A stripe's outputs, or this thread block's half of them."""
@@ -389,11 +314,13 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: Shares, out, interpr
 
         def multiply(user):
             plgpu.set_max_registers(208, action="increase")
-            if user:
-                clear()
-                for step in (hand_on, add_up):
-                    for j in range(shares.most_each):
-                        pl.when(j < items.count)(functools.partial(step, j))
+            if user == _SHRINKS:
+                lax.fori_loop(0, items.count, shrink, jnp.int32(0))
+
+                @pl.loop(0, items.count)  # with all its sums written: others wait for them
+                def _(j):
+                    pl.when(items.is_own(items.item(j).block))(lambda: add_up(j))
+
             for number in range(user, stripes.passes, _WARPGROUPS):
                 stripe, stripe_count = mine.pass_of(number)
 
@@ -414,8 +341,6 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: Shares, out, interpr
         results=plgpu.RefUnion(plgpu.SMEM((width, FEW_TOKENS, _PART), jnp.float32), outputs),
         full=tuple(plgpu.Barrier(num_arrivals=ring.arrivals, num_barriers=ring.slots) for _ in range(_WARPGROUPS)),
         empty=plgpu.Barrier(num_barriers=ring.slots),
-        cleared=plgpu.Barrier(),
-        shrunk=plgpu.Barrier(num_barriers=shares.most_each),
     )
     options: dict[str, Any] = dict(grid=(pairs,))
     if interpret:
