@@ -26,12 +26,13 @@ from pallas_kernels.lora.any_rows import any_rows
 from pallas_kernels.lora.config import CLUSTER, CLUSTERS, FEW_TOKENS
 from pallas_kernels.lora.few_items import FewItems, shares_of
 from pallas_kernels.lora.few_load import FewLoad
-from pallas_kernels.lora.few_plan import FIRST, LAST, SCALE, FewPlan
-from pallas_kernels.lora.few_ring import A_SLOTS, TOKEN_PARTS, FewRing
+from pallas_kernels.lora.few_plan import FewPlan
+from pallas_kernels.lora.few_ring import TOKEN_PARTS, FewRing
+from pallas_kernels.lora.few_shrink import FewShrink
 from pallas_kernels.lora.few_stripes import Stripes
 from pallas_kernels.lora.mosaic_common import SHARED_BYTES, STAGE_ROWS, ChunkSource
 from pallas_kernels.lora.pair_sum import PairSum
-from pallas_kernels.lora.signals import await_signals, put_back, signal, wait_signals
+from pallas_kernels.lora.signals import put_back, wait_signals
 from pallas_kernels.paged_attention.decode_schedule import sm_count
 
 _LEAST_STAGES = 2
@@ -40,7 +41,6 @@ _WARPGROUPS = 2
 _SHRINKS = _WARPGROUPS - 1
 _PART = TILE_COLS // CLUSTER
 """Outputs of a stripe that a thread block of a pair writes."""
-_WGMMA = plgpu.Layout.WGMMA
 
 
 def unsupported(x, w, shrink: Geometry, expand: Geometry) -> str | None:
@@ -73,17 +73,8 @@ def few_matmul(x, w, pages, plan: FewPlan, layer, *, group: str, geometry: Geome
     ring = FewRing.of(stripes.width, tiles, shared, stages // CLUSTER)
     shares = 1 if interpret else shares_of(stripes, blocks, stages)
     number = jnp.concatenate([layer, jnp.full(1, x.shape[0], jnp.int32)])
-    args = (
-        x,
-        w,
-        ring.tiles.view_of_pool(pages),
-        plan.records,
-        plan.ranks,
-        plan.count,
-        plan.page_ids,
-        plan.signals,
-        number,
-    )
+    of_plan = (plan.records, plan.ranks, plan.count, plan.page_ids, plan.signals)
+    args = (x, w, tiles.view_of_pool(pages), *of_plan, number)
     rows = blocks * len(GROUPS[group]) * (shares * parts + 1) * FEW_TOKENS
     ys = jax.ShapeDtypeStruct((rows, STAGE_ROWS), x.dtype)
     out = jax.ShapeDtypeStruct((x.shape[0], w.shape[2]), x.dtype)
@@ -99,7 +90,7 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
     stages, dtype, width = args[0].shape[1] // TILE_COLS, out[0].dtype, stripes.width
     layers, blocks = args[3].shape[0], args[3].shape[2]
     pairs, parts = (len(stripes.parts), 1) if interpret else (CLUSTERS, CLUSTER)
-    columns, summands = TILE_COLS // parts, shares * parts
+    columns = TILE_COLS // parts
 
     def body(
         x_ref,
@@ -135,6 +126,7 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
         items = FewItems(
             stripes=mine,
             blocks=[counts[layer, m] for m in mine.modules],
+            most_blocks=blocks,
             shares=shares,
             part=part,
             parts=parts,
@@ -196,60 +188,6 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
 
         def free(stage):
             plgpu.barrier_arrive(empty.at[slot_of(stage)])
-
-        def shrink(j, before):
-            """The pair's j-th item, before which the small ring had so many stages. Returns how many there then were.
-            Sums are zero for tokens that are not their adapter's.
-            """
-            item = items.item(j)
-            _, stages = items.stages(item.share, count)
-            its_ranks, shape = ranks.at[layer, item.module, item.block], (FEW_TOKENS, STAGE_ROWS)
-            load = lambda row: plgpu.load(its_ranks.at[row], layout=_WGMMA.reduce(0), optimized=False)  # noqa: E731
-            vectors = [lax.broadcast_in_dim(load(row), shape, (1,)) for row in (FIRST, LAST, SCALE)]
-            slot_of_a = lambda k: lax.rem(before + k, jnp.int32(A_SLOTS))  # noqa: E731
-
-            def accumulate(total):
-                @pl.loop(0, stages)
-                def _(k):
-                    slot = slot_of_a(k)
-                    plgpu.barrier_wait(a_full.at[slot])
-                    plgpu.wgmma(total, a_slots.at[ring.a_tokens(slot)], a_slots.at[ring.a_weights(slot)].T)
-                    plgpu.wgmma_wait(0)
-                    pl.when(k + 1 < stages)(lambda: plgpu.barrier_arrive(a_empty.at[slot]))
-
-                return total[...]
-
-            found = pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
-            first, last, scale = vectors
-            token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_WGMMA).astype(jnp.float32)
-            y = a_slots.at[ring.a_tokens(slot_of_a(stages - 1))]
-            y[...] = jnp.where((token >= first) & (token < last), found * scale, 0.0).astype(dtype)
-            plgpu.commit_smem()
-            summand = item.share * parts + part
-            plgpu.copy_smem_to_gmem(y, ys.at[items.y_rows(item.place, item.block, summand)])
-            plgpu.wait_smem_to_gmem(0)
-            if not interpret:
-                signal(signals, items.signal(layer, layers, item.module, item.block))
-            plgpu.barrier_arrive(a_empty.at[slot_of_a(stages - 1)])
-            return before + stages
-
-        def add_up(j):
-            """Some tokens' y of the block of the pair's j-th item."""
-            item = items.item(j)
-            signal_of = items.signal(layer, layers, item.module, item.block)
-            if not interpret:
-                await_signals(signals, signal_of, summands)
-            size = FEW_TOKENS // shares
-
-            def rows(summand):
-                return pl.ds(items.y_row(item.place, item.block, summand) + item.share * size, size)
-
-            total = sum(ys[rows(summand), :].astype(jnp.float32) for summand in range(summands))
-            ys[rows(summands), :] = total.astype(dtype)
-            if interpret:
-                plgpu.barrier_arrive(has_y.at[item.block])
-            else:
-                signal(signals, signal_of + 1)
 
         def products(user, number):
             """Of a pass: sums of the stripes, float32 [64, 64] each."""
@@ -315,12 +253,20 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
         def multiply(user):
             plgpu.set_max_registers(208, action="increase")
             if user == _SHRINKS:
-                lax.fori_loop(0, items.count, shrink, jnp.int32(0))
-
-                @pl.loop(0, items.count)  # with all its sums written: others wait for them
-                def _(j):
-                    pl.when(items.is_own(items.item(j).block))(lambda: add_up(j))
-
+                FewShrink(
+                    ring=ring,
+                    items=items,
+                    ranks=ranks,
+                    ys=ys,
+                    signals=signals,
+                    a_slots=a_slots,
+                    a_full=a_full,
+                    a_empty=a_empty,
+                    has_y=has_y,
+                    layer=layer,
+                    layers=layers,
+                    count=count,
+                ).run()
             for number in range(user, stripes.passes, _WARPGROUPS):
                 stripe, stripe_count = mine.pass_of(number)
 

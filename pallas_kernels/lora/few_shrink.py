@@ -1,0 +1,107 @@
+"""Shrink in the kernel for few adapters, by a warpgroup that has time for it."""
+
+import dataclasses
+from typing import Any
+
+from jax import lax
+from jax import numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.lora.config import FEW_TOKENS
+from pallas_kernels.lora.few_items import FewItems
+from pallas_kernels.lora.few_plan import FIRST, LAST, SCALE
+from pallas_kernels.lora.few_ring import A_SLOTS, FewRing
+from pallas_kernels.lora.mosaic_common import STAGE_ROWS
+from pallas_kernels.lora.signals import await_signals, signal
+
+_WGMMA = plgpu.Layout.WGMMA
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewShrink:
+    """Of one warpgroup. ranks, ys, signals: in global memory, see FewPlan and FewItems. a_slots, a_full, a_empty: of
+    the small ring. has_y: barriers of the blocks, in interpret mode.
+
+    layer, of so many. count: stages of the input that this thread block takes.
+    """
+
+    ring: FewRing
+    items: FewItems
+    ranks: Any
+    ys: Any
+    signals: Any
+    a_slots: Any
+    a_full: Any
+    a_empty: Any
+    has_y: Any
+    layer: Any
+    layers: int
+    count: Any
+
+    def run(self) -> None:
+        """All the pair's items, and then its parts of their sums: others wait for what it shrinks."""
+        lax.fori_loop(0, self.items.most_each, self._shrink, jnp.int32(0))
+
+        @pl.loop(0, self.items.most_each)
+        def _(j):
+            item = self.items.item(j)
+            wanted = self.items.is_used(item) & self.items.is_own(item.block)
+            pl.when(wanted)(lambda: self._add_up(item))
+
+    def _signal(self, item):
+        return self.items.signal(self.layer, self.layers, item.module, item.block)
+
+    def _shrink(self, j, before):
+        """The pair's j-th item, before which the small ring had so many stages. Returns how many there then were. Sums
+        are zero for tokens that are not their adapter's.
+        """
+        item = self.items.item(j)
+        _, stages = self.items.stages(item.share, self.count)
+        its_ranks, shape = self.ranks.at[self.layer, item.module, self.items.record(item)], (FEW_TOKENS, STAGE_ROWS)
+        load = lambda row: plgpu.load(its_ranks.at[row], layout=_WGMMA.reduce(0), optimized=False)  # noqa: E731
+        vectors = [lax.broadcast_in_dim(load(row), shape, (1,)) for row in (FIRST, LAST, SCALE)]
+        is_used = self.items.is_used(item)
+        stages = jnp.where(is_used, stages, 0)
+
+        def accumulate(total):
+            @pl.loop(0, stages)
+            def _(k):
+                slot = lax.rem(before + k, jnp.int32(A_SLOTS))
+                plgpu.barrier_wait(self.a_full.at[slot])
+                a = self.a_slots.at[self.ring.a_weights(slot)]
+                plgpu.wgmma(total, self.a_slots.at[self.ring.a_tokens(slot)], a.T)
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(self.a_empty.at[slot])
+
+            return total[...]
+
+        found = pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
+
+        @pl.when(is_used)
+        def write():
+            first, last, scale = vectors
+            token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_WGMMA).astype(jnp.float32)
+            y = jnp.where((token >= first) & (token < last), found * scale, 0.0).astype(self.ys.dtype)
+            summand = item.share * self.items.parts + self.items.part
+            self.ys[self.items.y_rows(item.place, item.block, summand), :] = y
+            if self.has_y is None:
+                signal(self.signals, self._signal(item))
+
+        return before + stages
+
+    def _add_up(self, item) -> None:
+        """Some tokens' y of an item's block."""
+        summands, size = self.items.summands, FEW_TOKENS // self.items.shares
+        if self.has_y is None:
+            await_signals(self.signals, self._signal(item), summands)
+
+        def rows(summand):
+            return pl.ds(self.items.y_row(item.place, item.block, summand) + item.share * size, size)
+
+        total = sum(self.ys[rows(summand), :].astype(jnp.float32) for summand in range(summands))
+        self.ys[rows(summands), :] = total.astype(self.ys.dtype)
+        if self.has_y is None:
+            signal(self.signals, self._signal(item) + 1)
+        else:
+            plgpu.barrier_arrive(self.has_y.at[item.block])
