@@ -184,18 +184,22 @@ def products(inputs: Inputs, group: str, num_layers: int):
     options: dict[str, Any] = dict(group=group, max_rank=spec.max_rank, few_adapters=few)
     options |= dict(shrink_geometry=g, expand_geometry=g)
 
-    def lora(x, weights, pages, table, *segments):
+    def lora(xs, weights, pages, table, *segments):
         where = (pages, table, table, *segments)
-        return [lora_matmul(x, weights, lambda i=i: x @ weights[i], *where, layer=i, **options) for i in layers]
+        of_layer = zip(layers, xs, strict=True)
+        return [
+            lora_matmul(x, weights, lambda i=i, x=x: x @ weights[i], *where, layer=i, **options) for i, x in of_layer
+        ]
 
-    def base(x, weights):
-        return [x @ weights[i] for i in layers]
+    def base(xs, weights):
+        return [x @ weights[i] for i, x in zip(layers, xs, strict=True)]
 
     if spec.num_tokens < PRODUCT_STEP and not few:
         return {}
     weights = jax.random.normal(jax.random.key(3), (num_layers, *widths), jnp.bfloat16)
+    xs = [x + i for i in layers]  # of products with the same activations XLA makes one
     compiled = functools.partial(jax.jit, compiler_options=compiler_options())
-    return {"matmul": (compiled(lora), (x, weights, *inputs.where())), "base": (compiled(base), (x, weights))}
+    return {"matmul": (compiled(lora), (xs, weights, *inputs.where())), "base": (compiled(base), (xs, weights))}
 
 
 def launches_us(fn, args, layers: int) -> dict[str, float]:

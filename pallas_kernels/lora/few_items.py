@@ -7,9 +7,8 @@ from jax import lax
 from jax import numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.geometry import MODULES, ceil_div
+from pallas_kernels.geometry import MODULES
 from pallas_kernels.lora.config import CLUSTER, FEW_TOKENS
-from pallas_kernels.lora.few_ring import A_SLOTS
 from pallas_kernels.lora.few_stripes import PairStripes, Stripes
 
 SIGNALS = 2
@@ -32,61 +31,52 @@ def shares_of(stripes: Stripes, blocks: int, stages: int) -> int:
     """Into how many shares the depth is cut. blocks: of each module, at most. stages: of the input.
 
     A power of two, so that tokens are shared evenly. As many as leave one item for each pair, or each pair that has
-    less to do than others, if these are many; and as many stages to each as are loaded at a time.
+    less to do than others, if these are many.
     """
     pairs = stripes.light if 2 * stripes.light >= stripes.pairs else stripes.pairs
-    most = pairs // (blocks * len(stripes.parts))
-    most = max(min(stages // CLUSTER // A_SLOTS, _MOST_SHARES, most), 1)
+    most = max(min(stages // CLUSTER, _MOST_SHARES, pairs // (blocks * len(stripes.parts))), 1)
     return 1 << most.bit_length() - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FewItems:
-    """A pair's items: pairs take them by turns, those with less to do first. Which are whose does not depend on how
-    many blocks there are, so that nobody waits to know that before it looks where its A is. With `own`, as in interpret
-    mode, a pair has all of its own module's.
+    """A pair's items: pairs take them by turns, those with less to do first. With `own`, as in interpret mode, a pair
+    has all of its own module's.
 
-    blocks: that a module has, by place in the group. most_blocks: that it can have. shares: of the depth; each block of
-    ranks has one item for each. part: of the two thread blocks, which takes a half of the input.
+    blocks: by place of a module in the group. shares: of the depth; each block of ranks has one item for each. part: of
+    the two thread blocks, which takes a half of the input.
     """
 
     stripes: PairStripes
     blocks: list
-    most_blocks: int
     shares: int
     part: Any
     parts: int
     own: bool
 
     @property
-    def most_each(self) -> int:
-        """Items of a pair, in use or not."""
+    def count(self):
+        """How many there are."""
         if self.own:
-            return self.most_blocks * self.shares
-        return ceil_div(self.most_blocks * len(self.blocks) * self.shares, self.stripes.stripes.pairs)
+            return self.blocks_of(self.stripes.place) * self.shares
+        pairs = jnp.int32(self.stripes.stripes.pairs)
+        return lax.div(jnp.maximum(sum(self.blocks) * self.shares - self.stripes.turn, 0) + pairs - 1, pairs)
+
+    def blocks_of(self, place):
+        """Blocks of a module."""
+        return self._at(place, self.blocks)
 
     def item(self, j) -> FewItem:
-        """The pair's j-th. Its block may be past the last one there can be."""
+        """The pair's j-th."""
         number = j if self.own else self.stripes.turn + j * self.stripes.stripes.pairs
         block = lax.div(number, jnp.int32(self.shares))
         share = number - block * self.shares
         if self.own:
             return FewItem(self.stripes.module, self.stripes.place, block, share)
-        within = lax.div(block, jnp.int32(len(self.blocks)))
-        place = block - within * len(self.blocks)
+        ends = [sum(self.blocks[: i + 1]) for i in range(len(self.blocks))]
+        place = sum((jnp.where(block >= end, 1, 0) for end in ends[:-1]), jnp.int32(0))
+        within = block - self._at(place, [jnp.int32(0), *ends[:-1]])
         return FewItem(self._at(place, [jnp.int32(m) for m in self.stripes.modules]), place, within, share)
-
-    def is_used(self, item: FewItem):
-        """Whether there is such a block."""
-        return item.block < self.blocks_of(item.place)
-
-    def record(self, item: FewItem):
-        """Its block, or if there can be none, another one."""
-        return jnp.minimum(item.block, self.most_blocks - 1)
-
-    def blocks_of(self, place):
-        """Blocks of a module."""
-        return self._at(place, self.blocks)
 
     @staticmethod
     def _at(place, values: list):

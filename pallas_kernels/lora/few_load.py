@@ -1,5 +1,5 @@
-"""The warpgroup that fills the rings of the kernel for few adapters. One warp copies base weights and activations, and
-waits for nothing but slots; one what shrink needs, the others B and y.
+"""The warpgroup that fills the rings of the kernel for few adapters. One warp copies base weights, activations and y,
+one what shrink needs, the others B.
 """
 
 from collections.abc import Callable
@@ -63,17 +63,16 @@ class FewLoad:
     def run(self) -> None:
         """Loads all stages, and waits until they have been read."""
 
-        pl.when(self.warp == BASE_WARP)(lambda: self._stages(self._base_stage, self._no_deltas))
-        pl.when(self.warp == A_WARP)(self._shrink_stages)
-
-        @pl.when(self.warp >= B_WARPS[0])
+        @pl.when(self.warp == BASE_WARP)
         def _():
-            self._stages(self._nothing, self._deltas)
-            waited = (self.warp == B_WARPS[0]) & (self.stripes.pass_of(0)[1] > 0)
+            self._stages(self._base_stage, self._ys)
 
-            @pl.loop(0, jnp.where(waited, self.deltas, 0))
+            @pl.loop(0, jnp.where(self.stripes.pass_of(0)[1] > 0, self.deltas, 0))
             def _(n):
                 self.done_with_y(self.items.own_block(n))
+
+        pl.when(self.warp == A_WARP)(self._shrink_stages)
+        pl.when(self.warp >= B_WARPS[0])(lambda: self._stages(self._nothing, self._b))
 
     def _stages(self, load_base: Callable, load_deltas: Callable) -> None:
         """Each is called with barriers and with the number of stages before."""
@@ -165,12 +164,18 @@ class FewLoad:
             for _ in range(WARP_GRANULES):
                 plgpu.barrier_arrive(barrier)
 
-    def _no_deltas(self, number: int, begin, stripe_count, full, before) -> None:
-        del number, begin, stripe_count
+    def _ys(self, number: int, begin, stripe_count, full, before) -> None:
+        del begin, stripe_count
 
         @pl.loop(0, self.deltas)
         def _(n):
-            self._claim(before + n, full, 0)
+            slot, barrier = self._claim(before + n, full, STAGE_CHUNKS * _TILE_BYTES)
+            block = self.items.own_block(n)
+            if number == 0:
+                self.wait_y(block)
+            source = self.ys.at[self.items.y_rows(self.stripes.place, block, self.items.summands)]
+            self._copy(source, self.slots.at[self.ring.tokens(slot)], barrier, jnp.bool_(True))
+            self._fill(barrier, "delta")
 
     def _granules(self, module, block, kind: int, mine: list) -> list:
         """Of granules of a block: where they lie, in the form that a loop carries."""
@@ -193,10 +198,9 @@ class FewLoad:
         def item_body(j, before):
             item = self.items.item(j)
             first, count = self.items.stages(item.share, self.count)
-            granules = self._granules(item.module, self.items.record(item), A_TILE, list(range(STAGE_CHUNKS)))
+            granules = self._granules(item.module, item.block, A_TILE, list(range(STAGE_CHUNKS)))
             used = [is_used > 0 for _, _, is_used, *_ in granules]
             num_bytes = self._token_bytes + sum(jnp.where(u, _TILE_BYTES, 0) for u in used)
-            count = jnp.where(self.items.is_used(item), count, 0)
 
             @pl.loop(0, count)
             def _(k):
@@ -216,11 +220,10 @@ class FewLoad:
 
             return before + count
 
-        drain(self.a_empty, lax.fori_loop(0, self.items.most_each, item_body, jnp.int32(0)), A_SLOTS)
+        drain(self.a_empty, lax.fori_loop(0, self.items.count, item_body, jnp.int32(0)), A_SLOTS)
 
-    def _deltas(self, number: int, begin, stripe_count, full, before) -> None:
-        """B and, by one warp, y. Where tiles of B lie is read one block ahead."""
-        with_y = self.warp == B_WARPS[0]
+    def _b(self, number: int, begin, stripe_count, full, before) -> None:
+        """Where its tiles lie is read one block ahead."""
         span = max(self.ring.tiles.geometry.out_tiles(m) for m in self.stripes.modules)
         mine = [self.warp - B_WARPS[0] + len(B_WARPS) * i for i in range(WARP_GRANULES)]
 
@@ -232,7 +235,6 @@ class FewLoad:
             ahead = fetch(n + 1)
             used = [is_used > 0 for _, _, is_used, *_ in granules]
             num_bytes = sum(jnp.where(u, _TILE_BYTES, 0) for u in used) * stripe_count
-            num_bytes += jnp.where(with_y, STAGE_CHUNKS * _TILE_BYTES, 0)
             slot, barrier = self._claim(before + n, full, num_bytes)
             for i in range(self.ring.width):
                 for g, granule, wanted in zip(mine, granules, used, strict=True):
@@ -242,16 +244,6 @@ class FewLoad:
                         self._copy_tile(granule, begin + i, span, self.slot_tiles, row, barrier, wanted)
 
                     self._if(wanted & (i < stripe_count), copy)
-
-            @pl.when(with_y)
-            def _():
-                block = self.items.own_block(n)
-                if number == 0:
-                    self.wait_y(block)
-                y = self.ys.at[self.items.y_rows(self.stripes.place, block, self.items.summands)]
-                self._copy(y, self.slots.at[self.ring.tokens(slot)], barrier, jnp.bool_(True))
-                self._fill(barrier, "delta")
-
             return ahead
 
         lax.fori_loop(0, self.deltas, block_body, fetch(jnp.int32(0)))

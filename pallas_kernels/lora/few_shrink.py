@@ -41,13 +41,11 @@ class FewShrink:
 
     def run(self) -> None:
         """All the pair's items, and then its parts of their sums: others wait for what it shrinks."""
-        lax.fori_loop(0, self.items.most_each, self._shrink, jnp.int32(0))
+        lax.fori_loop(0, self.items.count, self._shrink, jnp.int32(0))
 
-        @pl.loop(0, self.items.most_each)
+        @pl.loop(0, self.items.count)
         def _(j):
-            item = self.items.item(j)
-            wanted = self.items.is_used(item) & self.items.is_own(item.block)
-            pl.when(wanted)(lambda: self._add_up(item))
+            pl.when(self.items.is_own(self.items.item(j).block))(lambda: self._add_up(j))
 
     def _signal(self, item):
         return self.items.signal(self.layer, self.layers, item.module, item.block)
@@ -58,40 +56,40 @@ class FewShrink:
         """
         item = self.items.item(j)
         _, stages = self.items.stages(item.share, self.count)
-        its_ranks, shape = self.ranks.at[self.layer, item.module, self.items.record(item)], (FEW_TOKENS, STAGE_ROWS)
+        its_ranks, shape = self.ranks.at[self.layer, item.module, item.block], (FEW_TOKENS, STAGE_ROWS)
         load = lambda row: plgpu.load(its_ranks.at[row], layout=_WGMMA.reduce(0), optimized=False)  # noqa: E731
         vectors = [lax.broadcast_in_dim(load(row), shape, (1,)) for row in (FIRST, LAST, SCALE)]
-        is_used = self.items.is_used(item)
-        stages = jnp.where(is_used, stages, 0)
+        slot_of = lambda k: lax.rem(before + k, jnp.int32(A_SLOTS))  # noqa: E731
 
         def accumulate(total):
             @pl.loop(0, stages)
             def _(k):
-                slot = lax.rem(before + k, jnp.int32(A_SLOTS))
+                slot = slot_of(k)
                 plgpu.barrier_wait(self.a_full.at[slot])
-                a = self.a_slots.at[self.ring.a_weights(slot)]
-                plgpu.wgmma(total, self.a_slots.at[self.ring.a_tokens(slot)], a.T)
+                x, a = self.a_slots.at[self.ring.a_tokens(slot)], self.a_slots.at[self.ring.a_weights(slot)]
+                plgpu.wgmma(total, x, a.T)
                 plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(self.a_empty.at[slot])
+                pl.when(k + 1 < stages)(lambda: plgpu.barrier_arrive(self.a_empty.at[slot]))
 
             return total[...]
 
         found = pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
-
-        @pl.when(is_used)
-        def write():
-            first, last, scale = vectors
-            token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_WGMMA).astype(jnp.float32)
-            y = jnp.where((token >= first) & (token < last), found * scale, 0.0).astype(self.ys.dtype)
-            summand = item.share * self.items.parts + self.items.part
-            self.ys[self.items.y_rows(item.place, item.block, summand), :] = y
-            if self.has_y is None:
-                signal(self.signals, self._signal(item))
-
+        first, last, scale = vectors
+        token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_WGMMA).astype(jnp.float32)
+        y = self.a_slots.at[self.ring.a_tokens(slot_of(stages - 1))]
+        y[...] = jnp.where((token >= first) & (token < last), found * scale, 0.0).astype(self.ys.dtype)
+        plgpu.commit_smem()
+        summand = item.share * self.items.parts + self.items.part
+        plgpu.copy_smem_to_gmem(y, self.ys.at[self.items.y_rows(item.place, item.block, summand)])
+        plgpu.wait_smem_to_gmem(0)
+        if self.has_y is None:
+            signal(self.signals, self._signal(item))
+        plgpu.barrier_arrive(self.a_empty.at[slot_of(stages - 1)])
         return before + stages
 
-    def _add_up(self, item) -> None:
-        """Some tokens' y of an item's block."""
+    def _add_up(self, j) -> None:
+        """Some tokens' y of the block of the pair's j-th item."""
+        item = self.items.item(j)
         summands, size = self.items.summands, FEW_TOKENS // self.items.shares
         if self.has_y is None:
             await_signals(self.signals, self._signal(item), summands)

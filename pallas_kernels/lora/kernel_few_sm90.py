@@ -126,7 +126,6 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
         items = FewItems(
             stripes=mine,
             blocks=[counts[layer, m] for m in mine.modules],
-            most_blocks=blocks,
             shares=shares,
             part=part,
             parts=parts,
