@@ -61,6 +61,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
     return report
 
 
+_QUICK = pytest.StashKey[bool]()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compiles for the CPU without LLVM's optimisations, which take longer than the steps of tiny models do: the same
@@ -71,6 +74,10 @@ def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
 
     real = any(i.path == request.path and "smollm2_gguf" in i.fixturenames for i in request.session.items)
     quick = not real and jax.default_backend() == "cpu"
+    stash = request.config.stash
+    if stash.setdefault(_QUICK, quick) != quick:  # jit keeps programs by their arguments, not by this option
+        jax.clear_caches()
+        stash[_QUICK] = quick
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(quick)))
         jax.config.update("jax_disable_most_optimizations", quick)

@@ -14,14 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry
 from pallas_kernels.lora import kernel_few_sm90, kernel_gated_sm90, kernel_matmul_sm90
-from pallas_kernels.lora.config import (
-    MOST_FEW,
-    SHORT_SEGMENT,
-    SHORT_STEP,
-    LoraConfig,
-    chunk_tiles,
-    default_config,
-)
+from pallas_kernels.lora.config import MOST_FEW, SHORT_SEGMENT, SHORT_STEP, LoraConfig, chunk_tiles, default_config
 from pallas_kernels.lora.few_plan import make_few_plan
 from pallas_kernels.lora.kernel_add_sm90 import add
 from pallas_kernels.lora.kernel_expand_sm90 import expand
