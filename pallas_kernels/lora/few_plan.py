@@ -32,9 +32,9 @@ class FewPlan:
     """N blocks of eight granules at most, of the first list, of the second, of the first and so on.
 
     records: of each granule, see above; tiles are counted from the beginning of the adapter's image. count: blocks, the
-    same number of both lists. ranks: of each rank, which tokens it is for, from the first to before the
-    last, and their adapter's scaling; no token for ranks that are not in use. Where there are more granules than fit,
-    the scaling is NaN. signals: zeros, which the kernel counts in and puts back, see FewItems.signal.
+    same number of both lists. ranks: of each rank, which tokens it is for, from the first to before the last, and their
+    adapter's scaling; no token for ranks that are not in use. Where there are more granules than fit, the scaling is
+    NaN. signals: zeros, which the kernel counts in and puts back, see FewItems.signal.
     """
 
     records: Int[Array, "L 7 N 8 F"]

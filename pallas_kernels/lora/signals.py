@@ -114,5 +114,6 @@ def _lowering(ptx: str):
 for _primitive, _ptx in ((_wait_p, _WAIT), (_put_back_p, _PUT_BACK)):
     _primitive.multiple_results = True
     _primitive.def_effectful_abstract_eval(_abstract_eval)
-    semantics = mgpu.LoweringSemantics.Warpgroup, gpu_core.PrimitiveSemantics.Warp
-    lowering.register_lowering_rule(_primitive, *semantics)(_lowering(_ptx))
+    lowering.register_lowering_rule(_primitive, mgpu.LoweringSemantics.Warpgroup, gpu_core.PrimitiveSemantics.Warp)(
+        _lowering(_ptx)
+    )
