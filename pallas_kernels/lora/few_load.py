@@ -76,19 +76,26 @@ class FewLoad:
 
     def _stages(self, load_base: Callable, load_deltas: Callable) -> None:
         """Each is called with barriers and with the number of stages before."""
-        issued = jnp.int32(0)
-        for number in range(self.stripes.stripes.passes):
+        passes = self.stripes.stripes.passes
+
+        def load(number: int, deltas: bool):
             begin, stripe_count = self.stripes.pass_of(number)
+            before = self.stripes.first_stages(number, self.count, self.deltas)[deltas]
             full = self.full[number % len(self.full)]
 
             @pl.when(stripe_count > 0)
-            def _(number=number, begin=begin, stripe_count=stripe_count, full=full, issued=issued):
-                pl.loop(0, self.count)(lambda k: load_base(k, begin, stripe_count, full, issued + k))
-                load_deltas(number, begin, stripe_count, full, issued + self.count)
+            def _():
+                if deltas:
+                    load_deltas(number, begin, stripe_count, full, before)
+                else:
+                    pl.loop(0, self.count)(lambda k: load_base(k, begin, stripe_count, full, before + k))
 
-            issued += jnp.where(stripe_count > 0, self.count + self.deltas, 0)
-
-        drain(self.empty, issued, self.ring.slots)
+        for number in range(passes + 1):
+            if number < passes:
+                load(number, deltas=False)
+            if number:
+                load(number - 1, deltas=True)
+        drain(self.empty, self.stripes.first_stages(passes, self.count, self.deltas)[1], self.ring.slots)
 
     def _claim(self, issued, full, num_bytes):
         """The slot of the `issued`-th stage, as soon as it is empty, and its barrier. num_bytes: that this warp will

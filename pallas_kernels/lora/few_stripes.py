@@ -112,3 +112,12 @@ class PairStripes:
         least = lax.div(total, jnp.int32(passes))
         longer = total - least * passes
         return self.begin + number * least + jnp.minimum(number, longer), least + jnp.where(number < longer, 1, 0)
+
+    def first_stages(self, number: int, count, deltas):
+        """Of all stages, the first of a pass's base weights and the first of its deltas. These follow the next pass's
+        base weights, so that others have the more time for their y.
+        """
+        has = [jnp.where(self.pass_of(n)[1] > 0, 1, 0) for n in range(self.stripes.passes)]
+        before = lambda n: sum(has[: max(n, 0)], jnp.int32(0))  # noqa: E731
+        base = before(number) * count + before(number - 1) * deltas
+        return base, before(number + 2) * count + before(number) * deltas

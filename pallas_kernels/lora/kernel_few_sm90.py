@@ -132,7 +132,6 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
             own=bool(interpret),
         )
         deltas = lax.div(items.blocks_of(mine.place), jnp.int32(parts))
-        each = count + deltas
 
         def y_signal(block):
             """Counts the parts of a block's y."""
@@ -190,7 +189,7 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
 
         def products(user, number):
             """Of a pass: sums of the stripes, float32 [64, 64] each."""
-            begin = number * each
+            first_base, first_delta = mine.first_stages(number, count, deltas)
 
             def accumulate(*sums):
                 def multiply(stage):
@@ -199,14 +198,18 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
                     for i, total in enumerate(sums):
                         plgpu.wgmma(total, slots.at[ring.tokens(slot)], slots.at[ring.weights(slot, i)])
 
-                @pl.loop(0, each)
-                def _(k):
-                    multiply(begin + k)
-                    plgpu.wgmma_wait(width)
-                    pl.when(k > 0)(lambda: free(begin + k - 1))
+                def multiply_all(begin, length):
+                    @pl.loop(0, length)
+                    def _(k):
+                        multiply(begin + k)
+                        plgpu.wgmma_wait(width)
+                        pl.when(k > 0)(lambda: free(begin + k - 1))
 
-                plgpu.wgmma_wait(0)
-                free(begin + each - 1)
+                    plgpu.wgmma_wait(0)
+                    free(begin + length - 1)
+
+                multiply_all(first_base, count)
+                pl.when(deltas > 0)(lambda: multiply_all(first_delta, deltas))
                 return [total[...] for total in sums]
 
             return pl.run_scoped(accumulate, *[plgpu.ACC((FEW_TOKENS, TILE_COLS), jnp.float32)] * width)
