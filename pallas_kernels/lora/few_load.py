@@ -21,10 +21,6 @@ from pallas_kernels.lora.few_stripes import PairStripes
 from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, drain
 
 _TILE_BYTES = 2 * TILE_RANKS * TILE_COLS
-FIRST_BYTES = 64 * 1024
-"""Of base weights and activations that are asked for before A is: enough for the memory until then, and few enough for
-A not to come behind all of a ring's.
-"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +50,6 @@ class FewLoad:
     a_tiles: Any
     a_full: Any
     a_empty: Any
-    a_asked: Any
     layer: Any
     tokens: Any
     first: Any
@@ -154,10 +149,6 @@ class FewLoad:
 
     def _base_stage(self, k, begin, stripe_count, full, issued) -> None:
         """Base weights and activations."""
-        if self.a_asked is not None:
-            slot_bytes = (1 + self.ring.width) * STAGE_CHUNKS * _TILE_BYTES
-            first = max(FIRST_BYTES // slot_bytes, 1)
-            pl.when(issued == first)(lambda: plgpu.barrier_wait(self.a_asked))
         num_bytes = self._token_bytes + stripe_count * STAGE_CHUNKS * _TILE_BYTES
         slot, barrier = self._claim(issued, full, num_bytes)
         rows = pl.ds((self.first + k) * TILE_COLS, TILE_COLS)
@@ -211,12 +202,6 @@ class FewLoad:
         """Activations and A of the pair's items."""
         span = self.ring.tiles.geometry.in_tiles(self.stripes.modules[0])
 
-        def asked():
-            if self.a_asked is not None:
-                expect(self.a_asked, 0)
-
-        pl.when(self.items.count == 0)(asked)
-
         def item_body(j, before):
             item = self.items.item(j)
             first, count = self.items.stages(item.share, self.count)
@@ -239,7 +224,6 @@ class FewLoad:
                         self._copy_tile(granule, self.first + first + k, span, self.a_tiles, row, barrier, wanted)
 
                     self._if(wanted, copy)
-                pl.when(before + k == jnp.minimum(count, A_SLOTS) - 1)(asked)
 
             return before + count
 

@@ -113,7 +113,6 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
         a_full,
         a_empty,
         has_y=None,
-        a_asked=None,
         sent=None,
         taken=None,
     ):
@@ -171,7 +170,6 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
                     a_tiles=a_tiles,
                     a_full=a_full,
                     a_empty=a_empty,
-                    a_asked=a_asked,
                     layer=layer,
                     tokens=tokens,
                     first=first,
@@ -298,7 +296,6 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
     else:
         options |= dict(cluster=(CLUSTER,), cluster_names=("part",))
         scratch |= dict(
-            a_asked=plgpu.Barrier(),
             sent=plgpu.Barrier(num_barriers=_WARPGROUPS),
             taken=plgpu.ClusterBarrier(collective_axes=("part",), num_barriers=_WARPGROUPS),
         )
