@@ -20,7 +20,7 @@ BASE_WARP, A_WARP = 0, 1
 B_WARPS = (2, 3)
 WARP_GRANULES = STAGE_CHUNKS // len(B_WARPS)
 A_SLOTS = 2
-_MOST_SLOTS = 12
+_MOST_BYTES = 128 * 1024
 _TILE = 2 * STAGE_ROWS * TILE_COLS
 
 Kind = Literal["base", "delta"]
@@ -37,8 +37,8 @@ class FewRing:
     @classmethod
     def of(cls, width: int, tiles: ChunkSource, shared_bytes: int, stages: int) -> "FewRing":
         """Of so many bytes at most. stages: of the input, at least: no slot has B before it had base weights."""
-        slots = (shared_bytes - A_SLOTS * 2 * _TILE) // ((1 + width) * _TILE)
-        return cls(slots=min(slots, _MOST_SLOTS, stages), width=width, tiles=tiles)
+        slots = min(shared_bytes - A_SLOTS * 2 * _TILE, _MOST_BYTES) // ((1 + width) * _TILE)
+        return cls(slots=min(slots, stages), width=width, tiles=tiles)
 
     def types(self, dtype) -> dict[str, Any]:
         """Scratch types, but for the barriers of the large ring."""

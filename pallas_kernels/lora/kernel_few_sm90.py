@@ -202,14 +202,11 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
                     @pl.loop(0, length)
                     def _(k):
                         multiply(begin + k)
-                        plgpu.wgmma_wait(width)
-                        pl.when(k > 0)(lambda: free(begin + k - 1))
-
-                    plgpu.wgmma_wait(0)
-                    free(begin + length - 1)
+                        plgpu.wgmma_wait(0)
+                        free(begin + k)
 
                 multiply_all(first_base, count)
-                pl.when(deltas > 0)(lambda: multiply_all(first_delta, deltas))
+                multiply_all(first_delta, deltas)
                 return [total[...] for total in sums]
 
             return pl.run_scoped(accumulate, *[plgpu.ACC((FEW_TOKENS, TILE_COLS), jnp.float32)] * width)
