@@ -13,7 +13,7 @@ from pallas_kernels.lora.few_stripes import PairStripes, Stripes
 
 SIGNALS = 2
 """Of each block of each module and layer."""
-_MOST_SHARES = 32
+_MOST_SHARES = 8
 
 
 class FewItem(NamedTuple):

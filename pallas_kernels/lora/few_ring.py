@@ -19,8 +19,12 @@ TOKEN_PARTS = (32, 16, 8)
 BASE_WARP, A_WARP = 0, 1
 B_WARPS = (2, 3)
 WARP_GRANULES = STAGE_CHUNKS // len(B_WARPS)
-A_SLOTS = 2
-_MOST_BYTES = 128 * 1024
+A_SLOTS = 4
+_ASKED_BYTES = 96 * 1024
+"""In flight at a time. Memory is not read faster with more, and whoever waits for something else waits behind it: with
+192 KB a signal took 5 us to reach the other thread blocks.
+"""
+_LEAST_ASKED = 3
 _TILE = 2 * STAGE_ROWS * TILE_COLS
 
 Kind = Literal["base", "delta"]
@@ -28,17 +32,21 @@ Kind = Literal["base", "delta"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FewRing:
-    """Sizes of the rings. slots: of the large one. width: stripes. tiles: how tiles of the pool are copied."""
+    """Sizes of the rings. slots: of the large one. held: of these, those whose products may go on when the next ones
+    begin. width: stripes. tiles: how tiles of the pool are copied.
+    """
 
     slots: int
+    held: int
     width: int
     tiles: ChunkSource
 
     @classmethod
     def of(cls, width: int, tiles: ChunkSource, shared_bytes: int, stages: int) -> "FewRing":
         """Of so many bytes at most. stages: of the input, at least: no slot has B before it had base weights."""
-        slots = min(shared_bytes - A_SLOTS * 2 * _TILE, _MOST_BYTES) // ((1 + width) * _TILE)
-        return cls(slots=min(slots, stages), width=width, tiles=tiles)
+        slot, held = (1 + width) * _TILE, 1 if width < 3 else 0
+        slots = min(max(_ASKED_BYTES // slot, _LEAST_ASKED) + held, (shared_bytes - A_SLOTS * 2 * _TILE) // slot)
+        return cls(slots=min(slots, stages), held=held, width=width, tiles=tiles)
 
     def types(self, dtype) -> dict[str, Any]:
         """Scratch types, but for the barriers of the large ring."""

@@ -9,7 +9,7 @@ from jax import numpy as jnp
 from pallas_kernels.geometry import GROUPS, Geometry, ceil_div
 from pallas_kernels.lora.config import CLUSTERS
 
-MOST_WIDE = 3
+MOST_WIDE = 4
 """Stripes that a pair takes at a time: their sums are a thread's registers."""
 
 

@@ -202,8 +202,12 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
                     @pl.loop(0, length)
                     def _(k):
                         multiply(begin + k)
-                        plgpu.wgmma_wait(0)
-                        free(begin + k)
+                        plgpu.wgmma_wait(ring.held * width)
+                        pl.when(k >= ring.held)(lambda: free(begin + k - ring.held))
+
+                    plgpu.wgmma_wait(0)
+                    if ring.held:
+                        pl.when(length > 0)(lambda: free(begin + length - 1))
 
                 multiply_all(first_base, count)
                 multiply_all(first_delta, deltas)

@@ -235,7 +235,7 @@ def _items(stripes, blocks, shares):
 
 
 @pytest.mark.parametrize(
-    "name, wanted", [("7b", dict(qkv=8, o=32, gu=8, down=32)), ("8b", dict(qkv=4, o=32, gu=16, down=32))]
+    "name, wanted", [("7b", dict(qkv=8, o=8, gu=8, down=8)), ("8b", dict(qkv=4, o=8, gu=8, down=8))]
 )
 def test_no_pair_shrinks_twice(name, wanted):
     g = _GEOMETRY[name]
