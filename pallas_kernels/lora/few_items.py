@@ -1,6 +1,4 @@
-"""Work items of shrink in the kernel for few adapters: a share of the input's depth, and of a module's ranks a block of
-each thread block of a pair.
-"""
+"""Work items of shrink in the kernel for few adapters: 64 ranks of a module and a share of the input's depth."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -14,14 +12,13 @@ from pallas_kernels.lora.config import CLUSTER, FEW_TOKENS
 from pallas_kernels.lora.few_stripes import PairStripes, Stripes
 
 SIGNALS = 2
-"""Of each CLUSTER blocks of each module and layer."""
-_MOST_SHARES = 16
-_LOG_CLUSTER = CLUSTER.bit_length() - 1
+"""Of each block of each module and layer."""
+_MOST_SHARES = 8
 
 
 class FewItem(NamedTuple):
-    """module: its number. place: in the group. block: the first of CLUSTER blocks of the module's ranks. share: of this
-    thread block's half of the input.
+    """module: its number. place: in the group. block: of the module's ranks. share: of this thread block's half of the
+    input.
     """
 
     module: Any
@@ -37,7 +34,7 @@ def shares_of(stripes: Stripes, blocks: int, stages: int) -> int:
     less to do than others, if these are many.
     """
     pairs = stripes.light if 2 * stripes.light >= stripes.pairs else stripes.pairs
-    most = max(min(stages // CLUSTER, _MOST_SHARES, pairs * CLUSTER // (blocks * len(stripes.parts))), 1)
+    most = max(min(stages // CLUSTER, _MOST_SHARES, pairs // (blocks * len(stripes.parts))), 1)
     return 1 << most.bit_length() - 1
 
 
@@ -46,8 +43,7 @@ class FewItems:
     """A pair's items: pairs take them by turns, those with less to do first. With `own`, as in interpret mode, a pair
     has all of its own module's.
 
-    blocks: by place of a module in the group, of both thread blocks. shares: of the depth; a block of ranks of each of
-    them is an item for each. part: of
+    blocks: by place of a module in the group. shares: of the depth; each block of ranks has one item for each. part: of
     the two thread blocks, which takes a half of the input.
     """
 
@@ -62,9 +58,9 @@ class FewItems:
     def count(self):
         """How many there are."""
         if self.own:
-            return (self.blocks_of(self.stripes.place) >> _LOG_CLUSTER) * self.shares
-        pairs, total = jnp.int32(self.stripes.stripes.pairs), sum(self.blocks) >> _LOG_CLUSTER
-        return lax.div(jnp.maximum(total * self.shares - self.stripes.turn, 0) + pairs - 1, pairs)
+            return self.blocks_of(self.stripes.place) * self.shares
+        pairs = jnp.int32(self.stripes.stripes.pairs)
+        return lax.div(jnp.maximum(sum(self.blocks) * self.shares - self.stripes.turn, 0) + pairs - 1, pairs)
 
     def blocks_of(self, place):
         """Blocks of a module."""
@@ -75,7 +71,6 @@ class FewItems:
         number = j if self.own else self.stripes.turn + j * self.stripes.stripes.pairs
         block = lax.div(number, jnp.int32(self.shares))
         share = number - block * self.shares
-        block = block << _LOG_CLUSTER
         if self.own:
             return FewItem(self.stripes.module, self.stripes.place, block, share)
         ends = [sum(self.blocks[: i + 1]) for i in range(len(self.blocks))]
@@ -116,7 +111,5 @@ class FewItems:
         return pl.ds(self.y_row(place, block, summand), FEW_TOKENS)
 
     def signal(self, layer, layers: int, module, block):
-        """Which signal counts the summands that are there of an item's blocks; the next one counts the parts of their
-        sums.
-        """
-        return (((block >> _LOG_CLUSTER) * layers + layer) * len(MODULES) + module) * SIGNALS
+        """Which signal counts the summands that are there; the next one counts the parts of their sum."""
+        return ((block * layers + layer) * len(MODULES) + module) * SIGNALS

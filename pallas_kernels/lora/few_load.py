@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.geometry import TILE_COLS, TILE_RANKS
 from pallas_kernels.lora.bulk_copy import expect, start_copy
-from pallas_kernels.lora.config import CLUSTER, FEW_TOKENS
+from pallas_kernels.lora.config import FEW_TOKENS
 from pallas_kernels.lora.few_items import FewItems
 from pallas_kernels.lora.few_plan import A_TILE, B_TILE, IS_USED, PAGE_START, PAGES
 from pallas_kernels.lora.few_ring import A_SLOTS, A_WARP, B_WARPS, BASE_WARP, TOKEN_PARTS, WARP_GRANULES, FewRing, Kind
@@ -205,28 +205,25 @@ class FewLoad:
         def item_body(j, before):
             item = self.items.item(j)
             first, count = self.items.stages(item.share, self.count)
+            granules = self._granules(item.module, item.block, A_TILE, list(range(STAGE_CHUNKS)))
+            used = [is_used > 0 for _, _, is_used, *_ in granules]
+            num_bytes = self._token_bytes + sum(jnp.where(u, _TILE_BYTES, 0) for u in used)
 
             @pl.loop(0, count)
             def _(k):
                 slot = lax.rem(before + k, jnp.int32(A_SLOTS))
                 pl.when(before + k >= A_SLOTS)(lambda: plgpu.barrier_wait(self.a_empty.at[slot]))
                 barrier = self.a_full.at[slot]
-                # Read again for each stage: of both blocks they are too many for the warp's registers.
-                for i in range(CLUSTER):
-                    granules = self._granules(item.module, item.block + i, A_TILE, list(range(STAGE_CHUNKS)))
-                    used = [is_used > 0 for _, _, is_used, *_ in granules]
-                    num_bytes = sum(jnp.where(u, _TILE_BYTES, 0) for u in used)
-                    if self.ring.tiles.whole:
-                        expect(barrier, num_bytes if i else num_bytes + self._token_bytes)
-                    if not i:
-                        self._tokens(self.a_slots, self.ring.a_tokens(slot), first + k, barrier)
-                    for g, (granule, wanted) in enumerate(zip(granules, used, strict=True)):
+                if self.ring.tiles.whole:
+                    expect(barrier, num_bytes)
+                self._tokens(self.a_slots, self.ring.a_tokens(slot), first + k, barrier)
+                for g, (granule, wanted) in enumerate(zip(granules, used, strict=True)):
 
-                        def copy(wanted, i=i, g=g, granule=granule):
-                            row = self.ring.a_tile(slot, i, g)
-                            self._copy_tile(granule, self.first + first + k, span, self.a_tiles, row, barrier, wanted)
+                    def copy(wanted, g=g, granule=granule):
+                        row = (slot * 2 + 1) * STAGE_CHUNKS + g
+                        self._copy_tile(granule, self.first + first + k, span, self.a_tiles, row, barrier, wanted)
 
-                        self._if(wanted, copy)
+                    self._if(wanted, copy)
 
             return before + count
 

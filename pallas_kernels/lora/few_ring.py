@@ -11,8 +11,7 @@ from typing import Any, Literal
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.geometry import TILE_COLS, TILE_RANKS
-from pallas_kernels.lora.config import CLUSTER
+from pallas_kernels.geometry import TILE_COLS
 from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, STAGE_ROWS, ChunkSource
 
 TOKEN_PARTS = (32, 16, 8)
@@ -20,13 +19,12 @@ TOKEN_PARTS = (32, 16, 8)
 BASE_WARP, A_WARP = 0, 1
 B_WARPS = (2, 3)
 WARP_GRANULES = STAGE_CHUNKS // len(B_WARPS)
-A_SLOTS = 3
+A_SLOTS = 4
 _ASKED_BYTES = 96 * 1024
 """In flight at a time. Memory is not read faster with more, and whoever waits for something else waits behind it: with
 192 KB a signal took 5 us to reach the other thread blocks.
 """
 _LEAST_ASKED = 3
-_A_TILES = 1 + CLUSTER
 _TILE = 2 * STAGE_ROWS * TILE_COLS
 
 Kind = Literal["base", "delta"]
@@ -47,14 +45,14 @@ class FewRing:
     def of(cls, width: int, tiles: ChunkSource, shared_bytes: int, stages: int) -> "FewRing":
         """Of so many bytes at most. stages: of the input, at least: no slot has B before it had base weights."""
         slot, held = (1 + width) * _TILE, 1 if width < 3 else 0
-        slots = min(max(_ASKED_BYTES // slot, _LEAST_ASKED) + held, (shared_bytes - A_SLOTS * _A_TILES * _TILE) // slot)
+        slots = min(max(_ASKED_BYTES // slot, _LEAST_ASKED) + held, (shared_bytes - A_SLOTS * 2 * _TILE) // slot)
         return cls(slots=min(slots, stages), held=held, width=width, tiles=tiles)
 
     def types(self, dtype) -> dict[str, Any]:
         """Scratch types, but for the barriers of the large ring."""
         return dict(
             slots=self.tiles.ring(self.slots * (1 + self.width) * STAGE_ROWS, dtype),
-            a_slots=self.tiles.ring(A_SLOTS * _A_TILES * STAGE_ROWS, dtype),
+            a_slots=self.tiles.ring(A_SLOTS * 2 * STAGE_ROWS, dtype),
             a_full=plgpu.Barrier(num_arrivals=self.a_arrivals, num_barriers=A_SLOTS),
             a_empty=plgpu.Barrier(num_barriers=A_SLOTS),
         )
@@ -69,15 +67,11 @@ class FewRing:
 
     def a_tokens(self, slot):
         """Of the small ring: rows of activations."""
-        return pl.ds(slot * _A_TILES * STAGE_ROWS, STAGE_ROWS)
+        return pl.ds(slot * 2 * STAGE_ROWS, STAGE_ROWS)
 
-    def a_weights(self, slot, i: int):
-        """Of the small ring: rows of the i-th block of A."""
-        return pl.ds((slot * _A_TILES + 1 + i) * STAGE_ROWS, STAGE_ROWS)
-
-    def a_tile(self, slot, i: int, granule: int):
-        """Of the small ring: where a granule's tile of the i-th block lies, in tiles."""
-        return (slot * _A_TILES + 1 + i) * (STAGE_ROWS // TILE_RANKS) + granule
+    def a_weights(self, slot):
+        """Of the small ring: rows of A."""
+        return pl.ds((slot * 2 + 1) * STAGE_ROWS, STAGE_ROWS)
 
     @property
     def _copies(self) -> dict[Kind, int]:
@@ -94,7 +88,7 @@ class FewRing:
     @property
     def a_arrivals(self) -> int:
         """Of a barrier of the small ring."""
-        return CLUSTER if self.tiles.whole else 1 + len(TOKEN_PARTS) + CLUSTER * STAGE_CHUNKS
+        return 1 if self.tiles.whole else 1 + len(TOKEN_PARTS) + STAGE_CHUNKS
 
     def missing(self, kind: Kind) -> int:
         """Arrivals that a kind of stage needs in interpret mode beside its copies'."""

@@ -1,7 +1,6 @@
 """Shrink in the kernel for few adapters, by a warpgroup that has time for it."""
 
 import dataclasses
-import functools
 from typing import Any
 
 from jax import lax
@@ -9,7 +8,7 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.lora.config import CLUSTER, FEW_TOKENS
+from pallas_kernels.lora.config import FEW_TOKENS
 from pallas_kernels.lora.few_items import FewItems
 from pallas_kernels.lora.few_plan import FIRST, LAST, SCALE
 from pallas_kernels.lora.few_ring import A_SLOTS, FewRing
@@ -46,10 +45,7 @@ class FewShrink:
 
         @pl.loop(0, self.items.count)
         def _(j):
-            item = self.items.item(j)
-            for i in range(CLUSTER):
-                block = item.block + i
-                pl.when(self.items.is_own(block))(functools.partial(self._add_up, item, block))
+            pl.when(self.items.is_own(self.items.item(j).block))(lambda: self._add_up(j))
 
     def _signal(self, item):
         return self.items.signal(self.layer, self.layers, item.module, item.block)
@@ -60,55 +56,50 @@ class FewShrink:
         """
         item = self.items.item(j)
         _, stages = self.items.stages(item.share, self.count)
+        its_ranks, shape = self.ranks.at[self.layer, item.module, item.block], (FEW_TOKENS, STAGE_ROWS)
+        load = lambda row: plgpu.load(its_ranks.at[row], layout=_WGMMA.reduce(0), optimized=False)  # noqa: E731
+        vectors = [lax.broadcast_in_dim(load(row), shape, (1,)) for row in (FIRST, LAST, SCALE)]
         slot_of = lambda k: lax.rem(before + k, jnp.int32(A_SLOTS))  # noqa: E731
-        of_ranks = [self._of_ranks(item, item.block + i) for i in range(CLUSTER)]
 
-        def accumulate(*sums):
+        def accumulate(total):
             @pl.loop(0, stages)
             def _(k):
                 slot = slot_of(k)
                 plgpu.barrier_wait(self.a_full.at[slot])
-                for i, total in enumerate(sums):
-                    a = self.a_slots.at[self.ring.a_weights(slot, i)]
-                    plgpu.wgmma(total, self.a_slots.at[self.ring.a_tokens(slot)], a.T)
+                x, a = self.a_slots.at[self.ring.a_tokens(slot)], self.a_slots.at[self.ring.a_weights(slot)]
+                plgpu.wgmma(total, x, a.T)
                 plgpu.wgmma_wait(0)
                 pl.when(k + 1 < stages)(lambda: plgpu.barrier_arrive(self.a_empty.at[slot]))
 
-            return [total[...] for total in sums]
+            return total[...]
 
-        found = pl.run_scoped(accumulate, *[plgpu.ACC((FEW_TOKENS, STAGE_ROWS), jnp.float32)] * CLUSTER)
-        last = slot_of(stages - 1)
+        found = pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
+        first, last, scale = vectors
+        token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_WGMMA).astype(jnp.float32)
+        y = self.a_slots.at[self.ring.a_tokens(slot_of(stages - 1))]
+        y[...] = jnp.where((token >= first) & (token < last), found * scale, 0.0).astype(self.ys.dtype)
+        plgpu.commit_smem()
         summand = item.share * self.items.parts + self.items.part
-        for i, (value, (first, end, scale)) in enumerate(zip(found, of_ranks, strict=True)):
-            token = plgpu.broadcasted_iota(jnp.int32, value.shape, 0, layout=_WGMMA).astype(jnp.float32)
-            y = self.a_slots.at[self.ring.a_weights(last, i)]  # where A was
-            y[...] = jnp.where((token >= first) & (token < end), value * scale, 0.0).astype(self.ys.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(y, self.ys.at[self.items.y_rows(item.place, item.block + i, summand)])
+        plgpu.copy_smem_to_gmem(y, self.ys.at[self.items.y_rows(item.place, item.block, summand)])
         plgpu.wait_smem_to_gmem(0)
         if self.has_y is None:
             signal(self.signals, self._signal(item))
-        plgpu.barrier_arrive(self.a_empty.at[last])
+        plgpu.barrier_arrive(self.a_empty.at[slot_of(stages - 1)])
         return before + stages
 
-    def _of_ranks(self, item, block) -> list:
-        """Of each rank of a block: its first token, the one after its last, and the scaling, [64, 64]."""
-        its_ranks = self.ranks.at[self.layer, item.module, block]
-        load = lambda row: plgpu.load(its_ranks.at[row], layout=_WGMMA.reduce(0), optimized=False)  # noqa: E731
-        return [lax.broadcast_in_dim(load(row), (FEW_TOKENS, STAGE_ROWS), (1,)) for row in (FIRST, LAST, SCALE)]
-
-    def _add_up(self, item, block) -> None:
-        """Some tokens' y of a block of an item's."""
+    def _add_up(self, j) -> None:
+        """Some tokens' y of the block of the pair's j-th item."""
+        item = self.items.item(j)
         summands, size = self.items.summands, FEW_TOKENS // self.items.shares
         if self.has_y is None:
             await_signals(self.signals, self._signal(item), summands)
 
         def rows(summand):
-            return pl.ds(self.items.y_row(item.place, block, summand) + item.share * size, size)
+            return pl.ds(self.items.y_row(item.place, item.block, summand) + item.share * size, size)
 
         total = sum(self.ys[rows(summand), :].astype(jnp.float32) for summand in range(summands))
         self.ys[rows(summands), :] = total.astype(self.ys.dtype)
         if self.has_y is None:
             signal(self.signals, self._signal(item) + 1)
         else:
-            plgpu.barrier_arrive(self.has_y.at[block])
+            plgpu.barrier_arrive(self.has_y.at[item.block])

@@ -134,18 +134,18 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
         deltas = lax.div(items.blocks_of(mine.place), jnp.int32(parts))
 
         def y_signal(block):
-            """Counts the parts of a block's y, and of the other thread block's beside it."""
+            """Counts the parts of a block's y."""
             return items.signal(layer, layers, mine.module, block) + 1
 
         def wait_y(block):
             if interpret:
                 plgpu.barrier_wait(has_y.at[block])
             else:
-                wait_signals(signals, y_signal(block), shares * parts)
+                wait_signals(signals, y_signal(block), shares)
 
         def done_with_y(block):
             if not interpret:
-                put_back(signals, y_signal(block), (shares + mine.users) * parts)
+                put_back(signals, y_signal(block), shares + mine.users)
 
         @pl.when(wg == _WARPGROUPS)
         def load():
