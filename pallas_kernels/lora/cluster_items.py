@@ -10,11 +10,11 @@ from jax import lax
 from jax import numpy as jnp
 
 from pallas_kernels.geometry import GROUPS, TILE_RANKS
-from pallas_kernels.lora.config import CLUSTER
+from pallas_kernels.lora.config import CLUSTER, CLUSTERS
 from pallas_kernels.lora.expand_items import ExpandItem, ExpandItems
-from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, stage_chunks
+from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, dealt, dealt_item, stage_chunks
 from pallas_kernels.lora.plan import PAGE_START, group_fields
-from pallas_kernels.lora.ranges import Deal, num_ranges, range_of
+from pallas_kernels.lora.ranges import num_ranges, range_of
 from pallas_kernels.lora.short_items import ShrinkItem, ShrinkItems
 
 _LOG_CLUSTER = CLUSTER.bit_length() - 1
@@ -39,14 +39,13 @@ class AddItems:
 
     An item of a large token block covers a range of the module's outputs, and all its ranges shrink alike.
 
-    shrink, expand: what is known of the two halves. cut: how many blocks have at least 2, 4 and 8 ranges. deal: of the
-    items to clusters. part: which thread block of its cluster this one is.
+    shrink, expand: what is known of the two halves. cut: how many blocks have at least 2, 4 and 8 ranges. part: which
+    thread block of its cluster this one is.
     """
 
     shrink: ShrinkItems
     expand: ExpandItems
     cut: tuple[Any, ...]
-    deal: Deal
     cluster: Any
     part: Any
 
@@ -57,18 +56,15 @@ class AddItems:
     @property
     def count(self):
         """Items of this cluster."""
-        return self.deal.length(self._total, self.cluster)
-
-    @property
-    def _total(self):
-        return num_ranges(self.expand.num_blocks, self.cut, len(self._modules))
+        total = num_ranges(self.expand.num_blocks, self.cut, len(self._modules))
+        return dealt(total, self.cluster, CLUSTERS)
 
     def _place(self, n):
         """Of item n: token block, its module's number, output tiles and first tile of `out`, the range, and the binary
         logarithm of the ranges.
         """
         number = len(self._modules)
-        index, log_ranges, part = range_of(self.deal.item(self._total, self.cluster, n), self.cut, number)
+        index, log_ranges, part = range_of(dealt_item(self.cluster, n, CLUSTERS), self.cut, number)
         which = lax.rem(index, jnp.int32(number))
         geometry, tile = self.expand.geometry, 0
         chosen = [jnp.int32(0)] * 3

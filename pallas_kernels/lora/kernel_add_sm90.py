@@ -29,7 +29,7 @@ from pallas_kernels.lora.expand_y import RowTiles
 from pallas_kernels.lora.kernel_short_sm90 import ExpandScratch, ring_stages
 from pallas_kernels.lora.mosaic_common import PLAN_ROWS, STAGE_ROWS, STEP_ROWS, ChunkSource, capacity, drain
 from pallas_kernels.lora.plan import Half, y_rows
-from pallas_kernels.lora.ranges import MAX_LOG_RANGES, Deal
+from pallas_kernels.lora.ranges import MAX_LOG_RANGES
 from pallas_kernels.lora.short_expand import ShortExpand
 from pallas_kernels.lora.short_items import ShrinkItems, split_chunks
 from pallas_kernels.lora.short_ring import ShortRing, full_arrivals, ring_type, sync_warpgroup
@@ -46,9 +46,7 @@ def add(pages, layer, a: Half, b: Half, *, x, out, group: str, config: LoraConfi
     )
     args = dict(out=out, x=sources[0].view_of_tokens(x), scaling=b.plan.scaling)
     args |= dict(a_ids=a.page_ids, a_records=a.plan.records, b_ids=b.page_ids, b_records=b.plan.records)
-    args |= dict(
-        pool=sources[0].view_of_pool(pages), counts=a.plan.counts, cut=a.plan.cut, deal=a.plan.deal, layer=layer
-    )
+    args |= dict(pool=sources[0].view_of_pool(pages), counts=a.plan.counts, cut=a.plan.cut, layer=layer)
     options: dict[str, Any] = dict(names=tuple(args), group=group, config=config, sources=sources, max_rank=max_rank)
     with jax.named_scope("lora_add"):
         if out.shape[0] < TILE_RANKS:
@@ -74,7 +72,6 @@ def _launch(*args, names, group, config: LoraConfig, sources: tuple[ChunkSource,
     def body(*refs, ring, a_full, b_full, empty, parts, sent, free, y_smem, moved, y_full, y_empty):
         ref = dict(zip(names, refs, strict=True))
         wg, layer, num_blocks = lax.axis_index("wg"), ref["layer"][0], ref["counts"][0]
-        number = list(GROUPS).index(group)
         known: dict[str, Any] = dict(
             group=group, config=config, chunk=sources[0].chunk, num_blocks=num_blocks, layer=layer
         )
@@ -103,8 +100,7 @@ def _launch(*args, names, group, config: LoraConfig, sources: tuple[ChunkSource,
         items = AddItems(
             shrink=shrink.items,
             expand=expand.items,
-            cut=tuple(ref["cut"][number, i] for i in range(MAX_LOG_RANGES)),
-            deal=Deal(*(ref["deal"][number, i] for i in range(len(Deal._fields)))),
+            cut=tuple(ref["cut"][list(GROUPS).index(group), i] for i in range(MAX_LOG_RANGES)),
             cluster=lax.axis_index("cluster"),
             part=lax.axis_index("part"),
         )

@@ -16,7 +16,7 @@ import numpy as np
 
 from pallas_kernels.geometry import GROUPS, MODULES, Geometry, ceil_div
 from pallas_kernels.lora.config import CLUSTERS, SHORT_SEGMENT
-from pallas_kernels.lora.ranges import MAX_LOG_RANGES, Deal, cut_blocks, deal_blocks
+from pallas_kernels.lora.ranges import MAX_LOG_RANGES, cut_blocks
 from pallas_kernels.lora.table import AdapterTable, section_starts
 
 BLOCK_GRANULES = 8
@@ -54,8 +54,8 @@ def module_pages(module):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """counts: number of token blocks, then for each group the most rank blocks that any of them has in any layer.
-    records: TOKEN is a block's first row, of which the block's own tokens begin OFFSET rows on. cut, deal: see
-    `cut_blocks` and `Deal`; zeros where blocks are in the order of the segments.
+    records: TOKEN is a block's first row, of which the block's own tokens begin OFFSET rows on. cut: see `cut_blocks`;
+    zeros where blocks are in the order of the segments.
 
     Records past the last token block are unspecified.
     """
@@ -64,7 +64,6 @@ class Plan:
     records: Int[Array, "NT L R"]
     scaling: Float[Array, "NT L 7"]
     cut: Int[Array, "4 3"]
-    deal: Int[Array, "4 3"]
 
 
 @jax.tree_util.register_dataclass
@@ -217,15 +216,11 @@ def make_plan(
     counts = jnp.max(jnp.where(used[:, None, None], rank_blocks, 0), axis=(0, 1))
     if loads is None:
         cut = jnp.zeros((len(GROUPS), MAX_LOG_RANGES), jnp.int32)
-        deal = jnp.zeros((len(GROUPS), len(Deal._fields)), jnp.int32)
     else:
-        in_use = jnp.where(used[:, None], loads[adapter], 0)
-        cut = cut_blocks(in_use)
-        deal = deal_blocks(in_use, cut, num_blocks)
+        cut = cut_blocks(jnp.where(used[:, None], loads[adapter], 0))
     return Plan(
         counts=jnp.concatenate([num_blocks[None], counts]),
         records=jnp.concatenate([records, page_ids], axis=2),
         scaling=table.scaling[adapter],
         cut=cut,
-        deal=deal,
     )

@@ -16,7 +16,7 @@ from pallas_kernels.lora.config import CLUSTER, CLUSTERS, LoraConfig
 from pallas_kernels.lora.expand_items import ExpandItems
 from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, dealt, dealt_item
 from pallas_kernels.lora.plan import RECORD, group_fields, module_field
-from pallas_kernels.lora.ranges import Deal, cut_blocks, deal_blocks, num_ranges, range_of
+from pallas_kernels.lora.ranges import cut_blocks, num_ranges, range_of
 from pallas_kernels.lora.short_items import ShrinkItems, split_chunks
 
 CTAS = 5
@@ -90,13 +90,11 @@ def test_every_chunk_is_copied_and_multiplied_once(granules, group, packed):
     assert len(sums) == splits * sum(-(-g // STAGE_CHUNKS) for g in granules)
 
 
-def _cut_and_deal(granules: list[int], group: str) -> tuple[tuple[jax.Array, ...], Deal]:
+def _cut(granules: list[int], group: str) -> tuple[jax.Array, ...]:
     """Of token blocks with so many granules in the group, all modules together."""
     others = jnp.zeros((len(granules), len(GROUPS)), jnp.int32)
     index = list(GROUPS).index(group)
-    granules = others.at[:, index].set(jnp.array(granules))
-    cut = cut_blocks(granules)
-    return tuple(cut[index]), Deal(*deal_blocks(granules, cut, len(granules))[index])
+    return tuple(cut_blocks(others.at[:, index].set(jnp.array(granules)))[index])
 
 
 @given(cut=st.lists(st.integers(0, 9), min_size=3, max_size=3), blocks=st.integers(0, 9), modules=st.integers(1, 3))
@@ -112,49 +110,15 @@ def test_ranges_are_numbered_once(cut, blocks, modules):
     assert found == [(item, log, part) for item, log in enumerate(logs) for part in range(1 << log)]
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _dealt(deal, total, most):
-    """Numbers of all clusters' items, or -1, [clusters, most]."""
-    cluster, n = jnp.meshgrid(jnp.arange(CLUSTERS), jnp.arange(most), indexing="ij")
-    count = jax.vmap(lambda cluster: deal.length(total, cluster))(jnp.arange(CLUSTERS))
-    return jnp.where(n < count[:, None], deal.item(total, cluster, n), -1)
-
-
-@given(
-    granules=st.lists(st.integers(0, 40), min_size=1, max_size=24),
-    times=st.sampled_from([1, 3, 9]),
-    in_order=st.booleans(),
-    group=st.sampled_from(list(GROUPS)),
-)
-@settings(max_examples=60, deadline=None)
-def test_items_are_dealt_once(granules, times, in_order, group):
-    """Whatever the order, and a cluster that has items counts them from 0."""
-    granules = sorted(granules * times, reverse=True) if in_order else granules * times
-    padded = granules + [0] * (216 - len(granules))  # blocks that are not in use
-    index = list(GROUPS).index(group)
-    of_groups = jnp.zeros((216, len(GROUPS)), jnp.int32).at[:, index].set(jnp.array(padded))
-    cut = cut_blocks(of_groups)
-    deal = Deal(*deal_blocks(of_groups, cut, len(granules))[index])
-    assert 0 <= deal.alone <= deal.large <= CLUSTERS and deal.small >= 0
-    total = int(num_ranges(len(granules), tuple(cut[index]), len(GROUPS[group])))
-    found = np.asarray(_dealt(deal, total, 216 * 3))
-    assert sorted(found[found >= 0].tolist()) == list(range(total))
-
-
 MIXED = SPECS["7b_decode_64_mixed_qkvo"].ranks
 LOADS = [  # ranks of token blocks, group, ranges of the blocks, and the largest load of a cluster over the mean
-    (MIXED, "qkv", [1] * 64, 1.17),
-    (MIXED, "gu", [2] * 8 + [1] * 56, 1.31),
+    (MIXED, "qkv", [1] * 64, 1.45),
+    (MIXED, "gu", [2] * 8 + [1] * 56, 1.52),
     (MIXED, "o", [4] * 8 + [2] * 8 + [1] * 48, 2.18),
-    (MIXED * 2, "qkv", [1] * 128, 1.17),
-    (MIXED * 2, "gu", [1] * 128, 1.1),
-    (MIXED * 4, "o", [1] * 256, 1.1),
     ([16] * 64, "qkv", [1] * 64, 1.04),
     ([16] * 64, "o", [1] * 64, 1.04),
     ([16] * 256, "qkv", [1] * 256, 1.04),
     ([16] * 256, "o", [1] * 256, 1.04),
-    ([8, 16, 32, 64] * 16, "qkv", [1] * 64, 1.11),
-    ([8, 16, 32, 64] * 16, "gu", [1] * 64, 1.11),
     ([8, 16, 32, 64] * 64, "qkv", [1] * 256, 1.04),
     ([8, 16, 32, 64] * 64, "o", [1] * 256, 1.04),
     ([32] * 10, "qkv", [2] * 10, 1.65),
@@ -166,7 +130,7 @@ LOADS = [  # ranks of token blocks, group, ranges of the blocks, and the largest
     ([16] * 32, "qkv", [1] * 32, 1.38),
     ([16] * 32, "o", [2] * 32, 1.55),
     ([16] * 33, "o", [2] * 33, 1.5),
-    ([128] + [8] * 255, "o", [4] + [1] * 255, 2.63),
+    ([128] + [8] * 255, "o", [4] + [1] * 255, 2.93),
 ]
 
 
@@ -175,18 +139,18 @@ def test_loads_are_balanced(ranks, group, ranges, largest):
     """The mean is that of uncut items. A range takes half its item's time for A, and its part of the other half."""
     modules = len(GROUPS[group])
     granules = np.sort(np.array(ranks) // 8)[::-1]
-    cut, deal = _cut_and_deal(list(granules * modules), group)
+    cut = _cut(list(granules * modules), group)
     assert [1 << sum(block < int(c) for c in cut) for block in range(len(granules))] == ranges
     total = int(num_ranges(len(granules), cut, modules))
-    index = _dealt(deal, total, total)
+    cluster, n = jnp.meshgrid(jnp.arange(CLUSTERS), jnp.arange(-(-total // CLUSTERS)), indexing="ij")
+    index = dealt_item(cluster, n, CLUSTERS)
     item, log, _ = (np.asarray(v) for v in range_of(index, cut, modules))
-    own = np.where(index >= 0, granules[np.minimum(item // modules, len(granules) - 1)] * (0.5 + 0.5 / 2.0**log), 0)
+    own = np.where(index < total, granules[np.minimum(item // modules, len(granules) - 1)] * (0.5 + 0.5 / 2.0**log), 0)
     assert own.sum(axis=1).max() <= largest * granules.sum() * modules / CLUSTERS
 
 
 def test_nothing_is_cut_where_no_adapter_targets_the_group():
-    cut, deal = _cut_and_deal([0] * 5, "o")
-    assert [int(c) for c in (*cut, *deal)] == [0] * 6
+    assert [int(c) for c in _cut([0] * 5, "o")] == [0, 0, 0]
 
 
 SHARED = [
@@ -210,7 +174,7 @@ def test_clusters_share_all_items(group, blocks, geometry):
     granules = rng.integers(0, 12, (blocks, len(modules)))
     granules[: blocks // 8] *= 4  # ranges of several sizes, in the order that a plan has
     granules = granules[np.argsort(-granules.sum(axis=1))]
-    cut, deal = _cut_and_deal(list(granules.sum(axis=1)), group)
+    cut = _cut(list(granules.sum(axis=1)), group)
     for i, m in enumerate(modules):
         records[:blocks, 0, module_field(m) + 1] = granules[:, i]
         records[:blocks, 0, module_field(m) + 2] = 8 * granules[:, :i].sum(axis=1)
@@ -227,7 +191,7 @@ def test_clusters_share_all_items(group, blocks, geometry):
     @functools.partial(jax.jit, static_argnums=2)
     def describe(cluster, part, n):
         halves = dict(shrink=ShrinkItems(rank_blocks=None, **known), expand=ExpandItems(**known))
-        items = AddItems(**halves, cut=cut, deal=deal, cluster=cluster, part=part)
+        items = AddItems(**halves, cut=cut, cluster=cluster, part=part)
         item = items.describe(n, items.fetch(n))
         tiles = [items.shrink_of(item, k) for k in range(6)]
         return items.count, item, tiles, items.shrink_stages(item)
