@@ -44,6 +44,7 @@ class FewRing:
     @classmethod
     def of(cls, width: int, tiles: ChunkSource, shared_bytes: int, stages: int) -> "FewRing":
         """Of so many bytes at most. stages: of the input, at least: no slot has B before it had base weights."""
+        # Wide stages come so seldom that their products are over before the next: no slot is spent on that.
         slot, held = (1 + width) * _TILE, 1 if width < 3 else 0
         slots = min(max(_ASKED_BYTES // slot, _LEAST_ASKED) + held, (shared_bytes - A_SLOTS * 2 * _TILE) // slot)
         return cls(slots=min(slots, stages), held=held, width=width, tiles=tiles)

@@ -10,7 +10,8 @@ the input beside its stripes and writes the sums to global memory, where each of
 tokens. When the pairs are through with W, which takes longer, y has long been there.
 
 A pair with many stripes goes through the input several times. Two warpgroups do so in turn, one while the other adds up
-and writes; the second one also shrinks. A third fills the rings.
+and writes; the second one also shrinks. A pass's y and B come after the next pass's base weights, when y is there. A
+third warpgroup fills the rings.
 """
 
 from typing import Any
