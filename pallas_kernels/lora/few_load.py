@@ -64,6 +64,7 @@ class FewLoad:
     deltas: Any
     wait_y: Callable
     done_with_y: Callable
+    stw: Any
 
     def run(self) -> None:
         """Loads all stages, and waits until they have been read."""
@@ -171,6 +172,7 @@ class FewLoad:
             self._if(i < stripe_count, copy_weights)
         self._tokens(self.slots, self.ring.tokens(slot), k, barrier)
         self._fill(barrier, "base")
+        pl.when(issued == 0)(lambda: self.stw(18))
 
     def _nothing(self, k, begin, stripe_count, full, issued) -> None:
         """For a stage to which this warp copies nothing."""
@@ -188,7 +190,9 @@ class FewLoad:
             slot, barrier = self._claim(before + n, full, STAGE_CHUNKS * _TILE_BYTES)
             block = self.items.own_block(n)
             if number == 0:
+                self.stw(9)
                 self.wait_y(block)
+                self.stw(10)
             source = self.ys.at[self.items.y_rows(self.stripes.place, block, self.items.summands)]
             self._copy(source, self.slots.at[self.ring.tokens(slot)], barrier, jnp.bool_(True))
             self._fill(barrier, "delta")
@@ -215,6 +219,7 @@ class FewLoad:
             if self.a_asked is not None:
                 expect(self.a_asked, 0)
 
+        self.stw(1)
         pl.when(self.items.count == 0)(asked)
 
         def item_body(j, before):
@@ -239,6 +244,7 @@ class FewLoad:
                         self._copy_tile(granule, self.first + first + k, span, self.a_tiles, row, barrier, wanted)
 
                     self._if(wanted, copy)
+                pl.when(before + k == 0)(lambda: self.stw(3))
                 pl.when(before + k == jnp.minimum(count, A_SLOTS) - 1)(asked)
 
             return before + count

@@ -99,7 +99,7 @@ def make_few_plan(
         count=CLUSTER * ceil_div(jnp.minimum(total, room), jnp.int32(STAGE_CHUNKS)),
         ranks=ranks,
         page_ids=table.pages.astype(jnp.int32),
-        signals=jnp.full(layers * modules * blocks * SIGNALS, zero, jnp.int32),
+        signals=jnp.full(layers * modules * blocks * SIGNALS + 132 * 48, zero, jnp.int32),
     )
 
 

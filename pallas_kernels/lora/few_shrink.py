@@ -38,6 +38,7 @@ class FewShrink:
     layer: Any
     layers: int
     count: Any
+    st: Any
 
     def run(self) -> None:
         """All the pair's items, and then its parts of their sums: others wait for what it shrinks."""
@@ -66,6 +67,7 @@ class FewShrink:
             def _(k):
                 slot = slot_of(k)
                 plgpu.barrier_wait(self.a_full.at[slot])
+                self.st(4)
                 x, a = self.a_slots.at[self.ring.a_tokens(slot)], self.a_slots.at[self.ring.a_weights(slot)]
                 plgpu.wgmma(total, x, a.T)
                 plgpu.wgmma_wait(0)
@@ -81,9 +83,12 @@ class FewShrink:
         plgpu.commit_smem()
         summand = item.share * self.items.parts + self.items.part
         plgpu.copy_smem_to_gmem(y, self.ys.at[self.items.y_rows(item.place, item.block, summand)])
+        self.st(16)
         plgpu.wait_smem_to_gmem(0)
+        self.st(5)
         if self.has_y is None:
             signal(self.signals, self._signal(item))
+            self.st(6)
         plgpu.barrier_arrive(self.a_empty.at[slot_of(stages - 1)])
         return before + stages
 
@@ -93,13 +98,16 @@ class FewShrink:
         summands, size = self.items.summands, FEW_TOKENS // self.items.shares
         if self.has_y is None:
             await_signals(self.signals, self._signal(item), summands)
+            self.st(7)
 
         def rows(summand):
             return pl.ds(self.items.y_row(item.place, item.block, summand) + item.share * size, size)
 
         total = sum(self.ys[rows(summand), :].astype(jnp.float32) for summand in range(summands))
         self.ys[rows(summands), :] = total.astype(self.ys.dtype)
+        self.st(17)
         if self.has_y is None:
             signal(self.signals, self._signal(item) + 1)
+            self.st(8)
         else:
             plgpu.barrier_arrive(self.has_y.at[item.block])

@@ -32,7 +32,7 @@ from pallas_kernels.lora.few_shrink import FewShrink
 from pallas_kernels.lora.few_stripes import Stripes
 from pallas_kernels.lora.mosaic_common import SHARED_BYTES, STAGE_ROWS, ChunkSource
 from pallas_kernels.lora.pair_sum import PairSum
-from pallas_kernels.lora.signals import put_back, wait_signals
+from pallas_kernels.lora.signals import put_back, wait_signals, stamp, stamp_warp
 from pallas_kernels.paged_attention.decode_schedule import sm_count
 
 _LEAST_STAGES = 2
@@ -120,6 +120,10 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
         (slots, slot_tiles), (a_slots, a_tiles) = ring.tiles.views(slots), ring.tiles.views(a_slots)
         wg, part, pair = lax.axis_index("wg"), 0 if interpret else lax.axis_index("part"), lax.axis_index("pair")
         mine = stripes.of_pair(pair)
+        at = signals.shape[0] - 132 * 48 + (pair * 2 + part) * 48
+        st = lambda e: None if interpret else stamp(signals, at, e)
+        stw = lambda e: None if interpret else stamp_warp(signals, at, e)
+        pl.when(wg == 0)(lambda: st(0))
         layer, tokens = number[0], number[1]
         half = jnp.int32(ceil_div(stages, parts))
         first = part * half
@@ -181,6 +185,7 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
                     deltas=deltas,
                     wait_y=wait_y,
                     done_with_y=done_with_y,
+                    stw=stw,
                 ).run()
 
         def slot_of(stage):
@@ -211,7 +216,9 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
                     free(begin + length - 1)
 
                 multiply_all(first_base, count)
+                if number == 0: st(11)
                 pl.when(deltas > 0)(lambda: multiply_all(first_delta, deltas))
+                if number == 0: st(12)
                 return [total[...] for total in sums]
 
             return pl.run_scoped(accumulate, *[plgpu.ACC((FEW_TOKENS, TILE_COLS), jnp.float32)] * width)
@@ -243,6 +250,7 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
                 if number:  # until both have taken what they got in the pass before
                     plgpu.barrier_wait(taken.at[(number - 1) % _WARPGROUPS])
                 found = PairSum(parts=results[0], sent=sent.at[user], part=part).exchange(found, stripe_count)
+            if number == 0: st(13)
             for i, value in enumerate(found):
 
                 @pl.when(i < stripe_count)
@@ -250,6 +258,7 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
                     write(i, value, mine.first + stripe + i)
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            st(14 if number == 0 else 15)
             if not interpret and number + 1 < stripes.passes:
                 following = mine.pass_of(number + 1)[1]
                 pl.when(following > 0)(lambda: plgpu.barrier_arrive(taken.at[user]))
@@ -270,6 +279,7 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
                     layer=layer,
                     layers=layers,
                     count=count,
+                    st=st,
                 ).run()
             for number in range(user, stripes.passes, _WARPGROUPS):
                 stripe, stripe_count = mine.pass_of(number)

@@ -117,3 +117,31 @@ for _primitive, _ptx in ((_wait_p, _WAIT), (_put_back_p, _PUT_BACK)):
     lowering.register_lowering_rule(_primitive, mgpu.LoweringSemantics.Warpgroup, gpu_core.PrimitiveSemantics.Warp)(
         _lowering(_ptx)
     )
+
+
+EVENTS = 24
+def _stamp_ptx(mask):
+    return """{
+.reg .pred p; .reg .b32 t; .reg .b64 c; .reg .b32 lo;
+mov.u32 t, %tid.x; and.b32 t, t, MASK; setp.eq.u32 p, t, 0;
+mov.u64 c, %globaltimer; cvt.u32.u64 lo, c;
+@p st.global.u32 [$0], lo;
+mov.u64 c, %clock64; cvt.u32.u64 lo, c;
+@p st.global.u32 [$0+4], lo;
+}""".replace("MASK", str(mask))
+
+_stamp_p = jax_core.Primitive("lora_stamp")
+_stamp_p.multiple_results = True
+_stamp_p.def_effectful_abstract_eval(_abstract_eval)
+lowering.register_lowering_rule(_stamp_p, mgpu.LoweringSemantics.Warpgroup, gpu_core.PrimitiveSemantics.Warp)(
+    lambda ctx, signals, index, number: (_utils.inline_ptx(_stamp_ptx(31), _place(signals, lowering._ensure_ir_value(index, jnp.int32)), has_side_effects=True), ())[1])
+
+def stamp_warp(signals, base, event):
+    _bind(_stamp_p, signals, base + 2 * event, jnp.int32(0))
+
+def stamp(signals, base, event):
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT, plgpu.RefType()))
+    def run(ctx, index, signals):
+        del ctx
+        _utils.inline_ptx(_stamp_ptx(127), _place(signals, *scalars(index)), has_side_effects=True)
+    run(base + 2 * event, signals)
