@@ -7,7 +7,7 @@ the outputs.
 
 A is read once. A block of 64 ranks is shrunk by many pairs, those with fewer stripes first: each multiplies a share of
 the input beside its stripes and writes the sums to global memory, where each of them adds all up for a part of the
-tokens. When the pairs are through with W, which takes longer, y has long been there.
+tokens. When the pairs are through with W, y is there, or nearly so where W is as small as o's.
 
 A pair with many stripes goes through the input several times. Two warpgroups do so in turn, one while the other adds up
 and writes; the second one also shrinks. A pass's y and B come after the next pass's base weights, when y is there. A
