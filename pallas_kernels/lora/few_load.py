@@ -67,7 +67,7 @@ class FewLoad:
         def _():
             self._stages(self._base_stage, self._ys)
 
-            @pl.loop(0, jnp.where(self.stripes.pass_of(0)[1] > 0, self.deltas, 0))
+            @pl.loop(0, jnp.where(self.stripes.passes[0][1] > 0, self.deltas, 0))
             def _(n):
                 self.done_with_y(self.items.own_block(n))
 
@@ -79,7 +79,7 @@ class FewLoad:
         passes = self.stripes.stripes.passes
 
         def load(number: int, deltas: bool):
-            begin, stripe_count = self.stripes.pass_of(number)
+            begin, stripe_count = self.stripes.passes[number]
             before = self.stripes.first_stages(number, self.count, self.deltas)[deltas]
             full = self.full[number % len(self.full)]
 

@@ -29,7 +29,8 @@ class Part(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Stripes:
-    """No pair has stripes of two modules, so that it needs the A of one.
+    """No pair has stripes of two modules, so that it needs the A of one. All pairs of a module go through neighbouring
+    stripes at a time.
 
     passes: how many times a pair goes through the input, at most. width: stripes that it takes each time, at most.
     largest: that a pair has. light: pairs that have less, or nothing. pairs: all.
@@ -70,27 +71,32 @@ class Stripes:
             chosen = [jnp.where(pair >= part.first_pair, v, old) for v, old in zip(part, chosen, strict=True)]
         place, module, first, stripes, first_pair, pairs, full_before = chosen
         within = jnp.minimum(pair - first_pair, pairs)
-        begin, end = (lax.div((within + i) * stripes, pairs) for i in (0, 1))
-        end = jnp.where(within < pairs, end, begin)
+        passes, most = [], pairs * self.width
+        for number in range(self.passes):
+            before = jnp.minimum(number * most, stripes)
+            length = jnp.minimum(stripes - before, most)
+            begin, end = (lax.div((within + i) * length, pairs) for i in (0, 1))
+            passes.append((before + begin, jnp.where(within < pairs, end - begin, 0)))
         # A module's pairs have `largest` stripes or one less, or none of them has `largest`.
-        full_before += jnp.maximum(begin - within * (self.largest - 1), 0)
-        light_before, is_light = pair - full_before, end - begin < self.largest
-        turn = jnp.where(is_light, light_before, self.light + full_before)
-        return PairStripes(self, place, module, first, begin, end, turn)
+        least_of_last = self.largest - 1 - (self.passes - 1) * self.width
+        full_before += jnp.maximum(begin - within * least_of_last, 0)
+        is_light = sum(count for _, count in passes) < self.largest
+        turn = jnp.where(is_light, pair - full_before, self.light + full_before)
+        return PairStripes(self, place, module, first, passes, turn)
 
 
 @dataclasses.dataclass(frozen=True)
 class PairStripes:
-    """place, module: as in Part. first: the module's first stripe of the group's outputs. begin, end: the pair's, of
-    the module's. turn: the pair's among all, if those with less to do come first.
+    """place, module: as in Part. first: the module's first stripe of the group's outputs. passes: first stripe of each
+    pass, of the module's, and how many it has, never more than the one before. turn: the pair's among all, if those
+    with less to do come first.
     """
 
     stripes: Stripes
     place: Any
     module: Any
     first: Any
-    begin: Any
-    end: Any
+    passes: list
     turn: Any
 
     @property
@@ -106,18 +112,11 @@ class PairStripes:
             found = jnp.where(self.place == part.place, part.pairs, found)
         return found
 
-    def pass_of(self, number: int):
-        """First stripe of a pass, of the module's, and how many it has: about the same each, never more than before."""
-        passes, total = self.stripes.passes, self.end - self.begin
-        least = lax.div(total, jnp.int32(passes))
-        longer = total - least * passes
-        return self.begin + number * least + jnp.minimum(number, longer), least + jnp.where(number < longer, 1, 0)
-
     def first_stages(self, number: int, count, deltas):
         """Of all stages, the first of a pass's base weights and the first of its deltas. These follow the next pass's
         base weights, so that others have the more time for their y.
         """
-        has = [jnp.where(self.pass_of(n)[1] > 0, 1, 0) for n in range(self.stripes.passes)]
+        has = [jnp.where(count > 0, 1, 0) for _, count in self.passes]
         before = lambda n: sum(has[: max(n, 0)], jnp.int32(0))  # noqa: E731
         base = before(number) * count + before(number - 1) * deltas
         return base, before(number + 2) * count + before(number) * deltas

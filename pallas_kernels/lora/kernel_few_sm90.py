@@ -251,7 +251,7 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if not interpret and number + 1 < stripes.passes:
-                following = mine.pass_of(number + 1)[1]
+                following = mine.passes[number + 1][1]
                 pl.when(following > 0)(lambda: plgpu.barrier_arrive(taken.at[user]))
 
         def multiply(user):
@@ -272,7 +272,7 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
                     count=count,
                 ).run()
             for number in range(user, stripes.passes, _WARPGROUPS):
-                stripe, stripe_count = mine.pass_of(number)
+                stripe, stripe_count = mine.passes[number]
 
                 @pl.when(stripe_count > 0)
                 def _(number=number, stripe=stripe, stripe_count=stripe_count):

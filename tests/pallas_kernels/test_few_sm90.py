@@ -172,6 +172,8 @@ def test_pairs_share_every_stripe(hidden, kv, mlp, group):
         wanted += [(m, first + i) for i in range(g.out_tiles(m))]
         first += g.out_tiles(m)
     assert sorted(found) == sorted(wanted)
+    counts = np.array([count for _, count in passes])
+    assert counts.max() <= stripes.width and (np.diff(counts, axis=0) <= 0).all()
 
 
 def _of_pairs(stripes):
@@ -179,8 +181,7 @@ def _of_pairs(stripes):
 
     def of_pair(pair):
         mine = stripes.of_pair(pair)
-        passes = [mine.pass_of(number) for number in range(stripes.passes)]
-        return mine.module, mine.first, passes, mine.end - mine.begin
+        return mine.module, mine.first, mine.passes, sum(count for _, count in mine.passes)
 
     return jax.tree.map(lambda found: found.tolist(), jax.vmap(of_pair)(jnp.arange(CLUSTERS)))
 
@@ -229,7 +230,7 @@ def _items(stripes, blocks, shares):
         blocks_of = [jnp.int32(n) for n in blocks]
         items = FewItems(stripes=mine, blocks=blocks_of, shares=shares, part=0, parts=1, own=False)
         most = -(-sum(blocks) * shares // CLUSTERS)
-        return items.count, mine.end - mine.begin, jax.vmap(items.item)(jnp.arange(max(most, 1)))
+        return items.count, sum(count for _, count in mine.passes), jax.vmap(items.item)(jnp.arange(max(most, 1)))
 
     return jax.tree.map(np.asarray, jax.jit(jax.vmap(of_pair))(jnp.arange(CLUSTERS)))
 
