@@ -7,7 +7,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from pallas_kernels.geometry import GROUPS, Geometry, ceil_div
-from pallas_kernels.lora.config import CLUSTERS
+from pallas_kernels.lora.config import CLUSTER, CLUSTERS
 
 MOST_WIDE = 4
 """Stripes that a pair takes at a time: their sums are a thread's registers."""
@@ -32,11 +32,13 @@ class Stripes:
     """No pair has stripes of two modules, so that it needs the A of one. All pairs of a module go through neighbouring
     stripes at a time.
 
-    passes: how many times a pair goes through the input, at most. width: stripes that it takes each time, at most.
-    largest: that a pair has. light: pairs that have less, or nothing. pairs: all.
+    each: thread blocks of a pair that have stripes of their own; if it is one, both take the same, each with half of
+    the input. passes: how many times a thread block goes through its input, at most. width: stripes that it takes each
+    time, at most. largest: that a pair has. light: pairs that have less, or nothing. pairs: all.
     """
 
     parts: tuple[Part, ...]
+    each: int
     passes: int
     width: int
     largest: int
@@ -44,8 +46,10 @@ class Stripes:
     pairs: int
 
     @classmethod
-    def of(cls, geometry: Geometry, group: str, pairs: int = CLUSTERS) -> "Stripes":
-        """Gives the module with the most stripes a pair another one, as long as there are pairs."""
+    def of(cls, geometry: Geometry, group: str, pairs: int = CLUSTERS, most_each: int = CLUSTER) -> "Stripes":
+        """Gives the module with the most stripes a pair another one, as long as there are pairs. Where all pairs have
+        enough, nothing is halved, and nobody needs another one's sums.
+        """
         modules = GROUPS[group]
         stripes = [geometry.out_tiles(m) for m in modules]
         given = [1] * len(modules)
@@ -61,35 +65,40 @@ class Stripes:
             Part(i, m, first, stripes[i], first_pair, given[i], full_before)
             for i, (m, (first, first_pair, full_before)) in enumerate(zip(modules, before, strict=True))
         ]
-        passes = ceil_div(largest, MOST_WIDE)
-        return cls(tuple(parts), passes, ceil_div(largest, passes), largest, pairs - sum(full), pairs)
+        each = most_each if all(n >= most_each * of for n, of in zip(stripes, given, strict=True)) else 1
+        most = max(ceil_div(n, of * each) for n, of in zip(stripes, given, strict=True))
+        passes = ceil_div(most, MOST_WIDE)
+        return cls(tuple(parts), each, passes, ceil_div(most, passes), largest, pairs - sum(full), pairs)
 
-    def of_pair(self, pair) -> "PairStripes":
-        """What a pair has to do: int32 scalars of a kernel, or a number."""
+    def of_pair(self, pair, part) -> "PairStripes":
+        """What a thread block of a pair has to do: int32 scalars of a kernel, or numbers."""
         chosen = [jnp.int32(v) for v in self.parts[0]]
-        for part in self.parts[1:]:
-            chosen = [jnp.where(pair >= part.first_pair, v, old) for v, old in zip(part, chosen, strict=True)]
+        for of in self.parts[1:]:
+            chosen = [jnp.where(pair >= of.first_pair, v, old) for v, old in zip(of, chosen, strict=True)]
         place, module, first, stripes, first_pair, pairs, full_before = chosen
         within = jnp.minimum(pair - first_pair, pairs)
-        passes, most = [], pairs * self.width
-        for number in range(self.passes):
-            before = jnp.minimum(number * most, stripes)
-            length = jnp.minimum(stripes - before, most)
-            begin, end = (lax.div((within + i) * length, pairs) for i in (0, 1))
+        passes, total, blocks = [], jnp.int32(0), pairs * self.each
+        number = within * self.each + (part if self.each > 1 else 0)
+        for i in range(self.passes):
+            before = jnp.minimum(i * blocks * self.width, stripes)
+            length = jnp.minimum(stripes - before, blocks * self.width)
+            share = lambda n, of, length=length: lax.div(n * length, of)  # noqa: E731
+            begin, end = share(number, blocks), share(number + 1, blocks)
             passes.append((before + begin, jnp.where(within < pairs, end - begin, 0)))
+            total += share(within + 1, pairs) - share(within, pairs)
         # A module's pairs have `largest` stripes or one less, or none of them has `largest`.
-        least_of_last = self.largest - 1 - (self.passes - 1) * self.width
-        full_before += jnp.maximum(begin - within * least_of_last, 0)
-        is_light = sum(count for _, count in passes) < self.largest
+        least_of_last = self.largest - 1 - (self.passes - 1) * self.width * self.each
+        full_before += jnp.maximum(share(within, pairs) - within * least_of_last, 0)
+        is_light = (total < self.largest) | (within == pairs)
         turn = jnp.where(is_light, pair - full_before, self.light + full_before)
         return PairStripes(self, place, module, first, passes, turn)
 
 
 @dataclasses.dataclass(frozen=True)
 class PairStripes:
-    """place, module: as in Part. first: the module's first stripe of the group's outputs. passes: first stripe of each
-    pass, of the module's, and how many it has, never more than the one before. turn: the pair's among all, if those
-    with less to do come first.
+    """Of a thread block. place, module: as in Part. first: the module's first stripe of the group's outputs. passes:
+    first stripe of each, of the module's, and how many it has, never more than the one before. turn: the pair's among
+    all, if those with less to do come first.
     """
 
     stripes: Stripes
@@ -106,11 +115,11 @@ class PairStripes:
 
     @property
     def users(self):
-        """Pairs with stripes of the module."""
+        """Thread blocks that multiply the same ranks with B of the module."""
         found = jnp.int32(self.stripes.parts[0].pairs)
         for part in self.stripes.parts[1:]:
             found = jnp.where(self.place == part.place, part.pairs, found)
-        return found
+        return found * self.stripes.each
 
     def first_stages(self, number: int, count, deltas):
         """Of all stages, the first of a pass's base weights and the first of its deltas. These follow the next pass's
