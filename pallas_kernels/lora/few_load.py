@@ -17,7 +17,7 @@ from pallas_kernels.lora.config import FEW_TOKENS
 from pallas_kernels.lora.few_items import FewItems
 from pallas_kernels.lora.few_plan import A_TILE, B_TILE, IS_USED, PAGE_START, PAGES
 from pallas_kernels.lora.few_ring import A_SLOTS, A_WARP, B_WARPS, BASE_WARP, TOKEN_PARTS, WARP_GRANULES, FewRing, Kind
-from pallas_kernels.lora.few_stripes import PairStripes, Stages
+from pallas_kernels.lora.few_stripes import PairStripes
 from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, drain
 
 _TILE_BYTES = 2 * TILE_RANKS * TILE_COLS
@@ -79,25 +79,26 @@ class FewLoad:
 
     def _stages(self, load_base: Callable, load_deltas: Callable) -> None:
         """Each is called with barriers and with the number of stages before."""
+        passes = self.stripes.stripes.passes
 
-        def load(stages: Stages):
-            begin, stripe_count = self.stripes.passes[stages.number]
-            full = self.full[stages.number % len(self.full)]
+        def load(number: int, deltas: bool):
+            begin, stripe_count = self.stripes.passes[number]
+            before = self.stripes.first_stages(number, self.count, self.deltas)[deltas]
+            full = self.full[number % len(self.full)]
 
-            @pl.when(stages.count > 0)
+            @pl.when(stripe_count > 0)
             def _():
-                if stages.are_deltas:
-                    load_deltas(stages.number, begin, stripe_count, full, stages.before)
-                    return
+                if deltas:
+                    load_deltas(number, begin, stripe_count, full, before)
+                else:
+                    pl.loop(0, self.count)(lambda k: load_base(k, begin, stripe_count, full, before + k))
 
-                @pl.loop(0, stages.count)
-                def _(k):
-                    load_base(stages.first + k, begin, stripe_count, full, stages.before + k)
-
-        order = self.stripes.stages(self.count, self.deltas)
-        for stages in order:
-            load(stages)
-        drain(self.empty, order[-1].before + order[-1].count, self.ring.slots)
+        for number in range(passes + 1):
+            if number < passes:
+                load(number, deltas=False)
+            if number:
+                load(number - 1, deltas=True)
+        drain(self.empty, self.stripes.first_stages(passes, self.count, self.deltas)[1], self.ring.slots)
 
     def _claim(self, issued, full, num_bytes):
         """The slot of the `issued`-th stage, as soon as it is empty, and its barrier. num_bytes: that this warp will

@@ -13,8 +13,6 @@ MOST_WIDE = 4
 """Stripes that a thread block takes at a time: their sums are a thread's registers."""
 LEAST_OWN = 2
 """Stripes of a thread block that it takes by itself."""
-LAST_STAGES = 6
-"""Of the base weights, that then follow the deltas: else nothing would be left to read while these are on their way."""
 
 
 class Part(NamedTuple):
@@ -29,18 +27,6 @@ class Part(NamedTuple):
     first_pair: int
     pairs: int
     full_before: int
-
-
-class Stages(NamedTuple):
-    """Stages of a pass that follow one another. first: of its base weights or deltas. before: how many stages of all
-    kinds come before.
-    """
-
-    number: int
-    are_deltas: bool
-    first: Any
-    count: Any
-    before: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +72,6 @@ class Stripes:
         most = max(ceil_div(n, of * each) for n, of in zip(stripes, given, strict=True))
         passes = ceil_div(most, MOST_WIDE)
         return cls(tuple(parts), each, passes, ceil_div(most, passes), largest, pairs - sum(full), pairs)
-
-    def before_deltas(self, stages: int) -> int:
-        """Stages of base weights that come before any deltas, of an input of so many."""
-        return stages - min(stages // 2, LAST_STAGES) if self.each > 1 else stages // CLUSTER
 
     def of_pair(self, pair, part) -> "PairStripes":
         """What a thread block of a pair has to do: int32 scalars of a kernel, or numbers."""
@@ -142,26 +124,11 @@ class PairStripes:
             found = jnp.where(self.place == part.place, part.pairs, found)
         return found * self.stripes.each
 
-    def stages(self, count, deltas) -> list[Stages]:
-        """What a thread block goes through in this order, with `count` stages of base weights and `deltas` of deltas in
-        each pass.
-
-        Where the two halve the input, deltas follow the next pass's base weights: others have the more time for their
-        y. Otherwise there is time enough.
+    def first_stages(self, number: int, count, deltas):
+        """Of all stages, the first of a pass's base weights and the first of its deltas. These follow the next pass's
+        base weights, so that others have the more time for their y.
         """
-        last = jnp.minimum(count >> 1, LAST_STAGES if self.stripes.each > 1 else 0)
-        base, rest, numbers = (False, jnp.int32(0), count - last), (False, count - last, last), range(len(self.passes))
-        of_deltas = True, jnp.int32(0), deltas
-        if self.stripes.each > 1:
-            order = [(n, *kind) for n in numbers for kind in (base, of_deltas, rest)]
-        else:
-            order = [(0, *base)]
-            for n in numbers[1:]:
-                order += [(n, *base), (n - 1, *of_deltas)]
-            order.append((numbers[-1], *of_deltas))
-        found, before = [], jnp.int32(0)
-        for number, are_deltas, first, length in order:
-            length = jnp.where(self.passes[number][1] > 0, length, 0)
-            found.append(Stages(number, are_deltas, first, length, before))
-            before += length
-        return found
+        has = [jnp.where(count > 0, 1, 0) for _, count in self.passes]
+        before = lambda n: sum(has[: max(n, 0)], jnp.int32(0))  # noqa: E731
+        base = before(number) * count + before(number - 1) * deltas
+        return base, before(number + 2) * count + before(number) * deltas

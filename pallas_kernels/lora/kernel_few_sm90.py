@@ -72,7 +72,7 @@ def few_matmul(x, w, pages, plan: FewPlan, layer, *, group: str, geometry: Geome
     tiles = ChunkSource(geometry=geometry, num_pages=pages.shape[1], chunk=1, whole=not interpret)
     shared = SHARED_BYTES - 4 * stripes.width * FEW_TOKENS * _PART
     blocks, stages = plan.records.shape[2], x.shape[1] // TILE_COLS
-    ring = FewRing.of(stripes.width, tiles, shared, stripes.before_deltas(stages))
+    ring = FewRing.of(stripes.width, tiles, shared, stages // (parts // stripes.each))
     shares = 1 if interpret else shares_of(stripes, blocks, stages)
     number = jnp.concatenate([layer, jnp.full(1, x.shape[0], jnp.int32)])
     of_plan = (plan.records, plan.ranks, plan.count, plan.page_ids, plan.signals)
@@ -199,6 +199,7 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
 
         def products(user, number):
             """Of a pass: sums of the stripes, float32 [64, 64] each."""
+            first_base, first_delta = mine.first_stages(number, count, deltas)
 
             def accumulate(*sums):
                 def multiply(stage):
@@ -218,9 +219,8 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
                     if ring.held:
                         pl.when(length > 0)(lambda: free(begin + length - 1))
 
-                for stages in mine.stages(count, deltas):
-                    if stages.number == number:
-                        multiply_all(stages.before, stages.count)
+                multiply_all(first_base, count)
+                multiply_all(first_delta, deltas)
                 return [total[...] for total in sums]
 
             return pl.run_scoped(accumulate, *[plgpu.ACC((FEW_TOKENS, TILE_COLS), jnp.float32)] * width)
