@@ -31,7 +31,7 @@ class FewLoad:
 
     first, count: stages of the input that this thread block takes. a_first, a_count: of these or all, for shrink.
     stripes: of the outputs. deltas: blocks whose y this thread block multiplies with B. block_of: the n-th of these.
-    wait_y: until the y of a block of the pair's module is there. done_with_y: to be called for each block after that.
+    wait_y: until the y of a block of the pair's module is there, to be called once.
     """
 
     ring: FewRing
@@ -61,19 +61,11 @@ class FewLoad:
     deltas: Any
     block_of: Callable
     wait_y: Callable
-    done_with_y: Callable
 
     def run(self) -> None:
         """Loads all stages, and waits until they have been read."""
 
-        @pl.when(self.warp == BASE_WARP)
-        def _():
-            self._stages(self._base_stage, self._ys)
-
-            @pl.loop(0, jnp.where(self.stripes.passes[0][1] > 0, self.deltas, 0))
-            def _(n):
-                self.done_with_y(self.block_of(n))
-
+        pl.when(self.warp == BASE_WARP)(lambda: self._stages(self._base_stage, self._ys))
         pl.when(self.warp == A_WARP)(self._shrink_stages)
         pl.when(self.warp >= B_WARPS[0])(lambda: self._stages(self._nothing, self._b))
 

@@ -33,7 +33,7 @@ from pallas_kernels.lora.few_shrink import FewShrink
 from pallas_kernels.lora.few_stripes import Stripes
 from pallas_kernels.lora.mosaic_common import SHARED_BYTES, STAGE_ROWS, ChunkSource
 from pallas_kernels.lora.pair_sum import PairSum
-from pallas_kernels.lora.signals import put_back, wait_signals
+from pallas_kernels.lora.signals import leave_signals, wait_signals
 from pallas_kernels.paged_attention.decode_schedule import sm_count
 
 _LEAST_STAGES = 2
@@ -149,10 +149,7 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
                 plgpu.barrier_wait(has_y.at[block])
             else:
                 wait_signals(signals, y_signal(block), shares)
-
-        def done_with_y(block):
-            if not interpret:
-                put_back(signals, y_signal(block), shares + mine.users)
+                leave_signals(signals, y_signal(block), shares + mine.users)
 
         @pl.when(wg == _WARPGROUPS)
         def load():
@@ -188,7 +185,6 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
                     deltas=deltas,
                     block_of=block_of,
                     wait_y=wait_y,
-                    done_with_y=done_with_y,
                 ).run()
 
         def slot_of(stage):
