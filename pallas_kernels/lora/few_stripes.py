@@ -1,4 +1,4 @@
-"""How the kernel for few adapters deals a group's outputs out: to pairs of thread blocks, in stripes of 64 outputs."""
+"""How the kernel for few adapters deals a group's outputs out to thread blocks and pairs of them: in stripes of 64."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from pallas_kernels.lora.config import CLUSTER, CLUSTERS
 MOST_WIDE = 4
 """Stripes that a thread block takes at a time: their sums are a thread's registers."""
 LEAST_OWN = 2
-"""Stripes of a thread block that it takes by itself."""
+"""Stripes that a thread block must have to take them by itself."""
 
 
 class Part(NamedTuple):

@@ -1,17 +1,17 @@
 """Hopper kernel of a base projection of up to 64 tokens with the deltas of few adapters: ``x W + y B`` in one.
 
 Reading W takes the time of such a step, and whatever is a launch of its own comes on top. Here y goes on like more
-columns of x, zero for tokens of other adapters, and B like more rows of W. A pair of thread blocks takes stripes of 64
-outputs and halves the input between them, and the ranks. They add up through distributed shared memory, each half of
-the outputs.
+columns of x, zero for tokens of other adapters, and B like more rows of W. Outputs are dealt out in stripes of 64: if
+there are enough, each thread block has its own. If not, two take stripes together and halve the input between them, and
+the ranks. They add up through distributed shared memory, each half of the outputs.
 
 A is read once. A block of 64 ranks is shrunk by many pairs, those with fewer stripes first: each multiplies a share of
 the input beside its stripes and writes the sums to global memory, where each of them adds all up for a part of the
 tokens. When the pairs are through with W, y is there, or nearly so where W is as small as o's.
 
-A pair with many stripes goes through the input several times. Two warpgroups do so in turn, one while the other adds up
-and writes; the second one also shrinks. A pass's y and B come after the next pass's base weights, when y is there. A
-third warpgroup fills the rings.
+With many stripes it goes through the input several times. Two warpgroups do so in turn, one while the other adds up and
+writes; the second one also shrinks. A pass's y and B come after the next pass's base weights, when y is there. A third
+warpgroup fills the rings.
 """
 
 from typing import Any
@@ -244,7 +244,7 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
 
         def multiply_pass(user, number, stripe, stripe_count):
             found = products(user, number)
-            if number and not interpret:  # until both have taken what they got in the pass before
+            if number and not interpret:  # until what lies in `results` since the pass before has been taken
                 plgpu.barrier_wait(taken.at[(number - 1) % _WARPGROUPS])
             if halves > 1:
                 found = PairSum(parts=results[0], sent=sent.at[user], part=part).exchange(found, stripe_count)
@@ -302,6 +302,7 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
         scratch |= dict(has_y=plgpu.Barrier(num_barriers=blocks))
     else:
         options |= dict(cluster=(CLUSTER,), cluster_names=("part",))
+    if halves == 1 and not interpret:
         scratch |= dict(taken=plgpu.Barrier(num_barriers=_WARPGROUPS))
     if halves > 1:
         scratch |= dict(

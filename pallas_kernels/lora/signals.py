@@ -27,7 +27,7 @@ again:
 ld.acquire.gpu.global.b32 seen, [$0];
 setp.ge.s32 there, seen, $1;
 @!there bra again;
-fence.proxy.async;
+fence.proxy.async.global;
 }"""
 _LEAVE = "red.relaxed.gpu.global.inc.u32 [$0], $1;"
 _WARP_LEAVE = """{
@@ -53,7 +53,7 @@ def signal(signals, index) -> None:
     @plgpu.inline_mgpu()
     def fence(ctx):
         del ctx
-        _utils.inline_ptx("fence.proxy.async;", has_side_effects=True)
+        _utils.inline_ptx("fence.proxy.async.global;", has_side_effects=True)
 
     fence()  # stores, before others' bulk copies read them
     sync_warpgroup()  # any thread's copies and stores

@@ -31,6 +31,11 @@ _GEOMETRY = {name.split("_")[0]: spec.geometry for name, spec in SPECS.items()}
 LEAST = geometry(384, 128, 512, kv_heads=4)
 NARROW = geometry(448, 64, 576, heads=7, kv_heads=1)  # widths of an odd number of tiles
 LARGE = geometry(2048, 1024, 5632, heads=16, kv_heads=8, dim=128)
+OWN = geometry(384, 128, 64 * 141, kv_heads=4)  # each thread block has stripes of gate and up of its own
+TWICE = geometry(384, 128, 64 * 331, kv_heads=4)  # and goes through the input twice
+_HALVED = dict(least=LEAST, narrow=NARROW, medium=MEDIUM, large=LARGE)
+_ON_GPU = {f"{name}-{group}": (g, group) for name, g in _HALVED.items() for group in GROUPS}
+_ON_GPU |= {"own-gu": (OWN, "gu"), "twice-gu": (TWICE, "gu")}
 
 
 class Few:
@@ -304,8 +309,13 @@ def test_unsupported_names_the_reason(monkeypatch):
 _RANKS = [[64] * 7] + [[16, 8, 4, 16, 12, 16, 16]] * 8 + [[100, 0, 112, 88, 1, 104, 96], [24, 9, 30, 8, 0, 32, 1]]
 
 
+def test_what_runs_on_gpu_halves_inputs_or_not():
+    shapes = {name: Stripes.of(g, group) for name, (g, group) in _ON_GPU.items()}
+    assert {name for name, stripes in shapes.items() if stripes.each == 2} == {"own-gu", "twice-gu"}
+    assert shapes["own-gu"].passes == 1 and shapes["twice-gu"].passes == 2
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize(
     "lengths, adapters",
     [
@@ -317,7 +327,7 @@ _RANKS = [[64] * 7] + [[16, 8, 4, 16, 12, 16, 16]] * 8 + [[100, 0, 112, 88, 1, 1
     ],
     ids=["one", "eight", "between", "few tokens", "mixed"],
 )
-@pytest.mark.parametrize("g", [LEAST, NARROW, MEDIUM, LARGE], ids=["least", "narrow", "medium", "large"])
+@pytest.mark.parametrize("g, group", _ON_GPU.values(), ids=_ON_GPU)
 def test_on_gpu(g, lengths, adapters, group):
     """As the reference has it, with the same bits again and again, other activations in between."""
     few = Few(g, _RANKS, lengths, adapters, group)
@@ -330,14 +340,16 @@ def test_on_gpu(g, lengths, adapters, group):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rank", [4, 8, 16, 24, 40, 72])
-def test_others_do_not_matter_on_gpu(rank):
+@pytest.mark.parametrize(
+    "g, group, rank", [*((MEDIUM, "o", rank) for rank in (4, 8, 16, 24, 40, 72)), (OWN, "gu", 16), (TWICE, "gu", 40)]
+)
+def test_others_do_not_matter_on_gpu(g, group, rank):
     """Neither which tokens stand beside one, nor where its adapter and its ranks lie."""
     ranks = [[rank] * 7, [40] * 7, [8] * 7]
-    alone = Few(MEDIUM, ranks, (8,), (0,), "o")
+    alone = Few(g, ranks, (8,), (0,), group)
     expected = alone.run(most_ranks=384)
     for lengths, adapters in [((8, 30, 26), (0, 1, -1)), ((6, 8, 20, 30), (1, 0, 2, 0)), ((1, 1, 8), (2, 2, 0))]:
-        beside = Few(MEDIUM, ranks, lengths, adapters, "o", padding=-sum(lengths) % 8, seed=3)
+        beside = Few(g, ranks, lengths, adapters, group, padding=-sum(lengths) % 8, seed=3)
         at = sum(lengths[: adapters.index(0)])
         beside.batch.factors, beside.batch.scaling = alone.batch.factors, alone.batch.scaling
         beside.batch.x = beside.batch.x.at[at : at + 8].set(alone.batch.x[:8])
@@ -347,13 +359,13 @@ def test_others_do_not_matter_on_gpu(rank):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("group", GROUPS)
-def test_calls_of_one_program_share_a_plan_on_gpu(group):
+@pytest.mark.parametrize("g, group", [*((MEDIUM, group) for group in GROUPS), (OWN, "gu")])
+def test_calls_of_one_program_share_a_plan_on_gpu(g, group):
     """Signals are zero again after each call."""
-    few = Few(MEDIUM, _RANKS, (8,) * 8, (1, 2, 3, 4, 5, 6, 7, 8), group)
+    few = Few(g, _RANKS, (8,) * 8, (1, 2, 3, 4, 5, 6, 7, 8), group)
     batch = few.batch
     options = dict(layer=batch.layer, group=group, few_adapters=True, max_rank=64, implementation="mosaic")
-    options |= dict(shrink_geometry=MEDIUM, expand_geometry=MEDIUM)
+    options |= dict(shrink_geometry=g, expand_geometry=g)
 
     @jax.jit
     def run(xs, weights, pages, table, *segments):
