@@ -90,12 +90,8 @@ class FewItems:
         first, end = (lax.div((share + i) * count, jnp.int32(self.shares)) for i in (0, 1))
         return first, end - first
 
-    def own_block(self, n):
-        """The n-th block that this thread block multiplies with B."""
-        return n * self.parts + self.part
-
     def is_own(self, block):
-        """Whether it does so with this block."""
+        """Whether this thread block and not the pair's other one adds up a block's y."""
         return lax.rem(block, jnp.int32(self.parts)) == self.part
 
     @property

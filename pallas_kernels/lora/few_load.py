@@ -29,9 +29,9 @@ class FewLoad:
     the large ring, as operands and for copies of granules' tiles. full: by warpgroup that multiplies, barriers of its
     stages. empty: barriers of all. a_slots, a_tiles, a_full, a_empty: of the small ring.
 
-    first, count: stages of the input that this thread block takes. stripes: of the outputs. deltas: blocks whose y this
-    thread block multiplies with B. wait_y: until the y of a block of the pair's module is there. done_with_y: to be
-    called for each block after that.
+    first, count: stages of the input that this thread block takes. a_first, a_count: of these or all, for shrink.
+    stripes: of the outputs. deltas: blocks whose y this thread block multiplies with B. block_of: the n-th of these.
+    wait_y: until the y of a block of the pair's module is there, to be called once.
     """
 
     ring: FewRing
@@ -54,23 +54,18 @@ class FewLoad:
     tokens: Any
     first: Any
     count: Any
+    a_first: Any
+    a_count: Any
     stripes: PairStripes
     items: FewItems
     deltas: Any
+    block_of: Callable
     wait_y: Callable
-    done_with_y: Callable
 
     def run(self) -> None:
         """Loads all stages, and waits until they have been read."""
 
-        @pl.when(self.warp == BASE_WARP)
-        def _():
-            self._stages(self._base_stage, self._ys)
-
-            @pl.loop(0, jnp.where(self.stripes.pass_of(0)[1] > 0, self.deltas, 0))
-            def _(n):
-                self.done_with_y(self.items.own_block(n))
-
+        pl.when(self.warp == BASE_WARP)(lambda: self._stages(self._base_stage, self._ys))
         pl.when(self.warp == A_WARP)(self._shrink_stages)
         pl.when(self.warp >= B_WARPS[0])(lambda: self._stages(self._nothing, self._b))
 
@@ -79,7 +74,7 @@ class FewLoad:
         passes = self.stripes.stripes.passes
 
         def load(number: int, deltas: bool):
-            begin, stripe_count = self.stripes.pass_of(number)
+            begin, stripe_count = self.stripes.passes[number]
             before = self.stripes.first_stages(number, self.count, self.deltas)[deltas]
             full = self.full[number % len(self.full)]
 
@@ -131,7 +126,7 @@ class FewLoad:
 
     def _tokens(self, slots, rows, stage, barrier) -> None:
         """Activations: of a step with fewer tokens than fit in up to three copies, which end with the last token."""
-        columns = pl.ds((self.first + stage) * TILE_COLS, TILE_COLS)
+        columns = pl.ds(stage * TILE_COLS, TILE_COLS)
 
         def copy(row, size, wanted):
             target = slots.at[pl.ds(rows.start + row, size)]
@@ -160,7 +155,7 @@ class FewLoad:
                 self._copy(self.w.at[self.layer, rows, outputs], target, barrier, wanted)
 
             self._if(i < stripe_count, copy_weights)
-        self._tokens(self.slots, self.ring.tokens(slot), k, barrier)
+        self._tokens(self.slots, self.ring.tokens(slot), self.first + k, barrier)
         self._fill(barrier, "base")
 
     def _nothing(self, k, begin, stripe_count, full, issued) -> None:
@@ -177,7 +172,7 @@ class FewLoad:
         @pl.loop(0, self.deltas)
         def _(n):
             slot, barrier = self._claim(before + n, full, STAGE_CHUNKS * _TILE_BYTES)
-            block = self.items.own_block(n)
+            block = self.block_of(n)
             if number == 0:
                 self.wait_y(block)
             source = self.ys.at[self.items.y_rows(self.stripes.place, block, self.items.summands)]
@@ -204,7 +199,7 @@ class FewLoad:
 
         def item_body(j, before):
             item = self.items.item(j)
-            first, count = self.items.stages(item.share, self.count)
+            first, count = self.items.stages(item.share, self.a_count)
             granules = self._granules(item.module, item.block, A_TILE, list(range(STAGE_CHUNKS)))
             used = [is_used > 0 for _, _, is_used, *_ in granules]
             num_bytes = self._token_bytes + sum(jnp.where(u, _TILE_BYTES, 0) for u in used)
@@ -216,12 +211,13 @@ class FewLoad:
                 barrier = self.a_full.at[slot]
                 if self.ring.tiles.whole:
                     expect(barrier, num_bytes)
-                self._tokens(self.a_slots, self.ring.a_tokens(slot), first + k, barrier)
+                stage = self.a_first + first + k
+                self._tokens(self.a_slots, self.ring.a_tokens(slot), stage, barrier)
                 for g, (granule, wanted) in enumerate(zip(granules, used, strict=True)):
 
                     def copy(wanted, g=g, granule=granule):
                         row = (slot * 2 + 1) * STAGE_CHUNKS + g
-                        self._copy_tile(granule, self.first + first + k, span, self.a_tiles, row, barrier, wanted)
+                        self._copy_tile(granule, stage, span, self.a_tiles, row, barrier, wanted)
 
                     self._if(wanted, copy)
 
@@ -236,7 +232,7 @@ class FewLoad:
 
         def fetch(n):
             n = jnp.maximum(jnp.minimum(n, self.deltas - 1), 0)
-            return self._granules(self.stripes.module, self.items.own_block(n), B_TILE, mine)
+            return self._granules(self.stripes.module, self.block_of(n), B_TILE, mine)
 
         def block_body(n, granules):
             ahead = fetch(n + 1)

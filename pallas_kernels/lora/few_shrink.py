@@ -13,7 +13,7 @@ from pallas_kernels.lora.few_items import FewItems
 from pallas_kernels.lora.few_plan import FIRST, LAST, SCALE
 from pallas_kernels.lora.few_ring import A_SLOTS, FewRing
 from pallas_kernels.lora.mosaic_common import STAGE_ROWS
-from pallas_kernels.lora.signals import await_signals, signal
+from pallas_kernels.lora.signals import await_signals, leave, signal
 
 _WGMMA = plgpu.Layout.WGMMA
 
@@ -93,6 +93,7 @@ class FewShrink:
         summands, size = self.items.summands, FEW_TOKENS // self.items.shares
         if self.has_y is None:
             await_signals(self.signals, self._signal(item), summands)
+            leave(self.signals, self._signal(item), summands + self.items.shares)
 
         def rows(summand):
             return pl.ds(self.items.y_row(item.place, item.block, summand) + item.share * size, size)

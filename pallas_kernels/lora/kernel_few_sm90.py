@@ -1,17 +1,17 @@
 """Hopper kernel of a base projection of up to 64 tokens with the deltas of few adapters: ``x W + y B`` in one.
 
 Reading W takes the time of such a step, and whatever is a launch of its own comes on top. Here y goes on like more
-columns of x, zero for tokens of other adapters, and B like more rows of W. A pair of thread blocks takes stripes of 64
-outputs and halves the input between them, and the ranks. They add up through distributed shared memory, each half of
-the outputs.
+columns of x, zero for tokens of other adapters, and B like more rows of W. Outputs are dealt out in stripes of 64: if
+there are enough, each thread block has its own. If not, two take stripes together and halve the input between them, and
+the ranks. They add up through distributed shared memory, each half of the outputs.
 
 A is read once. A block of 64 ranks is shrunk by many pairs, those with fewer stripes first: each multiplies a share of
 the input beside its stripes and writes the sums to global memory, where each of them adds all up for a part of the
 tokens. When the pairs are through with W, y is there, or nearly so where W is as small as o's.
 
-A pair with many stripes goes through the input several times. Two warpgroups do so in turn, one while the other adds up
-and writes; the second one also shrinks. A pass's y and B come after the next pass's base weights, when y is there. A
-third warpgroup fills the rings.
+With many stripes it goes through the input several times. Two warpgroups do so in turn, one while the other adds up and
+writes; the second one also shrinks. A pass's y and B come after the next pass's base weights, when y is there. A third
+warpgroup fills the rings.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ from pallas_kernels.lora.few_shrink import FewShrink
 from pallas_kernels.lora.few_stripes import Stripes
 from pallas_kernels.lora.mosaic_common import SHARED_BYTES, STAGE_ROWS, ChunkSource
 from pallas_kernels.lora.pair_sum import PairSum
-from pallas_kernels.lora.signals import put_back, wait_signals
+from pallas_kernels.lora.signals import leave_signals, wait_signals
 from pallas_kernels.paged_attention.decode_schedule import sm_count
 
 _LEAST_STAGES = 2
@@ -67,11 +67,12 @@ def few_blocks(ranks: int) -> int:
 def few_matmul(x, w, pages, plan: FewPlan, layer, *, group: str, geometry: Geometry, interpret=None):
     """``x @ w[layer]`` and the deltas of the plan's adapters, bfloat16 [T, out]. layer: int32[1]."""
     pairs = len(GROUPS[group]) if interpret else CLUSTERS
-    stripes, parts = Stripes.of(geometry, group, pairs), 1 if interpret else CLUSTER
+    parts = 1 if interpret else CLUSTER
+    stripes = Stripes.of(geometry, group, pairs, parts)
     tiles = ChunkSource(geometry=geometry, num_pages=pages.shape[1], chunk=1, whole=not interpret)
     shared = SHARED_BYTES - 4 * stripes.width * FEW_TOKENS * _PART
     blocks, stages = plan.records.shape[2], x.shape[1] // TILE_COLS
-    ring = FewRing.of(stripes.width, tiles, shared, stages // CLUSTER)
+    ring = FewRing.of(stripes.width, tiles, shared, stages // (parts // stripes.each))
     shares = 1 if interpret else shares_of(stripes, blocks, stages)
     number = jnp.concatenate([layer, jnp.full(1, x.shape[0], jnp.int32)])
     of_plan = (plan.records, plan.ranks, plan.count, plan.page_ids, plan.signals)
@@ -91,7 +92,8 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
     stages, dtype, width = args[0].shape[1] // TILE_COLS, out[0].dtype, stripes.width
     layers, blocks = args[3].shape[0], args[3].shape[2]
     pairs, parts = (len(stripes.parts), 1) if interpret else (CLUSTERS, CLUSTER)
-    columns = TILE_COLS // parts
+    halves = parts // stripes.each  # of the input, whose sums the two add up
+    columns = TILE_COLS // halves
 
     def body(
         x_ref,
@@ -119,11 +121,12 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
     ):
         (slots, slot_tiles), (a_slots, a_tiles) = ring.tiles.views(slots), ring.tiles.views(a_slots)
         wg, part, pair = lax.axis_index("wg"), 0 if interpret else lax.axis_index("part"), lax.axis_index("pair")
-        mine = stripes.of_pair(pair)
+        mine = stripes.of_pair(pair, part)
         layer, tokens = number[0], number[1]
         half = jnp.int32(ceil_div(stages, parts))
-        first = part * half
-        count = jnp.minimum(stages - first, half)
+        a_first = part * half
+        a_count = jnp.minimum(stages - a_first, half)
+        first, count = (a_first, a_count) if halves > 1 else (jnp.int32(0), jnp.int32(stages))
         items = FewItems(
             stripes=mine,
             blocks=[counts[layer, m] for m in mine.modules],
@@ -132,21 +135,21 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
             parts=parts,
             own=bool(interpret),
         )
-        deltas = lax.div(items.blocks_of(mine.place), jnp.int32(parts))
+        deltas = lax.div(items.blocks_of(mine.place), jnp.int32(halves))
 
         def y_signal(block):
             """Counts the parts of a block's y."""
             return items.signal(layer, layers, mine.module, block) + 1
+
+        def block_of(n):
+            return n * halves + part if halves > 1 else n
 
         def wait_y(block):
             if interpret:
                 plgpu.barrier_wait(has_y.at[block])
             else:
                 wait_signals(signals, y_signal(block), shares)
-
-        def done_with_y(block):
-            if not interpret:
-                put_back(signals, y_signal(block), shares + mine.users)
+                leave_signals(signals, y_signal(block), shares + mine.users)
 
         @pl.when(wg == _WARPGROUPS)
         def load():
@@ -175,11 +178,13 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
                     tokens=tokens,
                     first=first,
                     count=count,
+                    a_first=a_first,
+                    a_count=a_count,
                     stripes=mine,
                     items=items,
                     deltas=deltas,
+                    block_of=block_of,
                     wait_y=wait_y,
-                    done_with_y=done_with_y,
                 ).run()
 
         def slot_of(stage):
@@ -218,10 +223,10 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
 
         def write(i, value, stripe):
             """A stripe's outputs, or this thread block's half of them."""
-            target = results[1].at[i]
+            target = results[-1].at[i]
             target[...] = value.astype(dtype)
             plgpu.commit_smem()
-            outputs = pl.ds(stripe * TILE_COLS + part * columns, columns)
+            outputs = pl.ds(stripe * TILE_COLS + (part * columns if halves > 1 else 0), columns)
 
             def copy(row, size):
                 rows = pl.ds(row if isinstance(row, int) else pl.multiple_of(row, TILE_RANKS), size)
@@ -239,9 +244,9 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
 
         def multiply_pass(user, number, stripe, stripe_count):
             found = products(user, number)
-            if not interpret:
-                if number:  # until both have taken what they got in the pass before
-                    plgpu.barrier_wait(taken.at[(number - 1) % _WARPGROUPS])
+            if number and not interpret:  # until what lies in `results` since the pass before has been taken
+                plgpu.barrier_wait(taken.at[(number - 1) % _WARPGROUPS])
+            if halves > 1:
                 found = PairSum(parts=results[0], sent=sent.at[user], part=part).exchange(found, stripe_count)
             for i, value in enumerate(found):
 
@@ -251,7 +256,7 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if not interpret and number + 1 < stripes.passes:
-                following = mine.pass_of(number + 1)[1]
+                following = mine.passes[number + 1][1]
                 pl.when(following > 0)(lambda: plgpu.barrier_arrive(taken.at[user]))
 
         def multiply(user):
@@ -269,10 +274,10 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
                     has_y=has_y,
                     layer=layer,
                     layers=layers,
-                    count=count,
+                    count=a_count,
                 ).run()
             for number in range(user, stripes.passes, _WARPGROUPS):
-                stripe, stripe_count = mine.pass_of(number)
+                stripe, stripe_count = mine.passes[number]
 
                 @pl.when(stripe_count > 0)
                 def _(number=number, stripe=stripe, stripe_count=stripe_count):
@@ -288,16 +293,20 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
     outputs = plgpu.SMEM((width, FEW_TOKENS, columns), dtype)
     scratch: dict[str, Any] = dict(
         **ring.types(dtype),
-        results=plgpu.RefUnion(plgpu.SMEM((width, FEW_TOKENS, _PART), jnp.float32), outputs),
+        results=(outputs,),
         full=tuple(plgpu.Barrier(num_arrivals=ring.arrivals, num_barriers=ring.slots) for _ in range(_WARPGROUPS)),
         empty=plgpu.Barrier(num_barriers=ring.slots),
     )
     options: dict[str, Any] = dict(grid=(pairs,))
     if interpret:
-        scratch |= dict(results=(outputs, outputs), has_y=plgpu.Barrier(num_barriers=blocks))
+        scratch |= dict(has_y=plgpu.Barrier(num_barriers=blocks))
     else:
         options |= dict(cluster=(CLUSTER,), cluster_names=("part",))
+    if halves == 1 and not interpret:
+        scratch |= dict(taken=plgpu.Barrier(num_barriers=_WARPGROUPS))
+    if halves > 1:
         scratch |= dict(
+            results=plgpu.RefUnion(plgpu.SMEM((width, FEW_TOKENS, _PART), jnp.float32), outputs),
             sent=plgpu.Barrier(num_barriers=_WARPGROUPS),
             taken=plgpu.ClusterBarrier(collective_axes=("part",), num_barriers=_WARPGROUPS),
         )

@@ -18,7 +18,7 @@ from pallas_kernels.lora.short_ring import sync_warpgroup
 
 _utils = mgpu.utils
 _wait_p = jax_core.Primitive("lora_wait_signals")
-_put_back_p = jax_core.Primitive("lora_put_back")
+_leave_p = jax_core.Primitive("lora_leave_signals")
 # PTX as a whole, because Mosaic takes no loop of a warp that ends on a condition.
 _WAIT = """{
 .reg .pred there;
@@ -27,19 +27,16 @@ again:
 ld.acquire.gpu.global.b32 seen, [$0];
 setp.ge.s32 there, seen, $1;
 @!there bra again;
-fence.proxy.async;
+fence.proxy.async.global;
 }"""
-_PUT_BACK = """{
-.reg .pred mine, last;
-.reg .b32 lane, seen;
+_LEAVE = "red.relaxed.gpu.global.inc.u32 [$0], $1;"
+_WARP_LEAVE = """{
+.reg .pred mine;
+.reg .b32 lane;
+bar.warp.sync 0xffffffff;
 mov.u32 lane, %laneid;
 setp.eq.u32 mine, lane, 0;
-mov.b32 seen, 0;
-@mine atom.acq_rel.gpu.global.add.u32 seen, [$0], 1;
-add.s32 seen, seen, 1;
-setp.eq.and.s32 last, seen, $1, mine;
-@last st.relaxed.gpu.global.b32 [$0], 0;
-@last st.relaxed.gpu.global.b32 [$0 + -4], 0;
+@mine red.relaxed.gpu.global.inc.u32 [$0], $1;
 }"""
 
 
@@ -56,7 +53,7 @@ def signal(signals, index) -> None:
     @plgpu.inline_mgpu()
     def fence(ctx):
         del ctx
-        _utils.inline_ptx("fence.proxy.async;", has_side_effects=True)
+        _utils.inline_ptx("fence.proxy.async.global;", has_side_effects=True)
 
     fence()  # stores, before others' bulk copies read them
     sync_warpgroup()  # any thread's copies and stores
@@ -81,11 +78,25 @@ def wait_signals(signals, index, count: int) -> None:
     _bind(_wait_p, signals, index, jnp.int32(count))
 
 
-def put_back(signals, index, total) -> None:
-    """Of a warp in warp_map that waits for ``signals[index]`` no more: adds one to it. Who finds that this makes it
-    `total`, all signals and all who wait, makes it zero, and the one before it as well.
+def leave(signals, index, total: int) -> None:
+    """Of a warpgroup that waits for ``signals[index]`` no more: adds one to it, or makes it zero if it is the last of
+    `total`, all who signal and all who wait. Nobody waits for the answer.
     """
-    _bind(_put_back_p, signals, index, total)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT, plgpu.RefType()))
+    def run(ctx, index, signals):
+        del ctx
+        thread = _utils.single_thread_predicate(_utils.ThreadSubset.WARPGROUP)
+        place = _place(signals, *scalars(index))
+        _utils.inline_ptx(_LEAVE, place, i32(total - 1), predicate=thread, has_side_effects=True)
+
+    sync_warpgroup()  # until all its threads have seen them
+    run(index, signals)
+
+
+def leave_signals(signals, index, total) -> None:
+    """The same for a warp in warp_map."""
+    _bind(_leave_p, signals, index, total - 1)
 
 
 def _bind(primitive, signals, index, number) -> None:
@@ -111,7 +122,7 @@ def _lowering(ptx: str):
     return rule
 
 
-for _primitive, _ptx in ((_wait_p, _WAIT), (_put_back_p, _PUT_BACK)):
+for _primitive, _ptx in ((_wait_p, _WAIT), (_leave_p, _WARP_LEAVE)):
     _primitive.multiple_results = True
     _primitive.def_effectful_abstract_eval(_abstract_eval)
     lowering.register_lowering_rule(_primitive, mgpu.LoweringSemantics.Warpgroup, gpu_core.PrimitiveSemantics.Warp)(

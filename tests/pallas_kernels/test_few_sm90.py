@@ -31,6 +31,11 @@ _GEOMETRY = {name.split("_")[0]: spec.geometry for name, spec in SPECS.items()}
 LEAST = geometry(384, 128, 512, kv_heads=4)
 NARROW = geometry(448, 64, 576, heads=7, kv_heads=1)  # widths of an odd number of tiles
 LARGE = geometry(2048, 1024, 5632, heads=16, kv_heads=8, dim=128)
+OWN = geometry(384, 128, 64 * 141, kv_heads=4)  # each thread block has stripes of gate and up of its own
+TWICE = geometry(384, 128, 64 * 331, kv_heads=4)  # and goes through the input twice
+_HALVED = dict(least=LEAST, narrow=NARROW, medium=MEDIUM, large=LARGE)
+_ON_GPU = {f"{name}-{group}": (g, group) for name, g in _HALVED.items() for group in GROUPS}
+_ON_GPU |= {"own-gu": (OWN, "gu"), "twice-gu": (TWICE, "gu")}
 
 
 class Few:
@@ -163,7 +168,7 @@ def test_pairs_share_every_stripe(hidden, kv, mlp, group):
     g = geometry(64 * hidden, 64 * kv, 64 * mlp, kv_heads=kv)
     stripes, found = Stripes.of(g, group), []
     assert stripes.width <= MOST_WIDE
-    module, first, passes, _ = _of_pairs(stripes)
+    module, first, passes, _ = _of_thread_blocks(stripes)
     for begin, count in passes:
         found += [(m, f + b + i) for m, f, b, n in zip(module, first, begin, count, strict=True) for i in range(n)]
     modules, first = GROUPS[group], 0
@@ -172,27 +177,31 @@ def test_pairs_share_every_stripe(hidden, kv, mlp, group):
         wanted += [(m, first + i) for i in range(g.out_tiles(m))]
         first += g.out_tiles(m)
     assert sorted(found) == sorted(wanted)
+    counts = np.array([count for _, count in passes])
+    assert counts.max() <= stripes.width and (np.diff(counts, axis=0) <= 0).all()
 
 
-def _of_pairs(stripes):
-    """Of all pairs: module, its first stripe, first stripe and number of each pass, and stripes in all."""
+def _of_thread_blocks(stripes):
+    """Of all that have stripes of their own: module, its first stripe, first stripe and number of each pass, and all
+    their stripes.
+    """
 
-    def of_pair(pair):
-        mine = stripes.of_pair(pair)
-        passes = [mine.pass_of(number) for number in range(stripes.passes)]
-        return mine.module, mine.first, passes, mine.end - mine.begin
+    def of_one(number):
+        mine = stripes.of_pair(number // stripes.each, number % stripes.each)
+        return mine.module, mine.first, mine.passes, sum(count for _, count in mine.passes)
 
-    return jax.tree.map(lambda found: found.tolist(), jax.vmap(of_pair)(jnp.arange(CLUSTERS)))
+    return jax.tree.map(lambda found: found.tolist(), jax.vmap(of_one)(jnp.arange(CLUSTERS * stripes.each)))
 
 
 @pytest.mark.parametrize(
-    "name, widest", [("7b", dict(qkv=3, o=1, gu=6, down=1)), ("8b", dict(qkv=2, o=1, gu=7, down=1))]
+    "name, widest", [("7b", dict(qkv=3, o=1, gu=3, down=1)), ("8b", dict(qkv=2, o=1, gu=4, down=1))]
 )
-def test_pairs_have_about_the_same(name, widest):
-    """As few stripes as the longest of the modules' even shares."""
+def test_thread_blocks_have_about_the_same(name, widest):
+    """As few stripes as the longest of the modules' even shares, which only narrow outputs have two take together."""
     for group, most in widest.items():
         stripes = Stripes.of(_GEOMETRY[name], group)
-        assert max(_of_pairs(stripes)[-1]) == most
+        assert max(_of_thread_blocks(stripes)[-1]) == most
+        assert stripes.each == (2 if group == "gu" else 1)
 
 
 @settings(max_examples=30, deadline=None)
@@ -225,11 +234,13 @@ def _items(stripes, blocks, shares):
     """Of all pairs: how many items and stripes each has, and its items."""
 
     def of_pair(pair):
-        mine = stripes.of_pair(pair)
+        mine = stripes.of_pair(pair, 0)
+        other = stripes.of_pair(pair, 1) if stripes.each == 2 else None
+        having = sum(count for of in (mine, other) if of for _, count in of.passes)
         blocks_of = [jnp.int32(n) for n in blocks]
         items = FewItems(stripes=mine, blocks=blocks_of, shares=shares, part=0, parts=1, own=False)
         most = -(-sum(blocks) * shares // CLUSTERS)
-        return items.count, mine.end - mine.begin, jax.vmap(items.item)(jnp.arange(max(most, 1)))
+        return items.count, having, jax.vmap(items.item)(jnp.arange(max(most, 1)))
 
     return jax.tree.map(np.asarray, jax.jit(jax.vmap(of_pair))(jnp.arange(CLUSTERS)))
 
@@ -298,8 +309,13 @@ def test_unsupported_names_the_reason(monkeypatch):
 _RANKS = [[64] * 7] + [[16, 8, 4, 16, 12, 16, 16]] * 8 + [[100, 0, 112, 88, 1, 104, 96], [24, 9, 30, 8, 0, 32, 1]]
 
 
+def test_what_runs_on_gpu_halves_inputs_or_not():
+    shapes = {name: Stripes.of(g, group) for name, (g, group) in _ON_GPU.items()}
+    assert {name for name, stripes in shapes.items() if stripes.each == 2} == {"own-gu", "twice-gu"}
+    assert shapes["own-gu"].passes == 1 and shapes["twice-gu"].passes == 2
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize(
     "lengths, adapters",
     [
@@ -311,7 +327,7 @@ _RANKS = [[64] * 7] + [[16, 8, 4, 16, 12, 16, 16]] * 8 + [[100, 0, 112, 88, 1, 1
     ],
     ids=["one", "eight", "between", "few tokens", "mixed"],
 )
-@pytest.mark.parametrize("g", [LEAST, NARROW, MEDIUM, LARGE], ids=["least", "narrow", "medium", "large"])
+@pytest.mark.parametrize("g, group", _ON_GPU.values(), ids=_ON_GPU)
 def test_on_gpu(g, lengths, adapters, group):
     """As the reference has it, with the same bits again and again, other activations in between."""
     few = Few(g, _RANKS, lengths, adapters, group)
@@ -324,14 +340,16 @@ def test_on_gpu(g, lengths, adapters, group):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rank", [4, 8, 16, 24, 40, 72])
-def test_others_do_not_matter_on_gpu(rank):
+@pytest.mark.parametrize(
+    "g, group, rank", [*((MEDIUM, "o", rank) for rank in (4, 8, 16, 24, 40, 72)), (OWN, "gu", 16), (TWICE, "gu", 40)]
+)
+def test_others_do_not_matter_on_gpu(g, group, rank):
     """Neither which tokens stand beside one, nor where its adapter and its ranks lie."""
     ranks = [[rank] * 7, [40] * 7, [8] * 7]
-    alone = Few(MEDIUM, ranks, (8,), (0,), "o")
+    alone = Few(g, ranks, (8,), (0,), group)
     expected = alone.run(most_ranks=384)
     for lengths, adapters in [((8, 30, 26), (0, 1, -1)), ((6, 8, 20, 30), (1, 0, 2, 0)), ((1, 1, 8), (2, 2, 0))]:
-        beside = Few(MEDIUM, ranks, lengths, adapters, "o", padding=-sum(lengths) % 8, seed=3)
+        beside = Few(g, ranks, lengths, adapters, group, padding=-sum(lengths) % 8, seed=3)
         at = sum(lengths[: adapters.index(0)])
         beside.batch.factors, beside.batch.scaling = alone.batch.factors, alone.batch.scaling
         beside.batch.x = beside.batch.x.at[at : at + 8].set(alone.batch.x[:8])
@@ -341,13 +359,13 @@ def test_others_do_not_matter_on_gpu(rank):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("group", GROUPS)
-def test_calls_of_one_program_share_a_plan_on_gpu(group):
+@pytest.mark.parametrize("g, group", [*((MEDIUM, group) for group in GROUPS), (OWN, "gu")])
+def test_calls_of_one_program_share_a_plan_on_gpu(g, group):
     """Signals are zero again after each call."""
-    few = Few(MEDIUM, _RANKS, (8,) * 8, (1, 2, 3, 4, 5, 6, 7, 8), group)
+    few = Few(g, _RANKS, (8,) * 8, (1, 2, 3, 4, 5, 6, 7, 8), group)
     batch = few.batch
     options = dict(layer=batch.layer, group=group, few_adapters=True, max_rank=64, implementation="mosaic")
-    options |= dict(shrink_geometry=MEDIUM, expand_geometry=MEDIUM)
+    options |= dict(shrink_geometry=g, expand_geometry=g)
 
     @jax.jit
     def run(xs, weights, pages, table, *segments):
