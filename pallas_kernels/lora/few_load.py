@@ -4,6 +4,7 @@ one what shrink needs, the others B.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 from jax import lax
@@ -17,7 +18,7 @@ from pallas_kernels.lora.config import FEW_TOKENS
 from pallas_kernels.lora.few_items import FewItems
 from pallas_kernels.lora.few_plan import A_TILE, B_TILE, IS_USED, PAGE_START, PAGES
 from pallas_kernels.lora.few_ring import A_SLOTS, A_WARP, B_WARPS, BASE_WARP, TOKEN_PARTS, WARP_GRANULES, FewRing, Kind
-from pallas_kernels.lora.few_stripes import PairStripes
+from pallas_kernels.lora.few_stripes import HALF, PairStripes, Tile
 from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, drain
 
 _TILE_BYTES = 2 * TILE_RANKS * TILE_COLS
@@ -25,9 +26,9 @@ _TILE_BYTES = 2 * TILE_RANKS * TILE_COLS
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FewLoad:
-    """Of one warp. x, w, pool, records, page_ids, ys: in global memory, see FewPlan and FewItems. slots, slot_tiles: of
-    the large ring, as operands and for copies of granules' tiles. full: by warpgroup that multiplies, barriers of its
-    stages. empty: barriers of all. a_slots, a_tiles, a_full, a_empty: of the small ring.
+    """Of one warp. x, w, pool, records, page_ids, ys: in global memory, see FewPlan and FewItems; w as [layers, in, out
+    / 64, 64]. slots, slot_tiles, slot_rows: of the large ring, see FewRing.views. full: by warpgroup that multiplies,
+    barriers of its stages. empty: barriers of all. a_slots, a_tiles, a_full, a_empty: of the small ring.
 
     first, count: stages of the input that this thread block takes. stripes: of the outputs. deltas: blocks whose y this
     thread block multiplies with B. wait_y: until the y of a block of the pair's module is there. done_with_y: to be
@@ -44,6 +45,7 @@ class FewLoad:
     ys: Any
     slots: Any
     slot_tiles: Any
+    slot_rows: Any
     full: tuple
     empty: Any
     a_slots: Any
@@ -79,16 +81,16 @@ class FewLoad:
         passes = self.stripes.stripes.passes
 
         def load(number: int, deltas: bool):
-            begin, stripe_count = self.stripes.pass_of(number)
+            begin, tile_count = self.stripes.pass_of(number)
             before = self.stripes.first_stages(number, self.count, self.deltas)[deltas]
             full = self.full[number % len(self.full)]
 
-            @pl.when(stripe_count > 0)
+            @pl.when(tile_count > 0)
             def _():
                 if deltas:
-                    load_deltas(number, begin, stripe_count, full, before)
+                    load_deltas(number, begin, tile_count, full, before)
                 else:
-                    pl.loop(0, self.count)(lambda k: load_base(k, begin, stripe_count, full, before + k))
+                    pl.loop(0, self.count)(lambda k: load_base(k, begin, tile_count, full, before + k))
 
         for number in range(passes + 1):
             if number < passes:
@@ -125,6 +127,18 @@ class FewLoad:
         else:
             self.ring.tiles.copy_if(wanted, source, target, barrier)
 
+    def _copy_columns(self, source, target, shift, barrier, wanted) -> None:
+        """Of [..., 64], the columns from `shift` on."""
+        rows = [slice(None)] * (len(source.shape) - 1)
+        if self.ring.tiles.whole:
+            start_copy(source.at[*rows, pl.ds(shift, TILE_COLS)], target, barrier, wanted)
+            return
+        for at in (0, HALF, -HALF):  # interpreted copies take no columns before the first one
+            begin, end = (pl.ds(max(column, 0), TILE_COLS - abs(at)) for column in (at, -at))
+            copy = functools.partial(plgpu.copy_gmem_to_smem, source.at[*rows, begin], target.at[*rows, end], barrier)
+            pl.when(wanted & (shift == at))(copy)
+        pl.when(~wanted)(lambda: plgpu.barrier_arrive(barrier))
+
     def _fill(self, barrier, kind: Kind) -> None:
         for _ in range(self.ring.missing(kind)):
             plgpu.barrier_arrive(barrier)
@@ -147,32 +161,32 @@ class FewLoad:
     def _token_bytes(self):
         return lax.div(self.tokens, jnp.int32(TILE_RANKS)) * _TILE_BYTES
 
-    def _base_stage(self, k, begin, stripe_count, full, issued) -> None:
+    def _base_stage(self, k, begin, tile_count, full, issued) -> None:
         """Base weights and activations."""
-        num_bytes = self._token_bytes + stripe_count * STAGE_CHUNKS * _TILE_BYTES
+        num_bytes = self._token_bytes + tile_count * STAGE_CHUNKS * _TILE_BYTES
         slot, barrier = self._claim(issued, full, num_bytes)
         rows = pl.ds((self.first + k) * TILE_COLS, TILE_COLS)
         for i in range(self.ring.width):
 
             def copy_weights(wanted, i=i):
-                outputs = pl.ds((self.stripes.first + begin + i) * TILE_COLS, TILE_COLS)
-                target = self.slots.at[self.ring.weights(slot, i)]
-                self._copy(self.w.at[self.layer, rows, outputs], target, barrier, wanted)
+                stripe, shift = self.stripes.tile(begin + i)
+                weights = self.w.at[self.layer, rows, self.stripes.first + stripe]
+                self._copy_columns(weights, self.slot_rows.at[self.ring.weights(slot, i)], shift, barrier, wanted)
 
-            self._if(i < stripe_count, copy_weights)
+            self._if(i < tile_count, copy_weights)
         self._tokens(self.slots, self.ring.tokens(slot), k, barrier)
         self._fill(barrier, "base")
 
-    def _nothing(self, k, begin, stripe_count, full, issued) -> None:
+    def _nothing(self, k, begin, tile_count, full, issued) -> None:
         """For a stage to which this warp copies nothing."""
-        del k, begin, stripe_count
+        del k, begin, tile_count
         _, barrier = self._claim(issued, full, 0)
         if not self.ring.tiles.whole:
             for _ in range(WARP_GRANULES):
                 plgpu.barrier_arrive(barrier)
 
-    def _ys(self, number: int, begin, stripe_count, full, before) -> None:
-        del begin, stripe_count
+    def _ys(self, number: int, begin, tile_count, full, before) -> None:
+        del begin, tile_count
 
         @pl.loop(0, self.deltas)
         def _(n):
@@ -190,13 +204,14 @@ class FewLoad:
         fields = (kind, PAGE_START, IS_USED, PAGES[kind], PAGES[kind] + 1)
         return [[record[field] for field in fields] for record in records]
 
-    def _copy_tile(self, granule, tile, span: int, tiles_of_ring, row, barrier, wanted) -> None:
-        """A granule's tile, of `span`."""
+    def _copy_tile(self, granule, tile: Tile, span: int, tiles_of_ring, row, barrier, wanted) -> None:
+        """A granule's tile, of `span`, or its half."""
         first, page_start, _, *known = granule
         tiles = self.ring.tiles
         pages = tiles.pages(first, span, known, page_start, self.page_ids)
-        index = tiles.locate(first + jnp.where(wanted, tile, 0), pages)
-        tiles.copy(self.pool, index, tiles_of_ring, row, barrier, wanted)
+        index = tiles.locate(first + jnp.where(wanted, tile.stripe, 0), pages)
+        rows = row if tiles.whole else pl.ds(pl.multiple_of(row * TILE_RANKS, TILE_RANKS), TILE_RANKS)
+        self._copy_columns(self.pool.at[index], tiles_of_ring.at[rows], tile.shift, barrier, wanted)
 
     def _shrink_stages(self) -> None:
         """Activations and A of the pair's items."""
@@ -221,7 +236,8 @@ class FewLoad:
 
                     def copy(wanted, g=g, granule=granule):
                         row = (slot * 2 + 1) * STAGE_CHUNKS + g
-                        self._copy_tile(granule, self.first + first + k, span, self.a_tiles, row, barrier, wanted)
+                        tile = Tile(self.first + first + k, jnp.int32(0))
+                        self._copy_tile(granule, tile, span, self.a_tiles, row, barrier, wanted)
 
                     self._if(wanted, copy)
 
@@ -229,7 +245,7 @@ class FewLoad:
 
         drain(self.a_empty, lax.fori_loop(0, self.items.count, item_body, jnp.int32(0)), A_SLOTS)
 
-    def _b(self, number: int, begin, stripe_count, full, before) -> None:
+    def _b(self, number: int, begin, tile_count, full, before) -> None:
         """Where its tiles lie is read one block ahead."""
         span = max(self.ring.tiles.geometry.out_tiles(m) for m in self.stripes.modules)
         mine = [self.warp - B_WARPS[0] + len(B_WARPS) * i for i in range(WARP_GRANULES)]
@@ -241,16 +257,17 @@ class FewLoad:
         def block_body(n, granules):
             ahead = fetch(n + 1)
             used = [is_used > 0 for _, _, is_used, *_ in granules]
-            num_bytes = sum(jnp.where(u, _TILE_BYTES, 0) for u in used) * stripe_count
+            num_bytes = sum(jnp.where(u, _TILE_BYTES, 0) for u in used) * tile_count
             slot, barrier = self._claim(before + n, full, num_bytes)
             for i in range(self.ring.width):
                 for g, granule, wanted in zip(mine, granules, used, strict=True):
 
                     def copy(wanted, i=i, g=g, granule=granule):
                         row = (slot * (1 + self.ring.width) + 1 + i) * STAGE_CHUNKS + g
-                        self._copy_tile(granule, begin + i, span, self.slot_tiles, row, barrier, wanted)
+                        tile = self.stripes.tile(begin + i)
+                        self._copy_tile(granule, tile, span, self.slot_tiles, row, barrier, wanted)
 
-                    self._if(wanted & (i < stripe_count), copy)
+                    self._if(wanted & (i < tile_count), copy)
             return ahead
 
         lax.fori_loop(0, self.deltas, block_body, fetch(jnp.int32(0)))

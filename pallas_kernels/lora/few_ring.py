@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.geometry import TILE_COLS
-from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, STAGE_ROWS, ChunkSource
+from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, STAGE_ROWS, SWIZZLED, ChunkSource
 
 TOKEN_PARTS = (32, 16, 8)
 """Tokens of the copies for a step of fewer than FEW_TOKENS."""
@@ -52,11 +52,21 @@ class FewRing:
     def types(self, dtype) -> dict[str, Any]:
         """Scratch types, but for the barriers of the large ring."""
         return dict(
-            slots=self.tiles.ring(self.slots * (1 + self.width) * STAGE_ROWS, dtype),
+            slots=self._slots(self.slots * (1 + self.width) * STAGE_ROWS, dtype),
             a_slots=self.tiles.ring(A_SLOTS * 2 * STAGE_ROWS, dtype),
             a_full=plgpu.Barrier(num_arrivals=self.a_arrivals, num_barriers=A_SLOTS),
             a_empty=plgpu.Barrier(num_barriers=A_SLOTS),
         )
+
+    def _slots(self, rows: int, dtype):
+        views = self.tiles.ring(rows, dtype)
+        if not self.tiles.whole:
+            return views
+        return plgpu.RefUnion(*views.refs, plgpu.SMEM((rows, TILE_COLS), dtype, transforms=SWIZZLED))
+
+    def views(self, slots):
+        """The large ring as operands, for copies of granules' tiles, and for copies of rows."""
+        return slots if self.tiles.whole else (slots,) * 3
 
     def tokens(self, slot):
         """Rows of activations or y."""

@@ -30,7 +30,7 @@ from pallas_kernels.lora.few_load import FewLoad
 from pallas_kernels.lora.few_plan import FewPlan
 from pallas_kernels.lora.few_ring import TOKEN_PARTS, FewRing
 from pallas_kernels.lora.few_shrink import FewShrink
-from pallas_kernels.lora.few_stripes import Stripes
+from pallas_kernels.lora.few_stripes import HALF, Stripes, Tile
 from pallas_kernels.lora.mosaic_common import SHARED_BYTES, STAGE_ROWS, ChunkSource
 from pallas_kernels.lora.pair_sum import PairSum
 from pallas_kernels.lora.signals import put_back, wait_signals
@@ -66,7 +66,7 @@ def few_blocks(ranks: int) -> int:
 
 def few_matmul(x, w, pages, plan: FewPlan, layer, *, group: str, geometry: Geometry, interpret=None):
     """``x @ w[layer]`` and the deltas of the plan's adapters, bfloat16 [T, out]. layer: int32[1]."""
-    pairs = len(GROUPS[group]) if interpret else CLUSTERS
+    pairs = 2 * len(GROUPS[group]) if interpret else CLUSTERS
     stripes, parts = Stripes.of(geometry, group, pairs), 1 if interpret else CLUSTER
     tiles = ChunkSource(geometry=geometry, num_pages=pages.shape[1], chunk=1, whole=not interpret)
     shared = SHARED_BYTES - 4 * stripes.width * FEW_TOKENS * _PART
@@ -75,7 +75,8 @@ def few_matmul(x, w, pages, plan: FewPlan, layer, *, group: str, geometry: Geome
     shares = 1 if interpret else shares_of(stripes, blocks, stages)
     number = jnp.concatenate([layer, jnp.full(1, x.shape[0], jnp.int32)])
     of_plan = (plan.records, plan.ranks, plan.count, plan.page_ids, plan.signals)
-    args = (x, w, tiles.view_of_pool(pages), *of_plan, number)
+    stripes_of_w = w.reshape(*w.shape[:2], -1, TILE_COLS)
+    args = (x, stripes_of_w, tiles.view_of_pool(pages), *of_plan, number)
     rows = blocks * len(GROUPS[group]) * (shares * parts + 1) * FEW_TOKENS
     ys = jax.ShapeDtypeStruct((rows, STAGE_ROWS), x.dtype)
     out = jax.ShapeDtypeStruct((x.shape[0], w.shape[2]), x.dtype)
@@ -90,7 +91,7 @@ def few_matmul(x, w, pages, plan: FewPlan, layer, *, group: str, geometry: Geome
 def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=None):
     stages, dtype, width = args[0].shape[1] // TILE_COLS, out[0].dtype, stripes.width
     layers, blocks = args[3].shape[0], args[3].shape[2]
-    pairs, parts = (len(stripes.parts), 1) if interpret else (CLUSTERS, CLUSTER)
+    pairs, parts = stripes.pairs, 1 if interpret else CLUSTER
     columns = TILE_COLS // parts
 
     def body(
@@ -117,7 +118,7 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
         sent=None,
         taken=None,
     ):
-        (slots, slot_tiles), (a_slots, a_tiles) = ring.tiles.views(slots), ring.tiles.views(a_slots)
+        (slots, slot_tiles, slot_rows), (a_slots, a_tiles) = ring.views(slots), ring.tiles.views(a_slots)
         wg, part, pair = lax.axis_index("wg"), 0 if interpret else lax.axis_index("part"), lax.axis_index("pair")
         mine = stripes.of_pair(pair)
         layer, tokens = number[0], number[1]
@@ -165,6 +166,7 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
                     ys=ys,
                     slots=slots,
                     slot_tiles=slot_tiles,
+                    slot_rows=slot_rows,
                     full=full,
                     empty=empty,
                     a_slots=a_slots,
@@ -216,38 +218,43 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
 
             return pl.run_scoped(accumulate, *[plgpu.ACC((FEW_TOKENS, TILE_COLS), jnp.float32)] * width)
 
-        def write(i, value, stripe):
-            """A stripe's outputs, or this thread block's half of them."""
+        def write(i, value, tile: Tile):
+            """A tile's outputs, or this thread block's half of them."""
             target = results[1].at[i]
             target[...] = value.astype(dtype)
             plgpu.commit_smem()
-            outputs = pl.ds(stripe * TILE_COLS + part * columns, columns)
 
-            def copy(row, size):
+            def copy(begin, row, size):
                 rows = pl.ds(row if isinstance(row, int) else pl.multiple_of(row, TILE_RANKS), size)
-                plgpu.copy_smem_to_gmem(target.at[rows], out_ref.at[rows, outputs])
+                first = (mine.first + tile.stripe) * TILE_COLS + tile.shift + part * columns + begin
+                outputs = out_ref.at[rows, pl.ds(pl.multiple_of(first, HALF), HALF)]
+                plgpu.copy_smem_to_gmem(target.at[rows, pl.ds(begin, HALF)], outputs)
 
-            @pl.when(tokens == FEW_TOKENS)
-            def _():
-                copy(0, FEW_TOKENS)
+            for begin in range(0, columns, HALF):
+                of_stripe = part * columns + begin + tile.shift
+                is_own = (of_stripe >= 0) & (of_stripe < TILE_COLS)
 
-            for size in TOKEN_PARTS:
+                @pl.when(is_own & (tokens == FEW_TOKENS))
+                def _(begin=begin):
+                    copy(begin, 0, FEW_TOKENS)
 
-                @pl.when((tokens < FEW_TOKENS) & (tokens & size != 0))
-                def _(size=size):
-                    copy(tokens & (FEW_TOKENS - 2 * size), size)
+                for size in TOKEN_PARTS:
 
-        def multiply_pass(user, number, stripe, stripe_count):
+                    @pl.when(is_own & (tokens < FEW_TOKENS) & (tokens & size != 0))
+                    def _(begin=begin, size=size):
+                        copy(begin, tokens & (FEW_TOKENS - 2 * size), size)
+
+        def multiply_pass(user, number, begin, tile_count):
             found = products(user, number)
             if not interpret:
                 if number:  # until both have taken what they got in the pass before
                     plgpu.barrier_wait(taken.at[(number - 1) % _WARPGROUPS])
-                found = PairSum(parts=results[0], sent=sent.at[user], part=part).exchange(found, stripe_count)
+                found = PairSum(parts=results[0], sent=sent.at[user], part=part).exchange(found, tile_count)
             for i, value in enumerate(found):
 
-                @pl.when(i < stripe_count)
+                @pl.when(i < tile_count)
                 def _(i=i, value=value):
-                    write(i, value, mine.first + stripe + i)
+                    write(i, value, mine.tile(begin + i))
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if not interpret and number + 1 < stripes.passes:
@@ -272,11 +279,11 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
                     count=count,
                 ).run()
             for number in range(user, stripes.passes, _WARPGROUPS):
-                stripe, stripe_count = mine.pass_of(number)
+                begin, tile_count = mine.pass_of(number)
 
-                @pl.when(stripe_count > 0)
-                def _(number=number, stripe=stripe, stripe_count=stripe_count):
-                    multiply_pass(user, number, stripe, stripe_count)
+                @pl.when(tile_count > 0)
+                def _(number=number, begin=begin, tile_count=tile_count):
+                    multiply_pass(user, number, begin, tile_count)
 
         for user in range(_WARPGROUPS):
 

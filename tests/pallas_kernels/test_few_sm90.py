@@ -22,7 +22,7 @@ from pallas_kernels.lora.arg_specs import SPECS
 from pallas_kernels.lora.config import CLUSTERS, few_ranks
 from pallas_kernels.lora.few_items import FewItems, shares_of
 from pallas_kernels.lora.few_plan import A_TILE, B_TILE, FIRST, IS_USED, LAST, PAGE_START, PAGES, SCALE
-from pallas_kernels.lora.few_stripes import MOST_WIDE, Stripes
+from pallas_kernels.lora.few_stripes import HALF, MOST_WIDE, Stripes
 from pallas_kernels.lora.kernel_few_sm90 import unsupported
 from pallas_kernels.lora.kernel_sm90 import Matrices, _make_few_plan, few_sm90
 from pallas_kernels.lora.mosaic_common import ChunkSource
@@ -163,36 +163,45 @@ def test_pairs_share_every_stripe(hidden, kv, mlp, group):
     g = geometry(64 * hidden, 64 * kv, 64 * mlp, kv_heads=kv)
     stripes, found = Stripes.of(g, group), []
     assert stripes.width <= MOST_WIDE
-    module, first, passes, _ = _of_pairs(stripes)
-    for begin, count in passes:
-        found += [(m, f + b + i) for m, f, b, n in zip(module, first, begin, count, strict=True) for i in range(n)]
+    module, first, tiles, passes, halves = _of_pairs(stripes)
+    for pair in range(CLUSTERS):
+        ends = [(begin[pair], begin[pair] + count[pair]) for begin, count in passes if count[pair]]
+        counts = [end - begin for begin, end in ends]
+        assert counts == sorted(counts, reverse=True) and max(counts, default=0) <= stripes.width
+        numbers = [n for begin, end in ends for n in range(begin, end)]
+        assert numbers == list(range(-(-halves[pair] // 2)))
+        for n in numbers:
+            stripe, shift = first[pair] + tiles.stripe[pair][n], tiles.shift[pair][n]
+            assert shift == 0 or n == numbers[-1] and halves[pair] % 2
+            found += [(module[pair], stripe, half) for half in (0, HALF) if 0 <= half - shift < 64]
     modules, first = GROUPS[group], 0
     wanted = []
     for m in modules:
-        wanted += [(m, first + i) for i in range(g.out_tiles(m))]
+        wanted += [(m, first + i, half) for i in range(g.out_tiles(m)) for half in (0, HALF)]
         first += g.out_tiles(m)
     assert sorted(found) == sorted(wanted)
 
 
 def _of_pairs(stripes):
-    """Of all pairs: module, its first stripe, first stripe and number of each pass, and stripes in all."""
+    """Of all pairs: module, its first stripe, the pair's tiles and more, first and number of each pass, and halves."""
 
     def of_pair(pair):
         mine = stripes.of_pair(pair)
         passes = [mine.pass_of(number) for number in range(stripes.passes)]
-        return mine.module, mine.first, passes, mine.end - mine.begin
+        tiles = jax.vmap(mine.tile)(jnp.arange(stripes.width * stripes.passes))
+        return mine.module, mine.first, tiles, passes, mine.halves
 
     return jax.tree.map(lambda found: found.tolist(), jax.vmap(of_pair)(jnp.arange(CLUSTERS)))
 
 
 @pytest.mark.parametrize(
-    "name, widest", [("7b", dict(qkv=3, o=1, gu=6, down=1)), ("8b", dict(qkv=2, o=1, gu=7, down=1))]
+    "name, widest", [("7b", dict(qkv=6, o=2, gu=11, down=2)), ("8b", dict(qkv=3, o=2, gu=14, down=2))]
 )
 def test_pairs_have_about_the_same(name, widest):
-    """As few stripes as the longest of the modules' even shares."""
+    """As few halves of stripes as the longest of the modules' even shares."""
     for group, most in widest.items():
         stripes = Stripes.of(_GEOMETRY[name], group)
-        assert max(_of_pairs(stripes)[-1]) == most
+        assert max(_of_pairs(stripes)[-1]) == stripes.largest == most
 
 
 @settings(max_examples=30, deadline=None)
@@ -222,20 +231,20 @@ def test_pairs_take_every_item(widths, group, blocks, stages):
 
 
 def _items(stripes, blocks, shares):
-    """Of all pairs: how many items and stripes each has, and its items."""
+    """Of all pairs: how many items and halves each has, and its items."""
 
     def of_pair(pair):
         mine = stripes.of_pair(pair)
         blocks_of = [jnp.int32(n) for n in blocks]
         items = FewItems(stripes=mine, blocks=blocks_of, shares=shares, part=0, parts=1, own=False)
         most = -(-sum(blocks) * shares // CLUSTERS)
-        return items.count, mine.end - mine.begin, jax.vmap(items.item)(jnp.arange(max(most, 1)))
+        return items.count, mine.halves, jax.vmap(items.item)(jnp.arange(max(most, 1)))
 
     return jax.tree.map(np.asarray, jax.jit(jax.vmap(of_pair))(jnp.arange(CLUSTERS)))
 
 
 @pytest.mark.parametrize(
-    "name, wanted", [("7b", dict(qkv=8, o=8, gu=8, down=8)), ("8b", dict(qkv=4, o=8, gu=8, down=8))]
+    "name, wanted", [("7b", dict(qkv=8, o=8, gu=8, down=8)), ("8b", dict(qkv=8, o=8, gu=8, down=8))]
 )
 def test_no_pair_shrinks_twice(name, wanted):
     g = _GEOMETRY[name]
