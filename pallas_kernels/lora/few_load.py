@@ -29,8 +29,9 @@ class FewLoad:
     the large ring, as operands and for copies of granules' tiles. full: by warpgroup that multiplies, barriers of its
     stages. empty: barriers of all. a_slots, a_tiles, a_full, a_empty: of the small ring.
 
-    first, count: stages of the input that this thread block takes. a_first, a_count: of these or all, for shrink.
-    stripes: of the outputs. deltas: blocks whose y this thread block multiplies with B. block_of: the n-th of these.
+    first, count: stages of the input that this thread block takes, the first one and every `step`-th. a_first, a_step,
+    a_count: for shrink. stripes: of the outputs. deltas: blocks whose y this thread block multiplies with B. block_of:
+    the n-th of these.
     wait_y: until the y of a block of the pair's module is there, to be called once.
     """
 
@@ -53,8 +54,10 @@ class FewLoad:
     layer: Any
     tokens: Any
     first: Any
+    step: int
     count: Any
     a_first: Any
+    a_step: int
     a_count: Any
     stripes: PairStripes
     items: FewItems
@@ -146,7 +149,8 @@ class FewLoad:
         """Base weights and activations."""
         num_bytes = self._token_bytes + stripe_count * STAGE_CHUNKS * _TILE_BYTES
         slot, barrier = self._claim(issued, full, num_bytes)
-        rows = pl.ds((self.first + k) * TILE_COLS, TILE_COLS)
+        stage = self.first + self.step * k
+        rows = pl.ds(stage * TILE_COLS, TILE_COLS)
         for i in range(self.ring.width):
 
             def copy_weights(wanted, i=i):
@@ -155,7 +159,7 @@ class FewLoad:
                 self._copy(self.w.at[self.layer, rows, outputs], target, barrier, wanted)
 
             self._if(i < stripe_count, copy_weights)
-        self._tokens(self.slots, self.ring.tokens(slot), self.first + k, barrier)
+        self._tokens(self.slots, self.ring.tokens(slot), stage, barrier)
         self._fill(barrier, "base")
 
     def _nothing(self, k, begin, stripe_count, full, issued) -> None:
@@ -211,7 +215,7 @@ class FewLoad:
                 barrier = self.a_full.at[slot]
                 if self.ring.tiles.whole:
                     expect(barrier, num_bytes)
-                stage = self.a_first + first + k
+                stage = self.a_first + self.a_step * (first + k)
                 self._tokens(self.a_slots, self.ring.a_tokens(slot), stage, barrier)
                 for g, (granule, wanted) in enumerate(zip(granules, used, strict=True)):
 
