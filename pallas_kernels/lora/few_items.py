@@ -7,7 +7,7 @@ from jax import lax
 from jax import numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.geometry import MODULES
+from pallas_kernels.geometry import MODULES, ceil_div
 from pallas_kernels.lora.config import CLUSTER, FEW_TOKENS
 from pallas_kernels.lora.few_stripes import PairStripes, Stripes
 
@@ -34,8 +34,10 @@ def shares_of(stripes: Stripes, blocks: int, stages: int) -> int:
     less to do than others, if these are many.
     """
     pairs = stripes.light if 2 * stripes.light >= stripes.pairs else stripes.pairs
-    most = max(min(stages // CLUSTER, _MOST_SHARES, pairs // (blocks * len(stripes.parts))), 1)
-    return 1 << most.bit_length() - 1
+    half, items = stages // CLUSTER, blocks * len(stripes.parts)
+    shares = [1 << i for i in range(_MOST_SHARES.bit_length()) if 1 << i <= half]
+    # An item takes about as long as one more stage to begin and to end.
+    return min(shares, key=lambda n: (ceil_div(items * n, pairs) * (half / n + 1), n))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,12 @@ from pallas_kernels.lora.bulk_copy import expect, start_copy
 from pallas_kernels.lora.config import FEW_TOKENS
 from pallas_kernels.lora.few_items import FewItems
 from pallas_kernels.lora.few_plan import A_TILE, B_TILE, IS_USED, PAGE_START, PAGES
-from pallas_kernels.lora.few_ring import A_SLOTS, A_WARP, B_WARPS, BASE_WARP, TOKEN_PARTS, WARP_GRANULES, FewRing, Kind
+from pallas_kernels.lora.few_ring import A_WARP, B_WARPS, BASE_WARP, TOKEN_PARTS, WARP_GRANULES, FewRing, Kind
 from pallas_kernels.lora.few_stripes import PairStripes
-from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, drain
+from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, ChunkSource, drain
 
+FIRST_STAGES = 1
+"""With base weights, that are asked for before all of A is."""
 _TILE_BYTES = 2 * TILE_RANKS * TILE_COLS
 
 
@@ -27,7 +29,8 @@ _TILE_BYTES = 2 * TILE_RANKS * TILE_COLS
 class FewLoad:
     """Of one warp. x, w, pool, records, page_ids, ys: in global memory, see FewPlan and FewItems. slots, slot_tiles: of
     the large ring, as operands and for copies of granules' tiles. full: by warpgroup that multiplies, barriers of its
-    stages. empty: barriers of all. a_slots, a_tiles, a_full, a_empty: of the small ring.
+    stages. empty: barriers of all. a_pool: the pool in chunks. a_tokens, a_tiles, a_full,
+    a_empty: of the small ring. a_asked: barrier of all copies to it.
 
     first, count: stages of the input that this thread block takes. stripes: of the outputs. deltas: blocks whose y this
     thread block multiplies with B. wait_y: until the y of a block of the pair's module is there. done_with_y: to be
@@ -46,10 +49,12 @@ class FewLoad:
     slot_tiles: Any
     full: tuple
     empty: Any
-    a_slots: Any
+    a_pool: Any
+    a_tokens: Any
     a_tiles: Any
     a_full: Any
     a_empty: Any
+    a_asked: Any
     layer: Any
     tokens: Any
     first: Any
@@ -149,6 +154,8 @@ class FewLoad:
 
     def _base_stage(self, k, begin, stripe_count, full, issued) -> None:
         """Base weights and activations."""
+        if self.ring.tiles.whole:  # A goes first: y has a longer way
+            pl.when(issued == FIRST_STAGES)(lambda: plgpu.barrier_wait(self.a_asked))
         num_bytes = self._token_bytes + stripe_count * STAGE_CHUNKS * _TILE_BYTES
         slot, barrier = self._claim(issued, full, num_bytes)
         rows = pl.ds((self.first + k) * TILE_COLS, TILE_COLS)
@@ -190,44 +197,50 @@ class FewLoad:
         fields = (kind, PAGE_START, IS_USED, PAGES[kind], PAGES[kind] + 1)
         return [[record[field] for field in fields] for record in records]
 
-    def _copy_tile(self, granule, tile, span: int, tiles_of_ring, row, barrier, wanted) -> None:
-        """A granule's tile, of `span`."""
+    def _copy_tile(
+        self, tiles: ChunkSource, pool, granule, tile, span: int, tiles_of_ring, row, barrier, wanted
+    ) -> None:
+        """A granule's tile or chunk, of `span` tiles."""
         first, page_start, _, *known = granule
-        tiles = self.ring.tiles
         pages = tiles.pages(first, span, known, page_start, self.page_ids)
         index = tiles.locate(first + jnp.where(wanted, tile, 0), pages)
-        tiles.copy(self.pool, index, tiles_of_ring, row, barrier, wanted)
+        tiles.copy(pool, index, tiles_of_ring, row, barrier, wanted)
 
     def _shrink_stages(self) -> None:
         """Activations and A of the pair's items."""
-        span = self.ring.tiles.geometry.in_tiles(self.stripes.modules[0])
+        ring, chunk = self.ring, self.ring.chunks.chunk
+        span = ring.tiles.geometry.in_tiles(self.stripes.modules[0])
 
         def item_body(j, before):
             item = self.items.item(j)
-            first, count = self.items.stages(item.share, self.count)
+            first, count = self.items.stages(item.share, lax.div(self.count, jnp.int32(chunk)))
             granules = self._granules(item.module, item.block, A_TILE, list(range(STAGE_CHUNKS)))
             used = [is_used > 0 for _, _, is_used, *_ in granules]
-            num_bytes = self._token_bytes + sum(jnp.where(u, _TILE_BYTES, 0) for u in used)
+            num_bytes = chunk * (self._token_bytes + sum(jnp.where(u, _TILE_BYTES, 0) for u in used))
 
             @pl.loop(0, count)
             def _(k):
-                slot = lax.rem(before + k, jnp.int32(A_SLOTS))
-                pl.when(before + k >= A_SLOTS)(lambda: plgpu.barrier_wait(self.a_empty.at[slot]))
-                barrier = self.a_full.at[slot]
-                if self.ring.tiles.whole:
+                slot = lax.rem(before + k, jnp.int32(ring.a_slots))
+                pl.when(before + k >= ring.a_slots)(lambda: plgpu.barrier_wait(self.a_empty.at[slot]))
+                barrier, stage = self.a_full.at[slot], (first + k) * chunk
+                if ring.tiles.whole:
                     expect(barrier, num_bytes)
-                self._tokens(self.a_slots, self.ring.a_tokens(slot), first + k, barrier)
+                for column in range(chunk):
+                    self._tokens(self.a_tokens, ring.a_tokens(slot, column), stage + column, barrier)
                 for g, (granule, wanted) in enumerate(zip(granules, used, strict=True)):
 
                     def copy(wanted, g=g, granule=granule):
-                        row = (slot * 2 + 1) * STAGE_CHUNKS + g
-                        self._copy_tile(granule, self.first + first + k, span, self.a_tiles, row, barrier, wanted)
+                        where = self.a_tiles, slot * STAGE_CHUNKS + g, barrier, wanted
+                        self._copy_tile(ring.chunks, self.a_pool, granule, self.first + stage, span, *where)
 
                     self._if(wanted, copy)
 
             return before + count
 
-        drain(self.a_empty, lax.fori_loop(0, self.items.count, item_body, jnp.int32(0)), A_SLOTS)
+        issued = lax.fori_loop(0, self.items.count, item_body, jnp.int32(0))
+        if ring.tiles.whole:
+            expect(self.a_asked, 0)
+        drain(self.a_empty, issued, ring.a_slots)
 
     def _b(self, number: int, begin, stripe_count, full, before) -> None:
         """Where its tiles lie is read one block ahead."""
@@ -248,7 +261,8 @@ class FewLoad:
 
                     def copy(wanted, i=i, g=g, granule=granule):
                         row = (slot * (1 + self.ring.width) + 1 + i) * STAGE_CHUNKS + g
-                        self._copy_tile(granule, begin + i, span, self.slot_tiles, row, barrier, wanted)
+                        where = self.slot_tiles, row, barrier, wanted
+                        self._copy_tile(self.ring.tiles, self.pool, granule, begin + i, span, *where)
 
                     self._if(wanted & (i < stripe_count), copy)
             return ahead

@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.geometry import TILE_COLS
+from pallas_kernels.lora.config import FEW_TOKENS
 from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, STAGE_ROWS, ChunkSource
 
 TOKEN_PARTS = (32, 16, 8)
@@ -19,12 +20,14 @@ TOKEN_PARTS = (32, 16, 8)
 BASE_WARP, A_WARP = 0, 1
 B_WARPS = (2, 3)
 WARP_GRANULES = STAGE_CHUNKS // len(B_WARPS)
-A_SLOTS = 4
 _ASKED_BYTES = 96 * 1024
 """In flight at a time. Memory is not read faster with more, and whoever waits for something else waits behind it: with
 192 KB a signal took 5 us to reach the other thread blocks.
 """
 _LEAST_ASKED = 3
+_A_BYTES = 96 * 1024
+"""Of the small ring, where there is room."""
+_LEAST_A_SLOTS = 2
 _TILE = 2 * STAGE_ROWS * TILE_COLS
 
 Kind = Literal["base", "delta"]
@@ -33,29 +36,36 @@ Kind = Literal["base", "delta"]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FewRing:
     """Sizes of the rings. slots: of the large one. held: of these, those whose products may go on when the next ones
-    begin. width: stripes. tiles: how tiles of the pool are copied.
+    begin. width: stripes. a_slots: of the small one. tiles: how tiles of the pool are copied; chunks: how those of A.
     """
 
     slots: int
     held: int
     width: int
+    a_slots: int
     tiles: ChunkSource
+    chunks: ChunkSource
 
     @classmethod
-    def of(cls, width: int, tiles: ChunkSource, shared_bytes: int, stages: int) -> "FewRing":
+    def of(cls, width: int, tiles: ChunkSource, chunks: ChunkSource, shared_bytes: int, stages: int) -> "FewRing":
         """Of so many bytes at most. stages: of the input, at least: no slot has B before it had base weights."""
         # Wide stages come so seldom that their products are over before the next: no slot is spent on that.
         slot, held = (1 + width) * _TILE, 1 if width < 3 else 0
-        slots = min(max(_ASKED_BYTES // slot, _LEAST_ASKED) + held, (shared_bytes - A_SLOTS * 2 * _TILE) // slot)
-        return cls(slots=min(slots, stages), held=held, width=width, tiles=tiles)
+        slots = min(max(_ASKED_BYTES // slot, _LEAST_ASKED) + held, stages)
+        a_slot, shared_bytes = 2 * chunks.chunk * _TILE, shared_bytes - _TILE
+        a_slots = max(min(_A_BYTES, shared_bytes - slots * slot) // a_slot, _LEAST_A_SLOTS)
+        slots = min(slots, (shared_bytes - a_slots * a_slot) // slot)
+        return cls(slots=slots, held=held, width=width, a_slots=a_slots, tiles=tiles, chunks=chunks)
 
     def types(self, dtype) -> dict[str, Any]:
         """Scratch types, but for the barriers of the large ring."""
         return dict(
             slots=self.tiles.ring(self.slots * (1 + self.width) * STAGE_ROWS, dtype),
-            a_slots=self.tiles.ring(A_SLOTS * 2 * STAGE_ROWS, dtype),
-            a_full=plgpu.Barrier(num_arrivals=self.a_arrivals, num_barriers=A_SLOTS),
-            a_empty=plgpu.Barrier(num_barriers=A_SLOTS),
+            a_tokens=self.tiles.tokens((), self.a_slots * self.chunks.chunk * FEW_TOKENS, dtype),
+            a_slots=self.chunks.ring(self.a_slots * STAGE_ROWS, dtype),
+            y_slot=self.tiles.tokens((), FEW_TOKENS, dtype),
+            a_full=plgpu.Barrier(num_arrivals=self.a_arrivals, num_barriers=self.a_slots),
+            a_empty=plgpu.Barrier(num_barriers=self.a_slots),
         )
 
     def tokens(self, slot):
@@ -66,13 +76,13 @@ class FewRing:
         """Rows of a stripe's weights."""
         return pl.ds((slot * (1 + self.width) + 1 + stripe) * STAGE_ROWS, STAGE_ROWS)
 
-    def a_tokens(self, slot):
-        """Of the small ring: rows of activations."""
-        return pl.ds(slot * 2 * STAGE_ROWS, STAGE_ROWS)
+    def a_tokens(self, slot, column: int):
+        """Of the small ring: rows of activations, of 64 columns."""
+        return pl.ds((slot * self.chunks.chunk + column) * FEW_TOKENS, FEW_TOKENS)
 
     def a_weights(self, slot):
         """Of the small ring: rows of A."""
-        return pl.ds((slot * 2 + 1) * STAGE_ROWS, STAGE_ROWS)
+        return pl.ds(slot * STAGE_ROWS, STAGE_ROWS)
 
     @property
     def _copies(self) -> dict[Kind, int]:
@@ -89,7 +99,7 @@ class FewRing:
     @property
     def a_arrivals(self) -> int:
         """Of a barrier of the small ring."""
-        return 1 if self.tiles.whole else 1 + len(TOKEN_PARTS) + STAGE_CHUNKS
+        return 1 if self.tiles.whole else self.chunks.chunk * (1 + len(TOKEN_PARTS) + STAGE_CHUNKS)
 
     def missing(self, kind: Kind) -> int:
         """Arrivals that a kind of stage needs in interpret mode beside its copies'."""

@@ -8,10 +8,11 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.geometry import TILE_COLS
 from pallas_kernels.lora.config import FEW_TOKENS
 from pallas_kernels.lora.few_items import FewItems
 from pallas_kernels.lora.few_plan import FIRST, LAST, SCALE
-from pallas_kernels.lora.few_ring import A_SLOTS, FewRing
+from pallas_kernels.lora.few_ring import FewRing
 from pallas_kernels.lora.mosaic_common import STAGE_ROWS
 from pallas_kernels.lora.signals import await_signals, signal
 
@@ -20,8 +21,8 @@ _WGMMA = plgpu.Layout.WGMMA
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FewShrink:
-    """Of one warpgroup. ranks, ys, signals: in global memory, see FewPlan and FewItems. a_slots, a_full, a_empty: of
-    the small ring. has_y: barriers of the blocks, in interpret mode.
+    """Of one warpgroup. ranks, ys, signals: in global memory, see FewPlan and FewItems. a_tokens, a_slots, a_full,
+    a_empty: of the small ring. y_slot: shared memory of a y. has_y: barriers of the blocks, in interpret mode.
 
     layer, of so many. count: stages of the input that this thread block takes.
     """
@@ -31,7 +32,9 @@ class FewShrink:
     ranks: Any
     ys: Any
     signals: Any
+    a_tokens: Any
     a_slots: Any
+    y_slot: Any
     a_full: Any
     a_empty: Any
     has_y: Any
@@ -42,6 +45,7 @@ class FewShrink:
     def run(self) -> None:
         """All the pair's items, and then its parts of their sums: others wait for what it shrinks."""
         lax.fori_loop(0, self.items.count, self._shrink, jnp.int32(0))
+        pl.when(self.items.count > 0)(lambda: self._finish(self.items.count - 1))
 
         @pl.loop(0, self.items.count)
         def _(j):
@@ -50,41 +54,46 @@ class FewShrink:
     def _signal(self, item):
         return self.items.signal(self.layer, self.layers, item.module, item.block)
 
+    def _finish(self, j) -> None:
+        """Waits until the j-th item's y has left shared memory for global memory, and says so."""
+        plgpu.wait_smem_to_gmem(0)
+        if self.has_y is None:
+            signal(self.signals, self._signal(self.items.item(j)))
+
     def _shrink(self, j, before):
         """The pair's j-th item, before which the small ring had so many stages. Returns how many there then were. Sums
         are zero for tokens that are not their adapter's.
         """
-        item = self.items.item(j)
-        _, stages = self.items.stages(item.share, self.count)
+        item, ring = self.items.item(j), self.ring
+        chunk = ring.chunks.chunk
+        _, stages = self.items.stages(item.share, lax.div(self.count, jnp.int32(chunk)))
         its_ranks, shape = self.ranks.at[self.layer, item.module, item.block], (FEW_TOKENS, STAGE_ROWS)
         load = lambda row: plgpu.load(its_ranks.at[row], layout=_WGMMA.reduce(0), optimized=False)  # noqa: E731
         vectors = [lax.broadcast_in_dim(load(row), shape, (1,)) for row in (FIRST, LAST, SCALE)]
-        slot_of = lambda k: lax.rem(before + k, jnp.int32(A_SLOTS))  # noqa: E731
 
         def accumulate(total):
             @pl.loop(0, stages)
             def _(k):
-                slot = slot_of(k)
+                slot = lax.rem(before + k, jnp.int32(ring.a_slots))
                 plgpu.barrier_wait(self.a_full.at[slot])
-                x, a = self.a_slots.at[self.ring.a_tokens(slot)], self.a_slots.at[self.ring.a_weights(slot)]
-                plgpu.wgmma(total, x, a.T)
+                for column in range(chunk):
+                    columns = pl.ds(column * TILE_COLS, TILE_COLS)
+                    x = self.a_tokens.at[ring.a_tokens(slot, column)]
+                    plgpu.wgmma(total, x, self.a_slots.at[ring.a_weights(slot), columns].T)
                 plgpu.wgmma_wait(0)
-                pl.when(k + 1 < stages)(lambda: plgpu.barrier_arrive(self.a_empty.at[slot]))
+                plgpu.barrier_arrive(self.a_empty.at[slot])
 
             return total[...]
 
         found = pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
+        pl.when(j > 0)(lambda: self._finish(j - 1))  # by now it has left
         first, last, scale = vectors
         token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_WGMMA).astype(jnp.float32)
-        y = self.a_slots.at[self.ring.a_tokens(slot_of(stages - 1))]
-        y[...] = jnp.where((token >= first) & (token < last), found * scale, 0.0).astype(self.ys.dtype)
+        y = jnp.where((token >= first) & (token < last), found * scale, 0.0)
+        self.y_slot[...] = y.astype(self.ys.dtype)
         plgpu.commit_smem()
         summand = item.share * self.items.parts + self.items.part
-        plgpu.copy_smem_to_gmem(y, self.ys.at[self.items.y_rows(item.place, item.block, summand)])
-        plgpu.wait_smem_to_gmem(0)
-        if self.has_y is None:
-            signal(self.signals, self._signal(item))
-        plgpu.barrier_arrive(self.a_empty.at[slot_of(stages - 1)])
+        plgpu.copy_smem_to_gmem(self.y_slot, self.ys.at[self.items.y_rows(item.place, item.block, summand)])
         return before + stages
 
     def _add_up(self, j) -> None:

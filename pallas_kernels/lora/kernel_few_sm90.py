@@ -14,6 +14,7 @@ and writes; the second one also shrinks. A pass's y and B come after the next pa
 third warpgroup fills the rings.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry, ceil_div
 from pallas_kernels.lora.any_rows import any_rows
-from pallas_kernels.lora.config import CLUSTER, CLUSTERS, FEW_TOKENS
+from pallas_kernels.lora.config import CLUSTER, CLUSTERS, FEW_TOKENS, chunk_tiles
 from pallas_kernels.lora.few_items import FewItems, shares_of
 from pallas_kernels.lora.few_load import FewLoad
 from pallas_kernels.lora.few_plan import FewPlan
@@ -36,6 +37,8 @@ from pallas_kernels.lora.pair_sum import PairSum
 from pallas_kernels.lora.signals import put_back, wait_signals
 from pallas_kernels.paged_attention.decode_schedule import sm_count
 
+_CHUNK = 2
+"""Tiles of A of a copy."""
 _LEAST_STAGES = 2
 """Of a half of the input: a ring needs two slots, see FewRing.of."""
 _WARPGROUPS = 2
@@ -59,6 +62,12 @@ def unsupported(x, w, shrink: Geometry, expand: Geometry) -> str | None:
     return None
 
 
+def _in_chunks(geometry: Geometry, stages: int, parts: int) -> bool:
+    """Whether the parts of an input begin with a chunk of A, and no chunk lies in two pages."""
+    half = ceil_div(stages, parts)
+    return chunk_tiles(geometry, _CHUNK) == _CHUNK and half % _CHUNK == (stages - half) % _CHUNK == 0
+
+
 def few_blocks(ranks: int) -> int:
     """Blocks of a module that has so many ranks: of each thread block's list the same number."""
     return CLUSTER * ceil_div(ranks, CLUSTER * STAGE_ROWS)
@@ -71,11 +80,13 @@ def few_matmul(x, w, pages, plan: FewPlan, layer, *, group: str, geometry: Geome
     tiles = ChunkSource(geometry=geometry, num_pages=pages.shape[1], chunk=1, whole=not interpret)
     shared = SHARED_BYTES - 4 * stripes.width * FEW_TOKENS * _PART
     blocks, stages = plan.records.shape[2], x.shape[1] // TILE_COLS
-    ring = FewRing.of(stripes.width, tiles, shared, stages // CLUSTER)
-    shares = 1 if interpret else shares_of(stripes, blocks, stages)
+    chunk = _CHUNK if _in_chunks(geometry, stages, parts) else 1
+    chunks = dataclasses.replace(tiles, chunk=chunk)
+    ring = FewRing.of(stripes.width, tiles, chunks, shared, stages // CLUSTER)
+    shares = 1 if interpret else shares_of(stripes, blocks, stages // chunk)
     number = jnp.concatenate([layer, jnp.full(1, x.shape[0], jnp.int32)])
     of_plan = (plan.records, plan.ranks, plan.count, plan.page_ids, plan.signals)
-    args = (x, w, tiles.view_of_pool(pages), *of_plan, number)
+    args = (x, w, tiles.view_of_pool(pages), *of_plan, number, chunks.view_of_pool(pages))
     rows = blocks * len(GROUPS[group]) * (shares * parts + 1) * FEW_TOKENS
     ys = jax.ShapeDtypeStruct((rows, STAGE_ROWS), x.dtype)
     out = jax.ShapeDtypeStruct((x.shape[0], w.shape[2]), x.dtype)
@@ -103,21 +114,26 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
         page_ids,
         signals,
         number,
+        a_pool,
         out_ref,
         ys,
         *,
         slots,
+        a_tokens,
         a_slots,
+        y_slot,
         results,
         full,
         empty,
         a_full,
         a_empty,
         has_y=None,
+        a_asked=None,
         sent=None,
         taken=None,
     ):
-        (slots, slot_tiles), (a_slots, a_tiles) = ring.tiles.views(slots), ring.tiles.views(a_slots)
+        (slots, slot_tiles), (a_slots, a_tiles) = ring.tiles.views(slots), ring.chunks.views(a_slots)
+        (a_tokens, _), (y_slot, _) = ring.tiles.views(a_tokens), ring.tiles.views(y_slot)
         wg, part, pair = lax.axis_index("wg"), 0 if interpret else lax.axis_index("part"), lax.axis_index("pair")
         mine = stripes.of_pair(pair)
         layer, tokens = number[0], number[1]
@@ -167,10 +183,12 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
                     slot_tiles=slot_tiles,
                     full=full,
                     empty=empty,
-                    a_slots=a_slots,
+                    a_pool=a_pool,
+                    a_tokens=a_tokens,
                     a_tiles=a_tiles,
                     a_full=a_full,
                     a_empty=a_empty,
+                    a_asked=a_asked,
                     layer=layer,
                     tokens=tokens,
                     first=first,
@@ -263,7 +281,9 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
                     ranks=ranks,
                     ys=ys,
                     signals=signals,
+                    a_tokens=a_tokens,
                     a_slots=a_slots,
+                    y_slot=y_slot,
                     a_full=a_full,
                     a_empty=a_empty,
                     has_y=has_y,
@@ -298,6 +318,7 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
     else:
         options |= dict(cluster=(CLUSTER,), cluster_names=("part",))
         scratch |= dict(
+            a_asked=plgpu.Barrier(),
             sent=plgpu.Barrier(num_barriers=_WARPGROUPS),
             taken=plgpu.ClusterBarrier(collective_axes=("part",), num_barriers=_WARPGROUPS),
         )

@@ -81,8 +81,9 @@ class Few:
         (NARROW, [[12] * 7, [100, 8, 8, 100, 8, 8, 90]], (5, 11), (0, 1), "o", 0),
         (geometry(384, 128, 1024, kv_heads=4), [[16] * 7, [8] * 6 + [112]], (9, 1, 6), (0, -1, 1), "down", 0),
         (WIDE, [[16] * 7], (10, 6), (-1, -1), "o", 8),
+        (LEAST, [[16] * 7, [100] * 7, [8] * 7] * 4, (1,) * 12, range(12), "qkv", 4),
     ],
-    ids=["one", "mixed", "full", "odd", "down", "none"],
+    ids=["one", "mixed", "full", "odd", "down", "none", "many"],
 )
 def test_interpreted(g, ranks, lengths, adapters, group, padding):
     few = Few(g, ranks, lengths, adapters, group, padding)
