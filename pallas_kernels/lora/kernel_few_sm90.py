@@ -27,19 +27,18 @@ from pallas_kernels.lora.any_rows import any_rows
 from pallas_kernels.lora.config import CLUSTER, CLUSTERS, FEW_TOKENS
 from pallas_kernels.lora.few_items import FewItems, shares_of
 from pallas_kernels.lora.few_load import FewLoad
+from pallas_kernels.lora.few_multiply import WARPGROUPS, FewMultiply
 from pallas_kernels.lora.few_plan import FewPlan
-from pallas_kernels.lora.few_ring import TOKEN_PARTS, FewRing
+from pallas_kernels.lora.few_ring import FewRing
 from pallas_kernels.lora.few_shrink import FewShrink
 from pallas_kernels.lora.few_stripes import Stripes
 from pallas_kernels.lora.mosaic_common import SHARED_BYTES, STAGE_ROWS, ChunkSource
-from pallas_kernels.lora.pair_sum import PairSum
 from pallas_kernels.lora.signals import leave_signals, wait_signals
 from pallas_kernels.paged_attention.decode_schedule import sm_count
 
 _LEAST_STAGES = 2
 """Of a half of the input: a ring needs two slots, see FewRing.of."""
-_WARPGROUPS = 2
-_SHRINKS = _WARPGROUPS - 1
+_SHRINKS = WARPGROUPS - 1
 _PART = TILE_COLS // CLUSTER
 """Outputs of a stripe that a thread block of a pair writes."""
 
@@ -151,7 +150,7 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
                 wait_signals(signals, y_signal(block), shares)
                 leave_signals(signals, y_signal(block), shares + mine.users)
 
-        @pl.when(wg == _WARPGROUPS)
+        @pl.when(wg == WARPGROUPS)
         def load():
             plgpu.set_max_registers(88, action="decrease")
 
@@ -187,78 +186,6 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
                     wait_y=wait_y,
                 ).run()
 
-        def slot_of(stage):
-            return lax.rem(stage, jnp.int32(ring.slots))
-
-        def free(stage):
-            plgpu.barrier_arrive(empty.at[slot_of(stage)])
-
-        def products(user, number):
-            """Of a pass: sums of the stripes, float32 [64, 64] each."""
-            first_base, first_delta = mine.first_stages(number, count, deltas)
-
-            def accumulate(*sums):
-                def multiply(stage):
-                    slot = slot_of(stage)
-                    plgpu.barrier_wait(full[user].at[slot])
-                    for i, total in enumerate(sums):
-                        plgpu.wgmma(total, slots.at[ring.tokens(slot)], slots.at[ring.weights(slot, i)])
-
-                def multiply_all(begin, length):
-                    @pl.loop(0, length)
-                    def _(k):
-                        multiply(begin + k)
-                        plgpu.wgmma_wait(ring.held * width)
-                        pl.when(k >= ring.held)(lambda: free(begin + k - ring.held))
-
-                    plgpu.wgmma_wait(0)
-                    if ring.held:
-                        pl.when(length > 0)(lambda: free(begin + length - 1))
-
-                multiply_all(first_base, count)
-                multiply_all(first_delta, deltas)
-                return [total[...] for total in sums]
-
-            return pl.run_scoped(accumulate, *[plgpu.ACC((FEW_TOKENS, TILE_COLS), jnp.float32)] * width)
-
-        def write(i, value, stripe):
-            """A stripe's outputs, or this thread block's half of them."""
-            target = results[-1].at[i]
-            target[...] = value.astype(dtype)
-            plgpu.commit_smem()
-            outputs = pl.ds(stripe * TILE_COLS + (part * columns if halves > 1 else 0), columns)
-
-            def copy(row, size):
-                rows = pl.ds(row if isinstance(row, int) else pl.multiple_of(row, TILE_RANKS), size)
-                plgpu.copy_smem_to_gmem(target.at[rows], out_ref.at[rows, outputs])
-
-            @pl.when(tokens == FEW_TOKENS)
-            def _():
-                copy(0, FEW_TOKENS)
-
-            for size in TOKEN_PARTS:
-
-                @pl.when((tokens < FEW_TOKENS) & (tokens & size != 0))
-                def _(size=size):
-                    copy(tokens & (FEW_TOKENS - 2 * size), size)
-
-        def multiply_pass(user, number, stripe, stripe_count):
-            found = products(user, number)
-            if number and not interpret:  # until what lies in `results` since the pass before has been taken
-                plgpu.barrier_wait(taken.at[(number - 1) % _WARPGROUPS])
-            if halves > 1:
-                found = PairSum(parts=results[0], sent=sent.at[user], part=part).exchange(found, stripe_count)
-            for i, value in enumerate(found):
-
-                @pl.when(i < stripe_count)
-                def _(i=i, value=value):
-                    write(i, value, mine.first + stripe + i)
-
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            if not interpret and number + 1 < stripes.passes:
-                following = mine.passes[number + 1][1]
-                pl.when(following > 0)(lambda: plgpu.barrier_arrive(taken.at[user]))
-
         def multiply(user):
             plgpu.set_max_registers(208, action="increase")
             if user == _SHRINKS:
@@ -276,14 +203,25 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
                     layers=layers,
                     count=a_count,
                 ).run()
-            for number in range(user, stripes.passes, _WARPGROUPS):
-                stripe, stripe_count = mine.passes[number]
+            FewMultiply(
+                user=user,
+                ring=ring,
+                slots=slots,
+                full=full[user],
+                empty=empty,
+                results=results,
+                sent=sent.at[user] if halves > 1 else None,
+                taken=taken,
+                out=out_ref,
+                stripes=mine,
+                part=part,
+                halves=halves,
+                count=count,
+                deltas=deltas,
+                tokens=tokens,
+            ).run()
 
-                @pl.when(stripe_count > 0)
-                def _(number=number, stripe=stripe, stripe_count=stripe_count):
-                    multiply_pass(user, number, stripe, stripe_count)
-
-        for user in range(_WARPGROUPS):
+        for user in range(WARPGROUPS):
 
             @pl.when(wg == user)
             def _(user=user):
@@ -294,7 +232,7 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
     scratch: dict[str, Any] = dict(
         **ring.types(dtype),
         results=(outputs,),
-        full=tuple(plgpu.Barrier(num_arrivals=ring.arrivals, num_barriers=ring.slots) for _ in range(_WARPGROUPS)),
+        full=tuple(plgpu.Barrier(num_arrivals=ring.arrivals, num_barriers=ring.slots) for _ in range(WARPGROUPS)),
         empty=plgpu.Barrier(num_barriers=ring.slots),
     )
     options: dict[str, Any] = dict(grid=(pairs,))
@@ -303,18 +241,18 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
     else:
         options |= dict(cluster=(CLUSTER,), cluster_names=("part",))
     if halves == 1 and not interpret:
-        scratch |= dict(taken=plgpu.Barrier(num_barriers=_WARPGROUPS))
+        scratch |= dict(taken=plgpu.Barrier(num_barriers=WARPGROUPS))
     if halves > 1:
         scratch |= dict(
             results=plgpu.RefUnion(plgpu.SMEM((width, FEW_TOKENS, _PART), jnp.float32), outputs),
-            sent=plgpu.Barrier(num_barriers=_WARPGROUPS),
-            taken=plgpu.ClusterBarrier(collective_axes=("part",), num_barriers=_WARPGROUPS),
+            sent=plgpu.Barrier(num_barriers=WARPGROUPS),
+            taken=plgpu.ClusterBarrier(collective_axes=("part",), num_barriers=WARPGROUPS),
         )
     return plgpu.kernel(
         body,
         out_type=out,
         grid_names=("pair",),
-        num_threads=_WARPGROUPS + 1,
+        num_threads=WARPGROUPS + 1,
         thread_name="wg",
         scratch_types=scratch,
         interpret=interpret,
