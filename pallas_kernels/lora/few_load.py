@@ -29,7 +29,7 @@ class FewLoad:
     the large ring, as operands and for copies of granules' tiles. full: by warpgroup that multiplies, barriers of its
     stages. empty: barriers of all. a_slots, a_tiles, a_full, a_empty: of the small ring.
 
-    first, count: stages of the input that this thread block takes. a_first, a_count: of these or all, for shrink.
+    first, count: stages of the input that this thread block takes. a_first, a_count: its half, for shrink.
     stripes: of the outputs. deltas: blocks whose y this thread block multiplies with B. block_of: the n-th of these.
     wait_y: until the y of a block of the pair's module is there, to be called once.
     """
