@@ -23,7 +23,7 @@ class FewMultiply:
     """user: which of the warpgroups. slots, full, empty: the large ring's operands, this warpgroup's barriers of its
     stages, and barriers of all. results: shared memory of what comes from the pair's other thread block, if the two
     halve the input, and of outputs, maybe in the same place. sent: barrier of the former. taken: by warpgroup, barriers
-    of `results`, if passes share it. out: in global memory.
+    of `results`, which passes share. out: in global memory.
 
     stripes: of the thread block. part: which of the pair's it is. halves: of the input. count, deltas: stages of base
     weights and of deltas in each pass. tokens: of the step.
@@ -55,7 +55,7 @@ class FewMultiply:
 
     def _pass(self, number: int, stripe, stripe_count) -> None:
         found = self._products(number)
-        if number and self.taken is not None:  # until what lies in `results` since the pass before has been taken
+        if number:  # until what lies in `results` since the pass before has been taken
             plgpu.barrier_wait(self.taken.at[(number - 1) % WARPGROUPS])
         if self.halves > 1:
             found = PairSum(parts=self.results[0], sent=self.sent, part=self.part).exchange(found, stripe_count)
@@ -66,7 +66,7 @@ class FewMultiply:
                 self._write(i, value, self.stripes.first + stripe + i)
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        if self.taken is not None and number + 1 < len(self.stripes.passes):
+        if number + 1 < len(self.stripes.passes):
             following = self.stripes.passes[number + 1][1]
             pl.when(following > 0)(lambda: plgpu.barrier_arrive(self.taken.at[self.user]))
 

@@ -114,9 +114,9 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
         empty,
         a_full,
         a_empty,
+        taken,
         has_y=None,
         sent=None,
-        taken=None,
     ):
         (slots, slot_tiles), (a_slots, a_tiles) = ring.tiles.views(slots), ring.tiles.views(a_slots)
         wg, part, pair = lax.axis_index("wg"), 0 if interpret else lax.axis_index("part"), lax.axis_index("pair")
@@ -234,14 +234,13 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
         results=(outputs,),
         full=tuple(plgpu.Barrier(num_arrivals=ring.arrivals, num_barriers=ring.slots) for _ in range(WARPGROUPS)),
         empty=plgpu.Barrier(num_barriers=ring.slots),
+        taken=plgpu.Barrier(num_barriers=WARPGROUPS),
     )
     options: dict[str, Any] = dict(grid=(pairs,))
     if interpret:
         scratch |= dict(has_y=plgpu.Barrier(num_barriers=blocks))
     else:
         options |= dict(cluster=(CLUSTER,), cluster_names=("part",))
-    if halves == 1 and not interpret:
-        scratch |= dict(taken=plgpu.Barrier(num_barriers=WARPGROUPS))
     if halves > 1:
         scratch |= dict(
             results=plgpu.RefUnion(plgpu.SMEM((width, FEW_TOKENS, _PART), jnp.float32), outputs),
