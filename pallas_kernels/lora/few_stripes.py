@@ -85,16 +85,20 @@ class Stripes:
         for i in range(self.passes):
             before = jnp.minimum(i * blocks * self.width, stripes)
             length = jnp.minimum(stripes - before, blocks * self.width)
-            share = lambda n, of, length=length: lax.div(n * length, of)  # noqa: E731
-            begin, end = share(number, blocks), share(number + 1, blocks)
+            begin, end = _share(number, length, blocks), _share(number + 1, length, blocks)
             passes.append((before + begin, jnp.where(within < pairs, end - begin, 0)))
-            total += share(within + 1, pairs) - share(within, pairs)
+            total += _share(within + 1, length, pairs) - _share(within, length, pairs)
         # A module's pairs have `largest` stripes or one less, or none of them has `largest`.
         least_of_last = self.largest - 1 - (self.passes - 1) * self.width * self.each
-        full_before += jnp.maximum(share(within, pairs) - within * least_of_last, 0)
+        full_before += jnp.maximum(_share(within, length, pairs) - within * least_of_last, 0)
         is_light = (total < self.largest) | (within == pairs)
         turn = jnp.where(is_light, pair - full_before, self.light + full_before)
         return PairStripes(self, place, module, first, passes, turn)
+
+
+def _share(number, length, takers):
+    """Where the share of one of so many takers begins, of `length` in a row."""
+    return lax.div(number * length, takers)
 
 
 @dataclasses.dataclass(frozen=True)
