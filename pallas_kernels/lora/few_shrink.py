@@ -59,32 +59,28 @@ class FewShrink:
         its_ranks, shape = self.ranks.at[self.layer, item.module, item.block], (FEW_TOKENS, STAGE_ROWS)
         load = lambda row: plgpu.load(its_ranks.at[row], layout=_WGMMA.reduce(0), optimized=False)  # noqa: E731
         vectors = [lax.broadcast_in_dim(load(row), shape, (1,)) for row in (FIRST, LAST, SCALE)]
-        slot_of = lambda k: lax.rem(before + k, jnp.int32(A_SLOTS))  # noqa: E731
 
         def accumulate(total):
             @pl.loop(0, stages)
             def _(k):
-                slot = slot_of(k)
+                slot = lax.rem(before + k, jnp.int32(A_SLOTS))
                 plgpu.barrier_wait(self.a_full.at[slot])
                 x, a = self.a_slots.at[self.ring.a_tokens(slot)], self.a_slots.at[self.ring.a_weights(slot)]
                 plgpu.wgmma(total, x, a.T)
                 plgpu.wgmma_wait(0)
-                pl.when(k + 1 < stages)(lambda: plgpu.barrier_arrive(self.a_empty.at[slot]))
+                plgpu.barrier_arrive(self.a_empty.at[slot])
 
             return total[...]
 
         found = pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
         first, last, scale = vectors
         token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_WGMMA).astype(jnp.float32)
-        y = self.a_slots.at[self.ring.a_tokens(slot_of(stages - 1))]
-        y[...] = jnp.where((token >= first) & (token < last), found * scale, 0.0).astype(self.ys.dtype)
-        plgpu.commit_smem()
+        y = jnp.where((token >= first) & (token < last), found * scale, 0.0).astype(self.ys.dtype)
+        # Not through shared memory: a fence for copies from there would wait for those to it that are on their way.
         summand = item.share * self.items.parts + self.items.part
-        plgpu.copy_smem_to_gmem(y, self.ys.at[self.items.y_rows(item.place, item.block, summand)])
-        plgpu.wait_smem_to_gmem(0)
+        self.ys[self.items.y_rows(item.place, item.block, summand), :] = y
         if self.has_y is None:
             signal(self.signals, self._signal(item))
-        plgpu.barrier_arrive(self.a_empty.at[slot_of(stages - 1)])
         return before + stages
 
     def _add_up(self, j) -> None:
