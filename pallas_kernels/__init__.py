@@ -4,6 +4,7 @@ from pallas_kernels.add_rms_norm import add_rms_norm
 from pallas_kernels.dispatch import Implementation, UnsupportedInput
 from pallas_kernels.geometry import GROUPS, MODULES, PAGE_TOKENS, Geometry
 from pallas_kernels.lora import (
+    FEW_TILE_TOKENS,
     FEW_TOKENS,
     MOST_FEW,
     AdapterTable,
@@ -22,6 +23,7 @@ from pallas_kernels.write_adapter import write_adapter
 from pallas_kernels.write_kv import write_kv
 
 __all__ = [
+    "FEW_TILE_TOKENS",
     "FEW_TOKENS",
     "GROUPS",
     "MODULES",

@@ -13,13 +13,21 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, log_fallback, use_mosaic
 from pallas_kernels.geometry import Geometry
-from pallas_kernels.lora import kernel_few_sm90, kernel_gated_sm90, kernel_matmul_sm90, kernel_sm90, reference
-from pallas_kernels.lora.config import FEW_TOKENS, MOST_FEW, PRODUCT_STEP, few_ranks
+from pallas_kernels.lora import (
+    kernel_few_sm90,
+    kernel_few_tiles_sm90,
+    kernel_gated_sm90,
+    kernel_matmul_sm90,
+    kernel_sm90,
+    reference,
+)
+from pallas_kernels.lora.config import FEW_TILE_TOKENS, FEW_TOKENS, MOST_FEW, PRODUCT_STEP, few_ranks
 from pallas_kernels.lora.table import AdapterTable, empty_table
 from pallas_kernels.lora.token_rows import Intermediate, from_token_rows, to_token_rows
 from pallas_kernels.silu_mul import silu_mul
 
 __all__ = [
+    "FEW_TILE_TOKENS",
     "FEW_TOKENS",
     "MOST_FEW",
     "AdapterTable",
@@ -187,7 +195,8 @@ def lora_matmul(
 
     few_adapters: promises that the segments' adapters take MOST_FEW ranks or less in all (few_ranks), in each module of
     each layer and counted in every segment that names them. On GPUs a step of up to FEW_TOKENS tokens is then one
-    kernel with the base projection, whose sums have another order; where the promise does not hold its results are NaN.
+    kernel with the base projection, and so is one of FEW_TILE_TOKENS in groups of many outputs (q, k and v; gate and
+    up). Its sums have another order; where the promise does not hold its results are NaN.
     """
     geometries: dict[str, Any] = dict(shrink_geometry=shrink_geometry, expand_geometry=expand_geometry)
     options: dict[str, Any] = dict(group=group, max_rank=max_rank)
@@ -255,6 +264,10 @@ def _product_implementation(
             return "product"
     elif few_adapters and x.shape[0] <= FEW_TOKENS:
         reason = kernel_few_sm90.unsupported(x, weights, shrink_geometry, expand_geometry)
+        if reason is None:
+            return "few"
+    elif few_adapters and x.shape[0] == FEW_TILE_TOKENS and kernel_few_tiles_sm90.is_wide(expand_geometry, group):
+        reason = kernel_few_tiles_sm90.unsupported(x, weights, shrink_geometry, expand_geometry)
         if reason is None:
             return "few"
     else:

@@ -23,6 +23,8 @@ PRODUCT_STEP = 1024
 """
 FEW_TOKENS = 64
 """Steps up to this many tokens can do so as well if their adapters are few: have MOST_FEW ranks or less in all."""
+FEW_TILE_TOKENS = 256
+"""Steps of just so many can as well, in groups of projections that are wide enough."""
 MOST_FEW = 128
 """Of which an adapter takes `few_ranks`."""
 SHORT_SEGMENT = 16

@@ -109,3 +109,17 @@ class FewItems:
     def signal(self, layer, layers: int, module, block):
         """Which signal counts the summands that are there; the next one counts the parts of their sum."""
         return ((block * layers + layer) * len(MODULES) + module) * SIGNALS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WindowItems(FewItems):
+    """Of a step of so many windows of FEW_TOKENS tokens, for one of them."""
+
+    window: Any
+    windows: int
+
+    def y_row(self, place, block, summand):
+        return super().y_row(place, block, summand) * self.windows + self.window * FEW_TOKENS
+
+    def signal(self, layer, layers: int, module, block):
+        return super().signal(layer, layers, module, block) * self.windows + self.window * SIGNALS

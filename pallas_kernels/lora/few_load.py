@@ -12,22 +12,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.geometry import TILE_COLS, TILE_RANKS
-from pallas_kernels.lora.bulk_copy import expect, start_copy
+from pallas_kernels.lora.bulk_copy import expect
 from pallas_kernels.lora.config import FEW_TOKENS
+from pallas_kernels.lora.few_copies import TILE_BYTES, FewCopies
 from pallas_kernels.lora.few_items import FewItems
-from pallas_kernels.lora.few_plan import A_TILE, B_TILE, IS_USED, PAGE_START, PAGES
-from pallas_kernels.lora.few_ring import A_SLOTS, A_WARP, B_WARPS, BASE_WARP, TOKEN_PARTS, WARP_GRANULES, FewRing, Kind
+from pallas_kernels.lora.few_plan import A_TILE, B_TILE
+from pallas_kernels.lora.few_ring import A_SLOTS, A_WARP, B_WARPS, BASE_WARP, TOKEN_PARTS, WARP_GRANULES, FewRing
 from pallas_kernels.lora.few_stripes import PairStripes
 from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, drain
 
-_TILE_BYTES = 2 * TILE_RANKS * TILE_COLS
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FewLoad:
-    """Of one warp. x, w, pool, records, page_ids, ys: in global memory, see FewPlan and FewItems. slots, slot_tiles: of
-    the large ring, as operands and for copies of granules' tiles. full: by warpgroup that multiplies, barriers of its
-    stages. empty: barriers of all. a_slots, a_tiles, a_full, a_empty: of the small ring.
+class FewLoad(FewCopies):
+    """x, w, ys: in global memory, see FewItems. slots, slot_tiles: of the large ring, as operands and for copies of
+    granules' tiles. full: by warpgroup that multiplies, barriers of its stages. a_slots, a_tiles, a_full, a_empty: of
+    the small ring.
 
     first, count: stages of the input that this thread block takes. a_first, a_count: its half, for shrink.
     stripes: of the outputs. deltas: blocks whose y this thread block multiplies with B. block_of: the n-th of these.
@@ -35,22 +34,16 @@ class FewLoad:
     """
 
     ring: FewRing
-    warp: Any
     x: Any
     w: Any
-    pool: Any
-    records: Any
-    page_ids: Any
     ys: Any
     slots: Any
     slot_tiles: Any
     full: tuple
-    empty: Any
     a_slots: Any
     a_tiles: Any
     a_full: Any
     a_empty: Any
-    layer: Any
     tokens: Any
     first: Any
     count: Any
@@ -92,38 +85,6 @@ class FewLoad:
                 load(number - 1, deltas=True)
         drain(self.empty, self.stripes.first_stages(passes, self.count, self.deltas)[1], self.ring.slots)
 
-    def _claim(self, issued, full, num_bytes):
-        """The slot of the `issued`-th stage, as soon as it is empty, and its barrier. num_bytes: that this warp will
-        copy to it.
-        """
-        slot = lax.rem(issued, jnp.int32(self.ring.slots))
-
-        @pl.when(issued >= self.ring.slots)
-        def _():
-            plgpu.barrier_wait(self.empty.at[slot])
-
-        barrier = full.at[slot]
-        if self.ring.tiles.whole:  # in interpret mode copies announce themselves
-            expect(barrier, num_bytes)
-        return slot, barrier
-
-    def _if(self, wanted, copy: Callable) -> None:
-        """``copy(predicate)``, which in interpret mode is called in any case: its copies arrive one by one."""
-        if self.ring.tiles.whole:
-            pl.when(wanted)(lambda: copy(jnp.bool_(True)))
-        else:
-            copy(wanted)
-
-    def _copy(self, source, target, barrier, wanted) -> None:
-        if self.ring.tiles.whole:
-            start_copy(source, target, barrier, wanted)
-        else:
-            self.ring.tiles.copy_if(wanted, source, target, barrier)
-
-    def _fill(self, barrier, kind: Kind) -> None:
-        for _ in range(self.ring.missing(kind)):
-            plgpu.barrier_arrive(barrier)
-
     def _tokens(self, slots, rows, stage, barrier) -> None:
         """Activations: of a step with fewer tokens than fit in up to three copies, which end with the last token."""
         columns = pl.ds(stage * TILE_COLS, TILE_COLS)
@@ -140,11 +101,11 @@ class FewLoad:
 
     @property
     def _token_bytes(self):
-        return lax.div(self.tokens, jnp.int32(TILE_RANKS)) * _TILE_BYTES
+        return lax.div(self.tokens, jnp.int32(TILE_RANKS)) * TILE_BYTES
 
     def _base_stage(self, k, begin, stripe_count, full, issued) -> None:
         """Base weights and activations."""
-        num_bytes = self._token_bytes + stripe_count * STAGE_CHUNKS * _TILE_BYTES
+        num_bytes = self._token_bytes + stripe_count * STAGE_CHUNKS * TILE_BYTES
         slot, barrier = self._claim(issued, full, num_bytes)
         rows = pl.ds((self.first + k) * TILE_COLS, TILE_COLS)
         for i in range(self.ring.width):
@@ -171,27 +132,13 @@ class FewLoad:
 
         @pl.loop(0, self.deltas)
         def _(n):
-            slot, barrier = self._claim(before + n, full, STAGE_CHUNKS * _TILE_BYTES)
+            slot, barrier = self._claim(before + n, full, STAGE_CHUNKS * TILE_BYTES)
             block = self.block_of(n)
             if number == 0:
                 self.wait_y(block)
             source = self.ys.at[self.items.y_rows(self.stripes.place, block, self.items.summands)]
             self._copy(source, self.slots.at[self.ring.tokens(slot)], barrier, jnp.bool_(True))
             self._fill(barrier, "delta")
-
-    def _granules(self, module, block, kind: int, mine: list) -> list:
-        """Of granules of a block: where they lie, in the form that a loop carries."""
-        records = [self.records.at[self.layer, module, block, g] for g in mine]
-        fields = (kind, PAGE_START, IS_USED, PAGES[kind], PAGES[kind] + 1)
-        return [[record[field] for field in fields] for record in records]
-
-    def _copy_tile(self, granule, tile, span: int, tiles_of_ring, row, barrier, wanted) -> None:
-        """A granule's tile, of `span`."""
-        first, page_start, _, *known = granule
-        tiles = self.ring.tiles
-        pages = tiles.pages(first, span, known, page_start, self.page_ids)
-        index = tiles.locate(first + jnp.where(wanted, tile, 0), pages)
-        tiles.copy(self.pool, index, tiles_of_ring, row, barrier, wanted)
 
     def _shrink_stages(self) -> None:
         """Activations and A of the pair's items."""
@@ -202,7 +149,7 @@ class FewLoad:
             first, count = self.items.stages(item.share, self.a_count)
             granules = self._granules(item.module, item.block, A_TILE, list(range(STAGE_CHUNKS)))
             used = [is_used > 0 for _, _, is_used, *_ in granules]
-            num_bytes = self._token_bytes + sum(jnp.where(u, _TILE_BYTES, 0) for u in used)
+            num_bytes = self._token_bytes + sum(jnp.where(u, TILE_BYTES, 0) for u in used)
 
             @pl.loop(0, count)
             def _(k):
@@ -237,7 +184,7 @@ class FewLoad:
         def block_body(n, granules):
             ahead = fetch(n + 1)
             used = [is_used > 0 for _, _, is_used, *_ in granules]
-            num_bytes = sum(jnp.where(u, _TILE_BYTES, 0) for u in used) * stripe_count
+            num_bytes = sum(jnp.where(u, TILE_BYTES, 0) for u in used) * stripe_count
             slot, barrier = self._claim(before + n, full, num_bytes)
             for i in range(self.ring.width):
                 for g, granule, wanted in zip(mine, granules, used, strict=True):

@@ -1,10 +1,10 @@
 """What a step with few adapters works on: the ranks of all adapters side by side, as if they were one adapter's.
 
-In every module of every layer an adapter's granules are dealt out to two lists by turns, one for each thread block of a
-pair. In each the segments' adapters follow one another, in blocks of eight granules, those of large ranks first: then
-each begins at a multiple of what it takes (half of `few_ranks`), and which of its ranks are summed together does not
-depend on the others. The plan says where each granule's tiles lie in the pool, and which tokens each rank is for. It
-does not depend on the layer or group at hand, so XLA makes it once a step.
+In every module of every layer an adapter's granules are dealt out by turns to lists: one, or two for the thread blocks
+of a pair. In each the segments' adapters follow one another, in blocks of eight granules, those of large ranks first:
+then each begins at a multiple of what it takes (of two lists half of `few_ranks`), and which of its ranks are summed
+together does not depend on the others. The plan says where each granule's tiles lie in the pool, and which tokens each
+rank is for. It does not depend on the layer or group at hand, so XLA makes it once a step.
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ RECORD = 8
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FewPlan:
-    """N blocks of eight granules at most, of the first list, of the second, of the first and so on.
+    """N blocks of eight granules at most, of the lists by turns.
 
     records: of each granule, see above; tiles are counted from the beginning of the adapter's image. count: blocks, the
-    same number of both lists. ranks: of each rank, which tokens it is for, from the first to before the last, and their
+    same number of all lists. ranks: of each rank, which tokens it is for, from the first to before the last, and their
     adapter's scaling; no token for ranks that are not in use. Where there are more granules than fit, the scaling is
     NaN. signals: zeros, which the kernel counts in and puts back, see FewItems.signal.
     """
@@ -51,14 +51,16 @@ def make_few_plan(
     *,
     blocks: int,
     geometry: Geometry,
+    lists: int = CLUSTER,
+    windows: int = 1,
 ) -> FewPlan:
-    """The plan of a step, with room for so many blocks, an even number."""
-    layers, modules, room = geometry.num_layers, len(MODULES), blocks // CLUSTER * STAGE_CHUNKS
+    """The plan of a step, with room for so many blocks, a multiple of the lists. windows: of FEW_TOKENS tokens."""
+    layers, modules, room = geometry.num_layers, len(MODULES), blocks // lists * STAGE_CHUNKS
     adapter = jnp.maximum(seg_adapter, 0)
     live = (seg_adapter >= 0) & (seg_start[1:] > seg_start[:-1])
     granules = table.granules[adapter]  # [S, L, 7]
     own = jnp.where(live[:, None, None], granules, 0)
-    taken = few_ranks(own * TILE_RANKS) // TILE_RANKS // CLUSTER  # of each list
+    taken = few_ranks(own * TILE_RANKS) // TILE_RANKS // lists  # of each list
     start = jax.vmap(jax.vmap(largest_first, -1, -1), -1, -1)(taken, taken)
     total = jnp.sum(taken, axis=0, dtype=jnp.int32)
     place = jnp.arange(room, dtype=jnp.int32)
@@ -67,10 +69,10 @@ def make_few_plan(
         jnp.where(is_of, jnp.arange(len(seg_adapter))[:, None, None, None], 0), axis=0, dtype=jnp.int32
     )  # [L, 7, room]
     of_layer = jnp.arange(layers)[:, None, None], jnp.arange(modules)[:, None]
-    within = CLUSTER * (place - start[segment, *of_layer])
-    # From here on [L, 7, granules of both lists], block by block.
-    within = _by_blocks(jnp.stack([within + i for i in range(CLUSTER)], axis=2))
-    segment, is_used = (_by_blocks(jnp.stack([of] * CLUSTER, axis=2)) for of in (segment, jnp.any(is_of, axis=0)))
+    within = lists * (place - start[segment, *of_layer])
+    # From here on [L, 7, granules of all lists], block by block.
+    within = _by_blocks(jnp.stack([within + i for i in range(lists)], axis=2))
+    segment, is_used = (_by_blocks(jnp.stack([of] * lists, axis=2)) for of in (segment, jnp.any(is_of, axis=0)))
     used = is_used & (within < own[segment, *of_layer])
 
     page_start = table.page_start[adapter[segment]]
@@ -96,10 +98,10 @@ def make_few_plan(
     zero = jnp.minimum(seg_start[0], 0)
     return FewPlan(
         records=records.reshape(layers, modules, blocks, STAGE_CHUNKS, RECORD),
-        count=CLUSTER * ceil_div(jnp.minimum(total, room), jnp.int32(STAGE_CHUNKS)),
+        count=lists * ceil_div(jnp.minimum(total, room), jnp.int32(STAGE_CHUNKS)),
         ranks=ranks,
         page_ids=table.pages.astype(jnp.int32),
-        signals=jnp.full(layers * modules * blocks * SIGNALS, zero, jnp.int32),
+        signals=jnp.full(windows * layers * modules * blocks * SIGNALS, zero, jnp.int32),
     )
 
 

@@ -28,6 +28,7 @@ _LEAST_ASKED = 3
 _TILE = 2 * STAGE_ROWS * TILE_COLS
 
 Kind = Literal["base", "delta"]
+TileKind = Literal["item", "base", "delta"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

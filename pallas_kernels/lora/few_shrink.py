@@ -1,5 +1,6 @@
 """Shrink in the kernel for few adapters, by a warpgroup that has time for it."""
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any
 
@@ -11,7 +12,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.lora.config import FEW_TOKENS
 from pallas_kernels.lora.few_items import FewItems
 from pallas_kernels.lora.few_plan import FIRST, LAST, SCALE
-from pallas_kernels.lora.few_ring import A_SLOTS, FewRing
 from pallas_kernels.lora.mosaic_common import STAGE_ROWS
 from pallas_kernels.lora.signals import await_signals, leave, signal
 
@@ -20,28 +20,38 @@ _WGMMA = plgpu.Layout.WGMMA
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FewShrink:
-    """Of one warpgroup. ranks, ys, signals: in global memory, see FewPlan and FewItems. a_slots, a_full, a_empty: of
-    the small ring. has_y: barriers of the blocks, in interpret mode.
+    """Of one warpgroup. ranks, ys, signals: in global memory, see FewPlan and FewItems. operands: activations and A of
+    a slot of the ring, which has so many. full, empty: barriers of these. has_y: of the blocks, in interpret mode.
 
-    layer, of so many. count: stages of the input that this thread block takes.
+    layer, of so many. count: stages of the input that this thread block takes. first_token: of the step's, the first
+    that the activations are of.
     """
 
-    ring: FewRing
     items: FewItems
     ranks: Any
     ys: Any
     signals: Any
-    a_slots: Any
-    a_full: Any
-    a_empty: Any
+    operands: Callable
+    slots: int
+    full: Any
+    empty: Any
     has_y: Any
     layer: Any
     layers: int
     count: Any
+    first_token: Any = None
 
     def run(self) -> None:
         """All the pair's items, and then its parts of their sums: others wait for what it shrinks."""
-        lax.fori_loop(0, self.items.count, self._shrink, jnp.int32(0))
+        self.shrink()
+        self.add_up()
+
+    def shrink(self):
+        """All items. Returns how many stages of the ring they have."""
+        return lax.fori_loop(0, self.items.count, self._shrink, jnp.int32(0))
+
+    def add_up(self) -> None:
+        """The pair's parts of sums."""
 
         @pl.loop(0, self.items.count)
         def _(j):
@@ -63,18 +73,19 @@ class FewShrink:
         def accumulate(total):
             @pl.loop(0, stages)
             def _(k):
-                slot = lax.rem(before + k, jnp.int32(A_SLOTS))
-                plgpu.barrier_wait(self.a_full.at[slot])
-                x, a = self.a_slots.at[self.ring.a_tokens(slot)], self.a_slots.at[self.ring.a_weights(slot)]
+                slot = lax.rem(before + k, jnp.int32(self.slots))
+                plgpu.barrier_wait(self.full.at[slot])
+                x, a = self.operands(slot)
                 plgpu.wgmma(total, x, a.T)
                 plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(self.a_empty.at[slot])
+                plgpu.barrier_arrive(self.empty.at[slot])
 
             return total[...]
 
         found = pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
         first, last, scale = vectors
-        token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_WGMMA).astype(jnp.float32)
+        token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_WGMMA)
+        token = (token if self.first_token is None else token + self.first_token).astype(jnp.float32)
         y = jnp.where((token >= first) & (token < last), found * scale, 0.0).astype(self.ys.dtype)
         # Not through shared memory: a fence for copies from there would wait for those to it that are on their way.
         summand = item.share * self.items.parts + self.items.part

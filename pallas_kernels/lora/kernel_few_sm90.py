@@ -29,7 +29,7 @@ from pallas_kernels.lora.few_items import FewItems, shares_of
 from pallas_kernels.lora.few_load import FewLoad
 from pallas_kernels.lora.few_multiply import WARPGROUPS, FewMultiply
 from pallas_kernels.lora.few_plan import FewPlan
-from pallas_kernels.lora.few_ring import FewRing
+from pallas_kernels.lora.few_ring import A_SLOTS, FewRing
 from pallas_kernels.lora.few_shrink import FewShrink
 from pallas_kernels.lora.few_stripes import Stripes
 from pallas_kernels.lora.mosaic_common import SHARED_BYTES, STAGE_ROWS, ChunkSource
@@ -190,14 +190,14 @@ def _launch(*args, ring: FewRing, stripes: Stripes, shares: int, out, interpret=
             plgpu.set_max_registers(208, action="increase")
             if user == _SHRINKS:
                 FewShrink(
-                    ring=ring,
                     items=items,
                     ranks=ranks,
                     ys=ys,
                     signals=signals,
-                    a_slots=a_slots,
-                    a_full=a_full,
-                    a_empty=a_empty,
+                    operands=lambda slot: (a_slots.at[ring.a_tokens(slot)], a_slots.at[ring.a_weights(slot)]),
+                    slots=A_SLOTS,
+                    full=a_full,
+                    empty=a_empty,
                     has_y=has_y,
                     layer=layer,
                     layers=layers,

@@ -13,8 +13,17 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry
-from pallas_kernels.lora import kernel_few_sm90, kernel_gated_sm90, kernel_matmul_sm90
-from pallas_kernels.lora.config import MOST_FEW, SHORT_SEGMENT, SHORT_STEP, LoraConfig, chunk_tiles, default_config
+from pallas_kernels.lora import kernel_few_sm90, kernel_few_tiles_sm90, kernel_gated_sm90, kernel_matmul_sm90
+from pallas_kernels.lora.config import (
+    FEW_TILE_TOKENS,
+    FEW_TOKENS,
+    MOST_FEW,
+    SHORT_SEGMENT,
+    SHORT_STEP,
+    LoraConfig,
+    chunk_tiles,
+    default_config,
+)
 from pallas_kernels.lora.few_plan import make_few_plan
 from pallas_kernels.lora.kernel_add_sm90 import add
 from pallas_kernels.lora.kernel_expand_sm90 import expand
@@ -40,8 +49,9 @@ _make_tiles = jax.jit(make_tiles, static_argnames="num_tokens")
 _shrink_y = jax.jit(shrink_y, static_argnames=_STATIC)
 _matmul = jax.jit(kernel_matmul_sm90.matmul, static_argnames=("group", "config", "interpret"))
 _gated = jax.jit(kernel_gated_sm90.gated_matmul, static_argnames=("config", "interpret"))
-_make_few_plan = jax.jit(make_few_plan, static_argnames=("blocks", "geometry"))
+_make_few_plan = jax.jit(make_few_plan, static_argnames=("blocks", "geometry", "lists", "windows"))
 _few = jax.jit(kernel_few_sm90.few_matmul, static_argnames=("group", "geometry", "interpret"))
+_few_tiles = jax.jit(kernel_few_tiles_sm90.few_tile_matmul, static_argnames=("group", "geometry", "interpret"))
 _touched_windows = jax.jit(touched_windows, static_argnames="num_tokens")
 _add = jax.jit(add, static_argnames=("group", "config", "chunk", "max_rank"))
 _short = jax.jit(short, static_argnames=("phase", "group", "config", "chunk", "max_rank", "interpret"))
@@ -249,8 +259,13 @@ def few_sm90(
     that all segments' adapters take in a module, see few_ranks.
     """
     where, geometry = jnp.asarray(layer, jnp.int32).reshape(1), adapters.geometry
-    blocks = kernel_few_sm90.few_blocks(most_ranks)
-    plan = _make_few_plan(adapters.table, seg_start, seg_adapter, blocks=blocks, geometry=geometry)
+    segments = adapters.table, seg_start, seg_adapter
+    if x.shape[0] == FEW_TILE_TOKENS:
+        options: dict[str, Any] = dict(lists=kernel_few_tiles_sm90.LISTS, windows=FEW_TILE_TOKENS // FEW_TOKENS)
+        options |= dict(blocks=kernel_few_tiles_sm90.few_tile_blocks(most_ranks), geometry=geometry)
+        plan = _make_few_plan(*segments, **options)
+        return _few_tiles(x, weights, pages, plan, where, group=group, geometry=geometry, interpret=interpret)
+    plan = _make_few_plan(*segments, blocks=kernel_few_sm90.few_blocks(most_ranks), geometry=geometry)
     return _few(x, weights, pages, plan, where, group=group, geometry=geometry, interpret=interpret)
 
 

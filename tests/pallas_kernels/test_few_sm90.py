@@ -5,6 +5,7 @@
 import dataclasses
 import re
 
+from few_batches import LARGE, LEAST, NARROW, OWN, RANKS, TWICE, Few
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
@@ -12,7 +13,6 @@ from jax import numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from lora_batches import MEDIUM, TINY, WIDE, Batch, abstract, abstract_table, geometry
 import numpy as np
-from oracles import relative_error
 import pytest
 
 from pallas_kernels import FEW_TOKENS, lora_matmul
@@ -24,57 +24,13 @@ from pallas_kernels.lora.few_items import FewItems, shares_of
 from pallas_kernels.lora.few_plan import A_TILE, B_TILE, FIRST, IS_USED, LAST, PAGE_START, PAGES, SCALE
 from pallas_kernels.lora.few_stripes import MOST_WIDE, Stripes
 from pallas_kernels.lora.kernel_few_sm90 import unsupported
-from pallas_kernels.lora.kernel_sm90 import Matrices, _make_few_plan, few_sm90
+from pallas_kernels.lora.kernel_sm90 import _make_few_plan
 from pallas_kernels.lora.mosaic_common import ChunkSource
 
 _GEOMETRY = {name.split("_")[0]: spec.geometry for name, spec in SPECS.items()}
-LEAST = geometry(384, 128, 512, kv_heads=4)
-NARROW = geometry(448, 64, 576, heads=7, kv_heads=1)  # widths of an odd number of tiles
-LARGE = geometry(2048, 1024, 5632, heads=16, kv_heads=8, dim=128)
-OWN = geometry(384, 128, 64 * 141, kv_heads=4)  # each thread block has stripes of gate and up of its own
-TWICE = geometry(384, 128, 64 * 331, kv_heads=4)  # and goes through the input twice
 _HALVED = dict(least=LEAST, narrow=NARROW, medium=MEDIUM, large=LARGE)
 _ON_GPU = {f"{name}-{group}": (g, group) for name, g in _HALVED.items() for group in GROUPS}
 _ON_GPU |= {"own-gu": (OWN, "gu"), "twice-gu": (TWICE, "gu")}
-
-
-class Few:
-    """A batch of tokens, and base weights whose product with them is the batch's base output."""
-
-    def __init__(self, g, ranks, lengths, adapters, group, padding=0, seed=0):
-        self.batch = batch = Batch(g, ranks, lengths, adapters, group, padding=padding, seed=seed)
-        width = batch.x.shape[1], batch.out.shape[1]
-        weights = np.random.default_rng(5).standard_normal((g.num_layers, *width)) / 16
-        self.weights = jnp.asarray(weights, jnp.bfloat16)
-
-    def program(self, interpret=None, most_ranks=None):
-        """Of activations."""
-        batch = self.batch
-        most_ranks = most_ranks or self.ranks()
-        options = dict(layer=batch.layer, group=batch.group, most_ranks=most_ranks, interpret=interpret)
-
-        @jax.jit
-        def run(x, weights, pages, table, *segments):
-            adapters = Matrices(table=table, geometry=batch.geometry)
-            return few_sm90(x, weights, pages, adapters, *segments, **options)
-
-        segments = jnp.asarray(batch.seg_start), jnp.asarray(batch.adapters, jnp.int32)
-        return lambda x: np.asarray(run(x, self.weights, batch.pages, batch.table, *segments))
-
-    def run(self, x=None, **options):
-        return self.program(**options)(self.batch.x if x is None else x)
-
-    def ranks(self):
-        """That the segments' adapters take, on the module on which they take most."""
-        adapters = np.asarray(self.batch.adapters)
-        taken = few_ranks(np.asarray(self.batch.table.granules)[np.maximum(adapters, 0)] * 8)
-        return max(64, int(taken[adapters >= 0].sum(axis=0).max()))
-
-    def check(self, result):
-        batch = self.batch
-        base = np.asarray(batch.x, np.float64) @ np.asarray(self.weights[batch.layer], np.float64)
-        batch.out = jnp.asarray(base, jnp.bfloat16)
-        assert relative_error(result, batch.expected()) < 5e-3
 
 
 @pytest.mark.parametrize(
@@ -306,9 +262,6 @@ def test_unsupported_names_the_reason(monkeypatch):
     assert "114 multiprocessors" in unsupported(x, weights, WIDE, WIDE)
 
 
-_RANKS = [[64] * 7] + [[16, 8, 4, 16, 12, 16, 16]] * 8 + [[100, 0, 112, 88, 1, 104, 96], [24, 9, 30, 8, 0, 32, 1]]
-
-
 def test_what_runs_on_gpu_halves_inputs_or_not():
     shapes = {name: Stripes.of(g, group) for name, (g, group) in _ON_GPU.items()}
     assert {name for name, stripes in shapes.items() if stripes.each == 2} == {"own-gu", "twice-gu"}
@@ -330,7 +283,7 @@ def test_what_runs_on_gpu_halves_inputs_or_not():
 @pytest.mark.parametrize("g, group", _ON_GPU.values(), ids=_ON_GPU)
 def test_on_gpu(g, lengths, adapters, group):
     """As the reference has it, with the same bits again and again, other activations in between."""
-    few = Few(g, _RANKS, lengths, adapters, group)
+    few = Few(g, RANKS, lengths, adapters, group)
     run, others = few.program(), few.batch.x[::-1] + 1
     result, other = run(few.batch.x), run(others)
     few.check(result)
@@ -362,7 +315,7 @@ def test_others_do_not_matter_on_gpu(g, group, rank):
 @pytest.mark.parametrize("g, group", [*((MEDIUM, group) for group in GROUPS), (OWN, "gu")])
 def test_calls_of_one_program_share_a_plan_on_gpu(g, group):
     """Signals are zero again after each call."""
-    few = Few(g, _RANKS, (8,) * 8, (1, 2, 3, 4, 5, 6, 7, 8), group)
+    few = Few(g, RANKS, (8,) * 8, (1, 2, 3, 4, 5, 6, 7, 8), group)
     batch = few.batch
     options = dict(layer=batch.layer, group=group, few_adapters=True, max_rank=64, implementation="mosaic")
     options |= dict(shrink_geometry=g, expand_geometry=g)

@@ -1,0 +1,160 @@
+"""The warpgroup that fills the ring of the kernel for few adapters that takes tiles of 128 tokens. One warp copies base
+weights, activations and y, two copy A and B.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+from jax import lax
+from jax import numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.geometry import TILE_COLS
+from pallas_kernels.lora.few_copies import TILE_BYTES, FewCopies
+from pallas_kernels.lora.few_items import WindowItems
+from pallas_kernels.lora.few_plan import A_TILE, B_TILE
+from pallas_kernels.lora.few_ring import B_WARPS, BASE_WARP, WARP_GRANULES
+from pallas_kernels.lora.few_stripes import PairStripes
+from pallas_kernels.lora.few_tile_ring import WINDOWS, FewTileSlots
+from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, STAGE_ROWS, drain
+from pallas_kernels.lora.windows import TILE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewTileLoad(FewCopies):
+    """x, w, ys: in global memory. slots: of the ring. tile: of the tokens. count: stages of the input. stripes: of the
+    outputs. windows: the items of each half of the tile's tokens, alike but for where y is. deltas: blocks of ranks.
+    wait_y: until the y of a block is there, to be called once.
+    """
+
+    slots: FewTileSlots
+    x: Any
+    w: Any
+    ys: Any
+    tile: Any
+    count: Any
+    stripes: PairStripes
+    windows: list[WindowItems]
+    deltas: Any
+    wait_y: Callable
+
+    def run(self) -> None:
+        """Loads all stages, and waits until they have been read."""
+        pl.when(self.warp == BASE_WARP)(lambda: self._stages(self._item_tokens, self._base_stage, self._ys))
+        pl.when(self.warp >= B_WARPS[0])(lambda: self._stages(self._a, self._nothing, self._b))
+
+    def _stages(self, load_item: Callable, load_base: Callable, load_deltas: Callable) -> None:
+        """Each is called with the number of stages before."""
+        issued = lax.fori_loop(0, self.windows[0].count, load_item, jnp.int32(0))
+        for number, (begin, stripe_count) in enumerate(self.stripes.passes):
+
+            @pl.when(stripe_count > 0)
+            def _(number=number, begin=begin, stripe_count=stripe_count, issued=issued):
+                pl.loop(0, self.count)(lambda k: load_base(k, begin, issued + k))
+                load_deltas(number, begin, stripe_count, issued + self.count)
+
+            issued += jnp.where(stripe_count > 0, self.count + self.deltas, 0)
+        drain(self.empty, issued, self.ring.slots)
+
+    def _item(self, j):
+        """The j-th item, its first stage of the input, and how many it has."""
+        item = self.windows[0].item(j)
+        return item, *self.windows[0].stages(item.share, self.count)
+
+    def _tokens(self, slot, stage, barrier) -> None:
+        rows, columns = pl.ds(self.tile * TILE, TILE), pl.ds(stage * TILE_COLS, TILE_COLS)
+        self._copy(self.x.at[rows, columns], self.slots.rows.at[slot], barrier, jnp.bool_(True))
+
+    def _item_tokens(self, j, before):
+        first, count = self._item(j)[1:]
+
+        @pl.loop(0, count)
+        def _(k):
+            slot, barrier = self._claim(before + k, self.slots.full, WINDOWS * STAGE_CHUNKS * TILE_BYTES)
+            self._tokens(slot, first + k, barrier)
+            self._fill(barrier, "item")
+
+        return before + count
+
+    def _a(self, j, before):
+        item, first, count = self._item(j)
+        span = self.ring.tiles.geometry.in_tiles(self.stripes.modules[0])
+        mine = self._mine()
+        granules = self._granules(item.module, item.block, A_TILE, mine)
+        used = [is_used > 0 for _, _, is_used, *_ in granules]
+        num_bytes = sum(jnp.where(u, TILE_BYTES, 0) for u in used)
+
+        @pl.loop(0, count)
+        def _(k):
+            slot, barrier = self._claim(before + k, self.slots.full, num_bytes)
+            for g, granule, wanted in zip(mine, granules, used, strict=True):
+
+                def copy(wanted, g=g, granule=granule):
+                    self._copy_tile(granule, first + k, span, *self.slots.a_place(slot, g), barrier, wanted)
+
+                self._if(wanted, copy)
+
+        return before + count
+
+    def _mine(self) -> list:
+        """Granules of a block that this warp copies."""
+        return [self.warp - B_WARPS[0] + len(B_WARPS) * i for i in range(WARP_GRANULES)]
+
+    def _base_stage(self, k, begin, issued) -> None:
+        """Weights of as many stripes as a slot has, whether all are needed or not."""
+        width = self.ring.width
+        slot, barrier = self._claim(issued, self.slots.full, (WINDOWS + width) * STAGE_CHUNKS * TILE_BYTES)
+        rows = pl.ds(k * STAGE_ROWS, STAGE_ROWS)
+        outputs = pl.ds((self.stripes.first + begin) * TILE_COLS, width * TILE_COLS)
+        self._copy(self.w.at[self.layer, rows, outputs], self.slots.weights(slot), barrier, jnp.bool_(True))
+        self._tokens(slot, k, barrier)
+        self._fill(barrier, "base")
+
+    def _nothing(self, k, begin, issued) -> None:
+        """For a stage to which this warp copies nothing."""
+        del k, begin
+        _, barrier = self._claim(issued, self.slots.full, 0)
+        if not self.ring.tiles.whole:
+            for _ in range(WARP_GRANULES):
+                plgpu.barrier_arrive(barrier)
+
+    def _ys(self, number: int, begin, stripe_count, before) -> None:
+        del begin, stripe_count
+
+        @pl.loop(0, self.deltas)
+        def _(block):
+            slot, barrier = self._claim(before + block, self.slots.full, WINDOWS * STAGE_CHUNKS * TILE_BYTES)
+            if number == 0:
+                self.wait_y(block)
+            for window, items in enumerate(self.windows):
+                source = self.ys.at[items.y_rows(self.stripes.place, block, items.summands)]
+                self._copy(source, self.slots.window(slot, window), barrier, jnp.bool_(True))
+            self._fill(barrier, "delta")
+
+    def _b(self, number: int, begin, stripe_count, before) -> None:
+        """Where its tiles lie is read one block ahead."""
+        del number
+        span = max(self.ring.tiles.geometry.out_tiles(m) for m in self.stripes.modules)
+        mine = self._mine()
+
+        def fetch(n):
+            return self._granules(self.stripes.module, jnp.maximum(jnp.minimum(n, self.deltas - 1), 0), B_TILE, mine)
+
+        def block_body(n, granules):
+            ahead = fetch(n + 1)
+            used = [is_used > 0 for _, _, is_used, *_ in granules]
+            num_bytes = sum(jnp.where(u, TILE_BYTES, 0) for u in used) * stripe_count
+            slot, barrier = self._claim(before + n, self.slots.full, num_bytes)
+            for i in range(self.ring.width):
+                for g, granule, wanted in zip(mine, granules, used, strict=True):
+
+                    def copy(wanted, i=i, g=g, granule=granule):
+                        place = self.slots.b_place(slot, g, i)
+                        self._copy_tile(granule, begin + i, span, *place, barrier, wanted)
+
+                    self._if(wanted & (i < stripe_count), copy)
+            return ahead
+
+        lax.fori_loop(0, self.deltas, block_body, fetch(jnp.int32(0)))

@@ -1,0 +1,114 @@
+"""The ring in shared memory of the kernel for few adapters that takes tiles of 128 tokens.
+
+A slot holds 64 columns of a tile's activations and as many rows of base weights; or of a block of 64 ranks y and B, for
+the same outputs, where what B does not fill has base weights of before, as it must be finite; or, for shrink,
+activations and as many columns of a block of A.
+"""
+
+import dataclasses
+from typing import Any
+
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.geometry import TILE_COLS, TILE_RANKS
+from pallas_kernels.lora.few_ring import B_WARPS, WARP_GRANULES, TileKind
+from pallas_kernels.lora.mosaic_common import OPERAND, SHARED_BYTES, STAGE_CHUNKS, STAGE_ROWS, SWIZZLED, ChunkSource
+from pallas_kernels.lora.windows import TILE, WINDOW
+
+WINDOWS = TILE // WINDOW
+"""Of a tile: each is a warpgroup's."""
+_RESULTS = 2 * TILE * TILE_COLS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewTileRing:
+    """slots: how many. width: stripes of outputs in each. tiles: how tiles of the pool are copied."""
+
+    slots: int
+    width: int
+    tiles: ChunkSource
+
+    @classmethod
+    def of(cls, width: int, tiles: ChunkSource, stages: int) -> "FewTileRing":
+        """As many slots as fit beside the outputs. stages: of the input: no slot has B before it had base weights."""
+        slot = 2 * TILE_COLS * (TILE + width * STAGE_ROWS)
+        return cls(slots=min((SHARED_BYTES - _RESULTS) // slot, stages), width=width, tiles=tiles)
+
+    def types(self, dtype) -> dict[str, Any]:
+        """Scratch types. Weights lie as wgmma reads those of all stripes, as B's tiles are copied, and as wgmma reads
+        A, which has one column of tiles.
+        """
+        rows = self.slots * STAGE_ROWS
+        weights: Any = plgpu.SMEM((rows, self.width * TILE_COLS), dtype, transforms=OPERAND)
+        if self.tiles.whole:
+            tiles = (self.width * rows // TILE_RANKS, 1, TILE_RANKS, TILE_COLS)
+            narrow = plgpu.SMEM((self.width * rows, TILE_COLS), dtype, transforms=OPERAND)
+            weights = plgpu.RefUnion(weights, plgpu.SMEM(tiles, dtype, transforms=SWIZZLED), narrow)
+        return dict(
+            rows=plgpu.SMEM((self.slots, TILE, TILE_COLS), dtype, transforms=OPERAND),
+            weights=weights,
+            full=plgpu.Barrier(num_arrivals=self.arrivals, num_barriers=self.slots),
+            empty=plgpu.Barrier(num_arrivals=WINDOWS, num_barriers=self.slots),
+            results=plgpu.SMEM((WINDOWS, WINDOW, TILE_COLS), dtype, transforms=OPERAND),
+        )
+
+    @property
+    def _copies(self) -> dict[TileKind, int]:
+        """As in FewRing: that all warps may start in a stage of each kind, beside one for each granule."""
+        return dict(item=1, base=2, delta=WINDOWS + (self.width - 1) * STAGE_CHUNKS)
+
+    @property
+    def arrivals(self) -> int:
+        """Of a slot's barrier: one a warp, but interpreted copies arrive one by one."""
+        return 1 + len(B_WARPS) if self.tiles.whole else len(B_WARPS) * WARP_GRANULES + max(self._copies.values())
+
+    def missing(self, kind: TileKind) -> int:
+        """Arrivals that a kind of stage needs in interpret mode beside its copies'."""
+        return 0 if self.tiles.whole else max(self._copies.values()) - self._copies[kind]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewTileSlots:
+    """What is in the ring: activations, the three views of weights, and barriers."""
+
+    ring: FewTileRing
+    rows: Any
+    operand: Any
+    chunks: Any
+    narrow: Any
+    full: Any
+    empty: Any
+
+    @classmethod
+    def of(cls, ring: FewTileRing, rows, weights, full, empty) -> "FewTileSlots":
+        operand, chunks, narrow = weights if ring.tiles.whole else [weights] * 3
+        return cls(ring=ring, rows=rows, operand=operand, chunks=chunks, narrow=narrow, full=full, empty=empty)
+
+    def window(self, slot, window):
+        """Activations, or y, of half of the tile's tokens."""
+        first = window * WINDOW
+        return self.rows.at[slot, pl.ds(first if isinstance(first, int) else pl.multiple_of(first, WINDOW), WINDOW)]
+
+    def weights(self, slot):
+        """[64, outputs]."""
+        return self.operand.at[pl.ds(slot * STAGE_ROWS, STAGE_ROWS)]
+
+    def a(self, slot):
+        """[64 ranks, 64]."""
+        if not self.ring.tiles.whole:
+            return self.narrow.at[pl.ds(slot * STAGE_ROWS, STAGE_ROWS), pl.ds(0, TILE_COLS)]
+        return self.narrow.at[pl.ds(slot * (self.ring.width * STAGE_ROWS), STAGE_ROWS)]
+
+    def a_place(self, slot, granule) -> tuple[Any, Any]:
+        """Where a tile of A is copied to: a view and its row in it, in tiles."""
+        return self._place(slot, granule, 0, granule)
+
+    def b_place(self, slot, granule, stripe: int) -> tuple[Any, Any]:
+        """Where a tile of B is."""
+        return self._place(slot, granule, stripe, granule * self.ring.width + stripe)
+
+    def _place(self, slot, granule, column: int, within) -> tuple[Any, Any]:
+        if self.ring.tiles.whole:
+            return self.chunks, slot * (self.ring.width * STAGE_CHUNKS) + within
+        return self.chunks.at[:, pl.ds(column * TILE_COLS, TILE_COLS)], slot * STAGE_CHUNKS + granule

@@ -1,0 +1,58 @@
+"""Steps whose adapters are few, and their base projection."""
+
+import jax
+from jax import numpy as jnp
+from lora_batches import Batch, geometry
+import numpy as np
+from oracles import relative_error
+
+from pallas_kernels.lora.config import few_ranks
+from pallas_kernels.lora.kernel_sm90 import Matrices, few_sm90
+
+LEAST = geometry(384, 128, 512, kv_heads=4)
+NARROW = geometry(448, 64, 576, heads=7, kv_heads=1)  # widths of an odd number of tiles
+LARGE = geometry(2048, 1024, 5632, heads=16, kv_heads=8, dim=128)
+WIDER = geometry(4096, 1024, 1024, heads=32, kv_heads=8, dim=128)
+OWN = geometry(384, 128, 64 * 141, kv_heads=4)  # each thread block has stripes of gate and up of its own
+TWICE = geometry(384, 128, 64 * 331, kv_heads=4)  # and goes through the input twice
+RANKS = [[64] * 7] + [[16, 8, 4, 16, 12, 16, 16]] * 8 + [[100, 0, 112, 88, 1, 104, 96], [24, 9, 30, 8, 0, 32, 1]]
+"""Of some adapters."""
+
+
+class Few:
+    """A batch of tokens, and base weights whose product with them is the batch's base output."""
+
+    def __init__(self, g, ranks, lengths, adapters, group, padding=0, seed=0):
+        self.batch = batch = Batch(g, ranks, lengths, adapters, group, padding=padding, seed=seed)
+        width = batch.x.shape[1], batch.out.shape[1]
+        weights = np.random.default_rng(5).standard_normal((g.num_layers, *width)) / 16
+        self.weights = jnp.asarray(weights, jnp.bfloat16)
+
+    def program(self, interpret=None, most_ranks=None):
+        """Of activations."""
+        batch = self.batch
+        most_ranks = most_ranks or self.ranks()
+        options = dict(layer=batch.layer, group=batch.group, most_ranks=most_ranks, interpret=interpret)
+
+        @jax.jit
+        def run(x, weights, pages, table, *segments):
+            adapters = Matrices(table=table, geometry=batch.geometry)
+            return few_sm90(x, weights, pages, adapters, *segments, **options)
+
+        segments = jnp.asarray(batch.seg_start), jnp.asarray(batch.adapters, jnp.int32)
+        return lambda x: np.asarray(run(x, self.weights, batch.pages, batch.table, *segments))
+
+    def run(self, x=None, **options):
+        return self.program(**options)(self.batch.x if x is None else x)
+
+    def ranks(self):
+        """That the segments' adapters take, on the module on which they take most."""
+        adapters = np.asarray(self.batch.adapters)
+        taken = few_ranks(np.asarray(self.batch.table.granules)[np.maximum(adapters, 0)] * 8)
+        return max(64, int(taken[adapters >= 0].sum(axis=0).max()))
+
+    def check(self, result):
+        batch = self.batch
+        base = np.asarray(batch.x, np.float64) @ np.asarray(self.weights[batch.layer], np.float64)
+        batch.out = jnp.asarray(base, jnp.bfloat16)
+        assert relative_error(result, batch.expected()) < 5e-3
