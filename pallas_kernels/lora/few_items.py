@@ -90,6 +90,10 @@ class FewItems:
         first, end = (lax.div((share + i) * count, jnp.int32(self.shares)) for i in (0, 1))
         return first, end - first
 
+    def all_stages(self, count):
+        """How many stages all of them have, of inputs of `count` stages."""
+        return lax.fori_loop(0, self.count, lambda j, n: n + self.stages(self.item(j).share, count)[1], jnp.int32(0))
+
     def is_own(self, block):
         """Whether this thread block and not the pair's other one adds up a block's y."""
         return lax.rem(block, jnp.int32(self.parts)) == self.part

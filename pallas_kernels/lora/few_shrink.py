@@ -43,12 +43,12 @@ class FewShrink:
 
     def run(self) -> None:
         """All the pair's items, and then its parts of their sums: others wait for what it shrinks."""
-        self.shrink()
+        self.shrink(jnp.int32(0))
         self.add_up()
 
-    def shrink(self):
-        """All items. Returns how many stages of the ring they have."""
-        return lax.fori_loop(0, self.items.count, self._shrink, jnp.int32(0))
+    def shrink(self, before) -> None:
+        """All items, from the ring's stage `before` on."""
+        lax.fori_loop(0, self.items.count, self._shrink, before)
 
     def add_up(self) -> None:
         """The pair's parts of sums."""
@@ -70,15 +70,17 @@ class FewShrink:
         load = lambda row: plgpu.load(its_ranks.at[row], layout=_WGMMA.reduce(0), optimized=False)  # noqa: E731
         vectors = [lax.broadcast_in_dim(load(row), shape, (1,)) for row in (FIRST, LAST, SCALE)]
 
+        slot_of = lambda k: lax.rem(before + k, jnp.int32(self.slots))  # noqa: E731
+
         def accumulate(total):
             @pl.loop(0, stages)
             def _(k):
-                slot = lax.rem(before + k, jnp.int32(self.slots))
+                slot = slot_of(k)
                 plgpu.barrier_wait(self.full.at[slot])
                 x, a = self.operands(slot)
                 plgpu.wgmma(total, x, a.T)
                 plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(self.empty.at[slot])
+                pl.when(k + 1 < stages)(lambda: plgpu.barrier_arrive(self.empty.at[slot]))
 
             return total[...]
 
@@ -86,12 +88,15 @@ class FewShrink:
         first, last, scale = vectors
         token = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_WGMMA)
         token = (token if self.first_token is None else token + self.first_token).astype(jnp.float32)
-        y = jnp.where((token >= first) & (token < last), found * scale, 0.0).astype(self.ys.dtype)
-        # Not through shared memory: a fence for copies from there would wait for those to it that are on their way.
+        y, _ = self.operands(slot_of(stages - 1))
+        y[...] = jnp.where((token >= first) & (token < last), found * scale, 0.0).astype(self.ys.dtype)
+        plgpu.commit_smem()
         summand = item.share * self.items.parts + self.items.part
-        self.ys[self.items.y_rows(item.place, item.block, summand), :] = y
+        plgpu.copy_smem_to_gmem(y, self.ys.at[self.items.y_rows(item.place, item.block, summand)])
+        plgpu.wait_smem_to_gmem(0)
         if self.has_y is None:
             signal(self.signals, self._signal(item))
+        plgpu.barrier_arrive(self.empty.at[slot_of(stages - 1)])
         return before + stages
 
     def _add_up(self, j) -> None:

@@ -40,19 +40,36 @@ class FewTileLoad(FewCopies):
     deltas: Any
     wait_y: Callable
 
-    def run(self) -> None:
-        """Loads all stages, and waits until they have been read."""
-        pl.when(self.warp == BASE_WARP)(lambda: self._stages(self._item_tokens, self._base_stage, self._ys))
-        pl.when(self.warp >= B_WARPS[0])(lambda: self._stages(self._a, self._nothing, self._b))
+    def begin(self) -> None:
+        """Loads what shrink needs, after some base weights, and more of these."""
+        pl.when(self.warp == BASE_WARP)(lambda: self._begin(self._item_tokens, self._base_stage))
+        pl.when(self.warp >= B_WARPS[0])(lambda: self._begin(self._a, self._nothing))
 
-    def _stages(self, load_item: Callable, load_base: Callable, load_deltas: Callable) -> None:
+    def finish(self) -> None:
+        """Loads all other stages, and waits until they have been read."""
+        pl.when(self.warp == BASE_WARP)(lambda: self._finish(self._base_stage, self._ys))
+        pl.when(self.warp >= B_WARPS[0])(lambda: self._finish(self._nothing, self._b))
+
+    @property
+    def _halfway(self):
+        return lax.div(self.count, jnp.int32(2))
+
+    def _begin(self, load_item: Callable, load_base: Callable) -> None:
         """Each is called with the number of stages before."""
-        issued = lax.fori_loop(0, self.windows[0].count, load_item, jnp.int32(0))
+        (begin, stripe_count), *_ = self.stripes.passes
+        ahead, end = (jnp.where(stripe_count > 0, n, 0) for n in (self.ring.ahead(self.count), self._halfway))
+        pl.loop(0, ahead)(lambda k: load_base(k, begin, k))
+        issued = lax.fori_loop(0, self.windows[0].count, load_item, ahead)
+        pl.loop(ahead, end)(lambda k: load_base(k, begin, issued - ahead + k))
+
+    def _finish(self, load_base: Callable, load_deltas: Callable) -> None:
+        issued = self.windows[0].all_stages(self.count)
         for number, (begin, stripe_count) in enumerate(self.stripes.passes):
 
             @pl.when(stripe_count > 0)
             def _(number=number, begin=begin, stripe_count=stripe_count, issued=issued):
-                pl.loop(0, self.count)(lambda k: load_base(k, begin, issued + k))
+                first = jnp.int32(0) if number else self._halfway
+                pl.loop(first, self.count)(lambda k: load_base(k, begin, issued + k))
                 load_deltas(number, begin, stripe_count, issued + self.count)
 
             issued += jnp.where(stripe_count > 0, self.count + self.deltas, 0)

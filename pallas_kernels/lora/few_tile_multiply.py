@@ -1,6 +1,8 @@
 """A warpgroup of the kernel for few adapters that multiplies half of a tile of 128 tokens."""
 
+from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 from jax import lax
@@ -17,8 +19,9 @@ from pallas_kernels.lora.windows import TILE, WINDOW
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FewTileMultiply:
     """window: which half. slots: of the ring. results: shared memory for outputs on their way to `out`, in global
-    memory. stripes: of the thread block. count, deltas: stages of base weights and of deltas in each pass. seen: stages
-    before these.
+    memory. stripes: of the thread block. count, deltas: stages of base weights and of deltas in each pass.
+    shrink: takes its own stages, called with how many were before; they come after some of the first pass, see
+    FewTileLoad. shrink_stages: how many these are.
     """
 
     window: Any
@@ -29,25 +32,30 @@ class FewTileMultiply:
     stripes: PairStripes
     count: Any
     deltas: Any
-    seen: Any
+    shrink: Callable
+    shrink_stages: Any
 
     def run(self) -> None:
-        seen, length = self.seen, self.count + self.deltas
-        for begin, stripe_count in self.stripes.passes:
-
-            @pl.when(stripe_count > 0)
-            def _(seen=seen, begin=begin, stripe_count=stripe_count):
-                found = self._products(seen, length)
-                for i in range(self.slots.ring.width):
-
-                    @pl.when(i < stripe_count)
-                    def _(i=i, part=found[:, i * TILE_COLS : (i + 1) * TILE_COLS]):
-                        self._write(part, begin + i)
-
-            seen += jnp.where(stripe_count > 0, length, 0)
+        seen = jnp.int32(0)
+        for number, (begin, stripe_count) in enumerate(self.stripes.passes):
+            length = jnp.where(stripe_count > 0, self.count + self.deltas, 0)
+            one_pass = functools.partial(self._pass, number, seen, length, begin, stripe_count)
+            if number:
+                pl.when(stripe_count > 0)(one_pass)
+            else:
+                one_pass()
+            seen += length + (0 if number else self.shrink_stages)
         plgpu.wait_smem_to_gmem(0)
 
-    def _products(self, seen, length):
+    def _pass(self, number: int, seen, length, begin, stripe_count) -> None:
+        found = self._products(number, seen, length)
+        for i in range(self.slots.ring.width):
+
+            @pl.when(i < stripe_count)
+            def _(i=i, part=found[:, i * TILE_COLS : (i + 1) * TILE_COLS]):
+                self._write(part, begin + i)
+
+    def _products(self, number: int, seen, length):
         """Sums over the next stages, float32 [64, outputs]."""
         slots, ring = self.slots, self.slots.ring
 
@@ -55,16 +63,25 @@ class FewTileMultiply:
             return lax.rem(stage, jnp.int32(ring.slots))
 
         def accumulate(total):
-            @pl.loop(0, length)
-            def _(k):
-                slot = slot_of(seen + k)
-                plgpu.barrier_wait(slots.full.at[slot])
-                plgpu.wgmma(total, slots.window(slot, self.window), slots.weights(slot))
-                plgpu.wgmma_wait(1)  # the one before
-                pl.when(k > 0)(lambda: plgpu.barrier_arrive(slots.empty.at[slot_of(seen + k - 1)]))
+            def multiply(seen, length):
+                @pl.loop(0, length)
+                def _(k):
+                    slot = slot_of(seen + k)
+                    plgpu.barrier_wait(slots.full.at[slot])
+                    plgpu.wgmma(total, slots.window(slot, self.window), slots.weights(slot))
+                    plgpu.wgmma_wait(1)  # the one before
+                    pl.when(k > 0)(lambda: plgpu.barrier_arrive(slots.empty.at[slot_of(seen + k - 1)]))
 
-            plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(slots.empty.at[slot_of(seen + length - 1)])
+                plgpu.wgmma_wait(0)
+                pl.when(length > 0)(lambda: plgpu.barrier_arrive(slots.empty.at[slot_of(seen + length - 1)]))
+
+            if number:
+                multiply(seen, length)
+            else:
+                ahead = jnp.where(length > 0, ring.ahead(self.count), 0)
+                multiply(seen, ahead)
+                self.shrink(seen + ahead)
+                multiply(seen + ahead + self.shrink_stages, length - ahead)
             return total[...]
 
         return pl.run_scoped(accumulate, plgpu.ACC((WINDOW, ring.width * TILE_COLS), jnp.float32))

@@ -8,11 +8,13 @@ activations and as many columns of a block of A.
 import dataclasses
 from typing import Any
 
+from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.geometry import TILE_COLS, TILE_RANKS
 from pallas_kernels.lora.few_ring import B_WARPS, WARP_GRANULES, TileKind
+from pallas_kernels.lora.few_stripes import MOST_WIDE
 from pallas_kernels.lora.mosaic_common import OPERAND, SHARED_BYTES, STAGE_CHUNKS, STAGE_ROWS, SWIZZLED, ChunkSource
 from pallas_kernels.lora.windows import TILE, WINDOW
 
@@ -62,6 +64,13 @@ class FewTileRing:
     def arrivals(self) -> int:
         """Of a slot's barrier: one a warp, but interpreted copies arrive one by one."""
         return 1 + len(B_WARPS) if self.tiles.whole else len(B_WARPS) * WARP_GRANULES + max(self._copies.values())
+
+    def ahead(self, stages):
+        """Of so many stages of base weights, those before shrink's: they are multiplied while it is read where A lies.
+        None where sums are so wide that a thread has no registers for those of shrink beside them. Enough for all slots
+        come after it.
+        """
+        return jnp.minimum(self.slots - 1 if self.width < MOST_WIDE else 0, stages - self.slots)
 
     def missing(self, kind: TileKind) -> int:
         """Arrivals that a kind of stage needs in interpret mode beside its copies'."""

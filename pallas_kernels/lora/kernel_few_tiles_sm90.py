@@ -3,8 +3,9 @@
 At so many tokens the tensor cores are as busy as memory, so where kernel_few_sm90 gives a thread block all tokens and
 few outputs, here it has tiles of 128 tokens and up to 256 outputs, and two neighbours share the weights. Two warpgroups
 multiply, 64 tokens each. As there, y goes on like more columns of x and B like more rows of W, and a block of 64 ranks
-is shrunk by many thread blocks: each begins with a share of the input, another warpgroup adds up what all have found
-for some tokens while the base weights are multiplied, and when these are through y has long been there.
+is shrunk by many thread blocks: each takes a share of the input after a few stages of base weights. Halfway through
+these the warpgroup that fills the ring, which is then full, adds up for some tokens what all have found. When the base
+weights are through, y has long been there.
 """
 
 import jax
@@ -34,8 +35,6 @@ _LEAST_WIDE = 2
 """Stripes of a thread block: with fewer the tensor cores wait for shared memory."""
 _LEAST_STAGES = 2
 """A slot is free when the next stage is being multiplied."""
-_LOADS, _ADDS = 2, 3
-"""Warpgroups beside those that multiply."""
 
 
 def unsupported(x, w, shrink: Geometry, expand: Geometry) -> str | None:
@@ -151,11 +150,14 @@ def _kernel(ring: FewTileRing, stripes: Stripes, shares: int, records, stages: i
 
         @pl.when(wg < WINDOWS)
         def multiply():
-            plgpu.set_max_registers(200, action="increase")
-            shrinks = shrink(wg)
-            seen = shrinks.shrink()
-            if interpret:
-                shrinks.add_up()
+            plgpu.set_max_registers(216, action="increase")
+            mine_to_shrink = shrink(wg)
+
+            def shrink_items(before):
+                mine_to_shrink.shrink(before)
+                if interpret:
+                    mine_to_shrink.add_up()
+
             FewTileMultiply(
                 window=wg,
                 tile=tile,
@@ -165,16 +167,16 @@ def _kernel(ring: FewTileRing, stripes: Stripes, shares: int, records, stages: i
                 stripes=mine,
                 count=count,
                 deltas=deltas,
-                seen=seen,
+                shrink=shrink_items,
+                shrink_stages=items(0).all_stages(count),
             ).run()
 
-        @pl.when(wg == _LOADS)
+        @pl.when(wg == WINDOWS)
         def load():
             plgpu.set_max_registers(72, action="decrease")
 
-            @plgpu.warp_map
-            def _(warp):
-                FewTileLoad(
+            def of_warp(warp):
+                return FewTileLoad(
                     ring=ring,
                     warp=warp,
                     slots=slots,
@@ -192,14 +194,25 @@ def _kernel(ring: FewTileRing, stripes: Stripes, shares: int, records, stages: i
                     windows=[items(window) for window in range(WINDOWS)],
                     deltas=deltas,
                     wait_y=wait_y,
-                ).run()
+                )
 
-        @pl.when(wg == _ADDS)
-        def add():
-            plgpu.set_max_registers(40, action="decrease")
-            if not interpret:
-                for window in range(WINDOWS):
-                    shrink(window).add_up()
+            def begin(warp):
+                of_warp(warp).begin()
+
+            def finish(warp):
+                of_warp(warp).finish()
+
+            def both(warp):
+                begin(warp)
+                finish(warp)
+
+            if interpret:
+                plgpu.warp_map(both)
+                return
+            plgpu.warp_map(begin)
+            for window in range(WINDOWS):
+                shrink(window).add_up()
+            plgpu.warp_map(finish)
 
     body.__name__ = "lora_matmul_few_tiles"
     scratch = ring.types(out[0].dtype)
@@ -210,7 +223,7 @@ def _kernel(ring: FewTileRing, stripes: Stripes, shares: int, records, stages: i
         out_type=out,
         grid=(programs,),
         grid_names=("program",),
-        num_threads=_ADDS + 1,
+        num_threads=WINDOWS + 1,
         thread_name="wg",
         scratch_types=scratch,
         interpret=interpret,

@@ -1,5 +1,5 @@
-"""The Hopper kernel of a base projection of 256 tokens with the deltas of few adapters: interpreted, lowered to CUDA, and
-(marked gpu) on the machine.
+"""The Hopper kernel of a base projection of 256 tokens with the deltas of few adapters: interpreted, lowered to CUDA,
+and (marked gpu) on the machine.
 """
 
 from few_batches import LARGE, LEAST, NARROW, OWN, RANKS, TWICE, WIDER, Few
@@ -144,7 +144,7 @@ def test_on_gpu(g, lengths, adapters, group):
         *((MEDIUM, "qkv", rank) for rank in (4, 8, 16, 24, 40, 72)),
         (OWN, "gu", 16),
         (TWICE, "gu", 40),
-        (LARGE, "qkv", 16),
+        (WIDER, "qkv", 16),
     ],
 )
 def test_others_do_not_matter_on_gpu(g, group, rank):
