@@ -117,13 +117,15 @@ class FewItems:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WindowItems(FewItems):
-    """Of a step of so many windows of FEW_TOKENS tokens, for one of them."""
+    """Of a step of so many windows of FEW_TOKENS tokens, and of so many tiles, for one of each."""
 
     window: Any
     windows: int
+    tile: Any
+    tiles: int
 
     def y_row(self, place, block, summand):
         return super().y_row(place, block, summand) * self.windows + self.window * FEW_TOKENS
 
     def signal(self, layer, layers: int, module, block):
-        return super().signal(layer, layers, module, block) * self.windows + self.window * SIGNALS
+        return super().signal(layer, layers, module, block) * self.tiles + self.tile * SIGNALS

@@ -52,9 +52,11 @@ def make_few_plan(
     blocks: int,
     geometry: Geometry,
     lists: int = CLUSTER,
-    windows: int = 1,
+    tiles: int = 1,
 ) -> FewPlan:
-    """The plan of a step, with room for so many blocks, a multiple of the lists. windows: of FEW_TOKENS tokens."""
+    """The plan of a step, with room for so many blocks, a multiple of the lists. tiles: of tokens, which have signals
+    of their own.
+    """
     layers, modules, room = geometry.num_layers, len(MODULES), blocks // lists * STAGE_CHUNKS
     adapter = jnp.maximum(seg_adapter, 0)
     live = (seg_adapter >= 0) & (seg_start[1:] > seg_start[:-1])
@@ -101,7 +103,7 @@ def make_few_plan(
         count=lists * ceil_div(jnp.minimum(total, room), jnp.int32(STAGE_CHUNKS)),
         ranks=ranks,
         page_ids=table.pages.astype(jnp.int32),
-        signals=jnp.full(windows * layers * modules * blocks * SIGNALS, zero, jnp.int32),
+        signals=jnp.full(tiles * layers * modules * blocks * SIGNALS, zero, jnp.int32),
     )
 
 

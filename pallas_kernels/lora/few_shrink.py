@@ -50,12 +50,12 @@ class FewShrink:
         """All items, from the ring's stage `before` on."""
         lax.fori_loop(0, self.items.count, self._shrink, before)
 
-    def add_up(self) -> None:
-        """The pair's parts of sums."""
+    def add_up(self, *others: "FewShrink") -> None:
+        """The pair's parts of sums, and others' of the same items for other tokens."""
 
         @pl.loop(0, self.items.count)
         def _(j):
-            pl.when(self.items.is_own(self.items.item(j).block))(lambda: self._add_up(j))
+            pl.when(self.items.is_own(self.items.item(j).block))(lambda: self._add_up(j, others))
 
     def _signal(self, item):
         return self.items.signal(self.layer, self.layers, item.module, item.block)
@@ -99,20 +99,25 @@ class FewShrink:
         plgpu.barrier_arrive(self.empty.at[slot_of(stages - 1)])
         return before + stages
 
-    def _add_up(self, j) -> None:
+    def _add_up(self, j, others) -> None:
         """Some tokens' y of the block of the pair's j-th item."""
         item = self.items.item(j)
-        summands, size = self.items.summands, FEW_TOKENS // self.items.shares
         if self.has_y is None:
-            await_signals(self.signals, self._signal(item), summands)
-            leave(self.signals, self._signal(item), summands + self.items.shares)
-
-        def rows(summand):
-            return pl.ds(self.items.y_row(item.place, item.block, summand) + item.share * size, size)
-
-        total = sum(self.ys[rows(summand), :].astype(jnp.float32) for summand in range(summands))
-        self.ys[rows(summands), :] = total.astype(self.ys.dtype)
+            signalled = self.items.summands * (1 + len(others))
+            await_signals(self.signals, self._signal(item), signalled)
+            leave(self.signals, self._signal(item), signalled + self.items.shares)
+        for part, total in [(part, part._total(item)) for part in (self, *others)]:
+            part.ys[part._rows(item, part.items.summands), :] = total
         if self.has_y is None:
             signal(self.signals, self._signal(item) + 1)
         else:
             plgpu.barrier_arrive(self.has_y.at[item.block])
+
+    def _rows(self, item, summand):
+        """Of a summand, for the tokens of the item's share."""
+        size = FEW_TOKENS // self.items.shares
+        return pl.ds(self.items.y_row(item.place, item.block, summand) + item.share * size, size)
+
+    def _total(self, item):
+        summands = range(self.items.summands)
+        return sum(self.ys[self._rows(item, i), :].astype(jnp.float32) for i in summands).astype(self.ys.dtype)

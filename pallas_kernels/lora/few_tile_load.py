@@ -1,5 +1,5 @@
 """The warpgroup that fills the ring of the kernel for few adapters that takes tiles of 128 tokens. One warp copies base
-weights, activations and y, two copy A and B.
+weights, activations and y, two copy A and B, and one waits for y.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from pallas_kernels.geometry import TILE_COLS
 from pallas_kernels.lora.few_copies import TILE_BYTES, FewCopies
 from pallas_kernels.lora.few_items import WindowItems
 from pallas_kernels.lora.few_plan import A_TILE, B_TILE
-from pallas_kernels.lora.few_ring import B_WARPS, BASE_WARP, WARP_GRANULES
+from pallas_kernels.lora.few_ring import A_WARP, B_WARPS, BASE_WARP, WARP_GRANULES
 from pallas_kernels.lora.few_stripes import PairStripes
 from pallas_kernels.lora.few_tile_ring import WINDOWS, FewTileSlots
 from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, STAGE_ROWS, drain
@@ -26,7 +26,7 @@ from pallas_kernels.lora.windows import TILE
 class FewTileLoad(FewCopies):
     """x, w, ys: in global memory. slots: of the ring. tile: of the tokens. count: stages of the input. stripes: of the
     outputs. windows: the items of each half of the tile's tokens, alike but for where y is. deltas: blocks of ranks.
-    wait_y: until the y of a block is there, to be called once.
+    has_y: barriers of these, for which the others wait for `await_y`.
     """
 
     slots: FewTileSlots
@@ -38,7 +38,8 @@ class FewTileLoad(FewCopies):
     stripes: PairStripes
     windows: list[WindowItems]
     deltas: Any
-    wait_y: Callable
+    has_y: Any
+    await_y: Callable
 
     def begin(self) -> None:
         """Loads what shrink needs, after some base weights, and more of these."""
@@ -47,8 +48,9 @@ class FewTileLoad(FewCopies):
 
     def finish(self) -> None:
         """Loads all other stages, and waits until they have been read."""
-        pl.when(self.warp == BASE_WARP)(lambda: self._finish(self._base_stage, self._ys))
-        pl.when(self.warp >= B_WARPS[0])(lambda: self._finish(self._nothing, self._b))
+        pl.when(self.warp == BASE_WARP)(lambda: self._finish(lambda: None, self._base_stage, self._ys))
+        pl.when(self.warp == A_WARP)(self.await_y)
+        pl.when(self.warp >= B_WARPS[0])(lambda: self._finish(self._first_b, self._nothing, self._b))
 
     @property
     def _halfway(self):
@@ -62,15 +64,16 @@ class FewTileLoad(FewCopies):
         issued = lax.fori_loop(0, self.windows[0].count, load_item, ahead)
         pl.loop(ahead, end)(lambda k: load_base(k, begin, issued - ahead + k))
 
-    def _finish(self, load_base: Callable, load_deltas: Callable) -> None:
+    def _finish(self, fetch: Callable, load_base: Callable, load_deltas: Callable) -> None:
+        """fetch: reads what `load_deltas` will need, before base weights are asked for."""
         issued = self.windows[0].all_stages(self.count)
         for number, (begin, stripe_count) in enumerate(self.stripes.passes):
 
             @pl.when(stripe_count > 0)
             def _(number=number, begin=begin, stripe_count=stripe_count, issued=issued):
-                first = jnp.int32(0) if number else self._halfway
+                first, fetched = jnp.int32(0) if number else self._halfway, fetch()
                 pl.loop(first, self.count)(lambda k: load_base(k, begin, issued + k))
-                load_deltas(number, begin, stripe_count, issued + self.count)
+                load_deltas(number, begin, stripe_count, issued + self.count, fetched)
 
             issued += jnp.where(stripe_count > 0, self.count + self.deltas, 0)
         drain(self.empty, issued, self.ring.slots)
@@ -137,30 +140,34 @@ class FewTileLoad(FewCopies):
             for _ in range(WARP_GRANULES):
                 plgpu.barrier_arrive(barrier)
 
-    def _ys(self, number: int, begin, stripe_count, before) -> None:
-        del begin, stripe_count
+    def _ys(self, number: int, begin, stripe_count, before, fetched) -> None:
+        del begin, stripe_count, fetched
 
         @pl.loop(0, self.deltas)
         def _(block):
             slot, barrier = self._claim(before + block, self.slots.full, WINDOWS * STAGE_CHUNKS * TILE_BYTES)
             if number == 0:
-                self.wait_y(block)
+                plgpu.barrier_wait(self.has_y.at[block])
             for window, items in enumerate(self.windows):
                 source = self.ys.at[items.y_rows(self.stripes.place, block, items.summands)]
                 self._copy(source, self.slots.window(slot, window), barrier, jnp.bool_(True))
             self._fill(barrier, "delta")
 
-    def _b(self, number: int, begin, stripe_count, before) -> None:
+    def _fetch_b(self, n):
+        block = jnp.maximum(jnp.minimum(n, self.deltas - 1), 0)
+        return self._granules(self.stripes.module, block, B_TILE, self._mine())
+
+    def _first_b(self):
+        return self._fetch_b(jnp.int32(0))
+
+    def _b(self, number: int, begin, stripe_count, before, fetched) -> None:
         """Where its tiles lie is read one block ahead."""
         del number
         span = max(self.ring.tiles.geometry.out_tiles(m) for m in self.stripes.modules)
         mine = self._mine()
 
-        def fetch(n):
-            return self._granules(self.stripes.module, jnp.maximum(jnp.minimum(n, self.deltas - 1), 0), B_TILE, mine)
-
         def block_body(n, granules):
-            ahead = fetch(n + 1)
+            ahead = self._fetch_b(n + 1)
             used = [is_used > 0 for _, _, is_used, *_ in granules]
             num_bytes = sum(jnp.where(u, TILE_BYTES, 0) for u in used) * stripe_count
             slot, barrier = self._claim(before + n, self.slots.full, num_bytes)
@@ -174,4 +181,4 @@ class FewTileLoad(FewCopies):
                     self._if(wanted & (i < stripe_count), copy)
             return ahead
 
-        lax.fori_loop(0, self.deltas, block_body, fetch(jnp.int32(0)))
+        lax.fori_loop(0, self.deltas, block_body, fetched)

@@ -49,11 +49,12 @@ class FewTileMultiply:
 
     def _pass(self, number: int, seen, length, begin, stripe_count) -> None:
         found = self._products(number, seen, length)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for i in range(self.slots.ring.width):
 
             @pl.when(i < stripe_count)
             def _(i=i, part=found[:, i * TILE_COLS : (i + 1) * TILE_COLS]):
-                self._write(part, begin + i)
+                self._write(i, part, begin + i)
 
     def _products(self, number: int, seen, length):
         """Sums over the next stages, float32 [64, outputs]."""
@@ -86,9 +87,8 @@ class FewTileMultiply:
 
         return pl.run_scoped(accumulate, plgpu.ACC((WINDOW, ring.width * TILE_COLS), jnp.float32))
 
-    def _write(self, part, stripe) -> None:
-        target = self.results.at[self.window]
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    def _write(self, i: int, part, stripe) -> None:
+        target = self.results.at[self.window, i]
         target[...] = part.astype(self.out.dtype)
         plgpu.commit_smem()
         rows = pl.ds(pl.multiple_of(self.tile * TILE + self.window * WINDOW, WINDOW), WINDOW)

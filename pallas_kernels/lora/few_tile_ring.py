@@ -20,7 +20,8 @@ from pallas_kernels.lora.windows import TILE, WINDOW
 
 WINDOWS = TILE // WINDOW
 """Of a tile: each is a warpgroup's."""
-_RESULTS = 2 * TILE * TILE_COLS
+_MOST_SLOTS = 4
+"""Whatever else is read or written waits behind what has been asked for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,8 @@ class FewTileRing:
     @classmethod
     def of(cls, width: int, tiles: ChunkSource, stages: int) -> "FewTileRing":
         """As many slots as fit beside the outputs. stages: of the input: no slot has B before it had base weights."""
-        slot = 2 * TILE_COLS * (TILE + width * STAGE_ROWS)
-        return cls(slots=min((SHARED_BYTES - _RESULTS) // slot, stages), width=width, tiles=tiles)
+        slot, results = 2 * TILE_COLS * (TILE + width * STAGE_ROWS), 2 * width * TILE * TILE_COLS
+        return cls(slots=min((SHARED_BYTES - results) // slot, _MOST_SLOTS, stages), width=width, tiles=tiles)
 
     def types(self, dtype) -> dict[str, Any]:
         """Scratch types. Weights lie as wgmma reads those of all stripes, as B's tiles are copied, and as wgmma reads
@@ -52,7 +53,7 @@ class FewTileRing:
             weights=weights,
             full=plgpu.Barrier(num_arrivals=self.arrivals, num_barriers=self.slots),
             empty=plgpu.Barrier(num_arrivals=WINDOWS, num_barriers=self.slots),
-            results=plgpu.SMEM((WINDOWS, WINDOW, TILE_COLS), dtype, transforms=OPERAND),
+            results=plgpu.SMEM((WINDOWS, self.width, WINDOW, TILE_COLS), dtype, transforms=OPERAND),
         )
 
     @property

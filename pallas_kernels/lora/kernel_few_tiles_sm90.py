@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.geometry import GROUPS, TILE_COLS, Geometry, ceil_div
+from pallas_kernels.lora.bulk_copy import expect
 from pallas_kernels.lora.config import CLUSTER, CLUSTERS, FEW_TILE_TOKENS, FEW_TOKENS
 from pallas_kernels.lora.few_items import WindowItems, shares_of
 from pallas_kernels.lora.few_plan import FewPlan
@@ -30,7 +31,8 @@ from pallas_kernels.paged_attention.decode_schedule import sm_count
 
 LISTS = 1
 """Of FewPlan."""
-_TILES = FEW_TILE_TOKENS // TILE
+TILES = FEW_TILE_TOKENS // TILE
+"""Of tokens."""
 _LEAST_WIDE = 2
 """Stripes of a thread block: with fewer the tensor cores wait for shared memory."""
 _LEAST_STAGES = 2
@@ -81,7 +83,7 @@ def few_tile_matmul(x, w, pages, plan: FewPlan, layer, *, group: str, geometry: 
 
 def _kernel(ring: FewTileRing, stripes: Stripes, shares: int, records, stages: int, out, interpret):
     layers, _, blocks, *_ = records
-    programs = stripes.pairs * _TILES
+    programs = stripes.pairs * TILES
 
     def body(
         x_ref,
@@ -101,11 +103,11 @@ def _kernel(ring: FewTileRing, stripes: Stripes, shares: int, records, stages: i
         full,
         empty,
         results,
-        has_y=None,
+        has_y,
     ):
         slots = FewTileSlots.of(ring, rows, weights, full, empty)
         wg, program, layer = lax.axis_index("wg"), lax.axis_index("program"), number[0]
-        pair, tile = lax.div(program, jnp.int32(_TILES)), lax.rem(program, jnp.int32(_TILES))
+        pair, tile = lax.div(program, jnp.int32(TILES)), lax.rem(program, jnp.int32(TILES))
         mine, count = stripes.of_pair(pair, 0), jnp.int32(stages)
 
         def items(window):
@@ -117,7 +119,9 @@ def _kernel(ring: FewTileRing, stripes: Stripes, shares: int, records, stages: i
                 parts=1,
                 own=bool(interpret),
                 window=tile * WINDOWS + window,
-                windows=_TILES * WINDOWS,
+                windows=TILES * WINDOWS,
+                tile=tile,
+                tiles=TILES,
             )
 
         def shrink(window):
@@ -130,21 +134,23 @@ def _kernel(ring: FewTileRing, stripes: Stripes, shares: int, records, stages: i
                 slots=ring.slots,
                 full=full,
                 empty=empty,
-                has_y=has_y,
+                has_y=has_y if interpret else None,
                 layer=layer,
                 layers=layers,
                 count=count,
                 first_token=tile * TILE + window * WINDOW,
             )
 
-        def wait_y(block):
-            if interpret:
-                plgpu.barrier_wait(has_y.at[block])
+        def await_y():
+            if interpret:  # where the thread block has added all up
                 return
-            for window in range(WINDOWS):
-                signal = items(window).signal(layer, layers, mine.module, block) + 1
+
+            @pl.loop(0, deltas)
+            def _(block):
+                signal = items(0).signal(layer, layers, mine.module, block) + 1
                 wait_signals(signals, signal, shares)
                 leave_signals(signals, signal, shares + mine.users)
+                expect(has_y.at[block], 0)
 
         deltas = items(0).blocks_of(mine.place)
 
@@ -193,7 +199,8 @@ def _kernel(ring: FewTileRing, stripes: Stripes, shares: int, records, stages: i
                     stripes=mine,
                     windows=[items(window) for window in range(WINDOWS)],
                     deltas=deltas,
-                    wait_y=wait_y,
+                    has_y=has_y,
+                    await_y=await_y,
                 )
 
             def begin(warp):
@@ -210,14 +217,11 @@ def _kernel(ring: FewTileRing, stripes: Stripes, shares: int, records, stages: i
                 plgpu.warp_map(both)
                 return
             plgpu.warp_map(begin)
-            for window in range(WINDOWS):
-                shrink(window).add_up()
+            shrink(0).add_up(*[shrink(window) for window in range(1, WINDOWS)])
             plgpu.warp_map(finish)
 
     body.__name__ = "lora_matmul_few_tiles"
-    scratch = ring.types(out[0].dtype)
-    if interpret:
-        scratch |= dict(has_y=plgpu.Barrier(num_arrivals=WINDOWS, num_barriers=blocks))
+    has_y = plgpu.Barrier(num_arrivals=WINDOWS if interpret else 1, num_barriers=blocks)
     return plgpu.kernel(
         body,
         out_type=out,
@@ -225,7 +229,7 @@ def _kernel(ring: FewTileRing, stripes: Stripes, shares: int, records, stages: i
         grid_names=("program",),
         num_threads=WINDOWS + 1,
         thread_name="wg",
-        scratch_types=scratch,
+        scratch_types=dict(**ring.types(out[0].dtype), has_y=has_y),
         interpret=interpret,
     )
 

@@ -16,7 +16,6 @@ from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry
 from pallas_kernels.lora import kernel_few_sm90, kernel_few_tiles_sm90, kernel_gated_sm90, kernel_matmul_sm90
 from pallas_kernels.lora.config import (
     FEW_TILE_TOKENS,
-    FEW_TOKENS,
     MOST_FEW,
     SHORT_SEGMENT,
     SHORT_STEP,
@@ -49,7 +48,7 @@ _make_tiles = jax.jit(make_tiles, static_argnames="num_tokens")
 _shrink_y = jax.jit(shrink_y, static_argnames=_STATIC)
 _matmul = jax.jit(kernel_matmul_sm90.matmul, static_argnames=("group", "config", "interpret"))
 _gated = jax.jit(kernel_gated_sm90.gated_matmul, static_argnames=("config", "interpret"))
-_make_few_plan = jax.jit(make_few_plan, static_argnames=("blocks", "geometry", "lists", "windows"))
+_make_few_plan = jax.jit(make_few_plan, static_argnames=("blocks", "geometry", "lists", "tiles"))
 _few = jax.jit(kernel_few_sm90.few_matmul, static_argnames=("group", "geometry", "interpret"))
 _few_tiles = jax.jit(kernel_few_tiles_sm90.few_tile_matmul, static_argnames=("group", "geometry", "interpret"))
 _touched_windows = jax.jit(touched_windows, static_argnames="num_tokens")
@@ -261,7 +260,7 @@ def few_sm90(
     where, geometry = jnp.asarray(layer, jnp.int32).reshape(1), adapters.geometry
     segments = adapters.table, seg_start, seg_adapter
     if x.shape[0] == FEW_TILE_TOKENS:
-        options: dict[str, Any] = dict(lists=kernel_few_tiles_sm90.LISTS, windows=FEW_TILE_TOKENS // FEW_TOKENS)
+        options: dict[str, Any] = dict(lists=kernel_few_tiles_sm90.LISTS, tiles=kernel_few_tiles_sm90.TILES)
         options |= dict(blocks=kernel_few_tiles_sm90.few_tile_blocks(most_ranks), geometry=geometry)
         plan = _make_few_plan(*segments, **options)
         return _few_tiles(x, weights, pages, plan, where, group=group, geometry=geometry, interpret=interpret)

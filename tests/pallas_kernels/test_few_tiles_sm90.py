@@ -48,19 +48,21 @@ def test_interpreted(g, ranks, lengths, adapters, group, padding):
     few.check(few.run(interpret=plgpu.InterpretGPUParams()))
 
 
-def test_windows_do_not_share_signals_or_sums():
+def test_windows_do_not_share_sums_nor_tiles_signals():
     stripes = Stripes.of(LEAST, "qkv", CLUSTERS, 1)
     signals, rows = [], []
     for window in range(4):
-        options = dict(blocks=[2, 2, 2], shares=4, part=0, parts=1, own=False, window=window, windows=4)
+        options = dict(blocks=[2, 2, 2], shares=4, part=0, parts=1, own=False)
+        options |= dict(window=window, windows=4, tile=window // 2, tiles=2)
         items = WindowItems(stripes=stripes.of_pair(0, 0), **options)
         for place, block in np.ndindex(3, 2):
             found = int(items.signal(1, 2, place, block))
             signals += [found, found + 1]
             first = [int(items.y_row(place, block, summand)) for summand in range(items.summands + 1)]
             rows += [row + i for row in first for i in range(64)]
-    assert len(set(signals)) == len(signals) == 4 * 3 * 2 * 2
-    assert max(signals) < 4 * 2 * 7 * 2 * 2
+    assert max(signals) < 2 * 2 * 7 * 2 * 2
+    assert all(signals.count(signal) == 2 for signal in signals)  # of two windows
+    assert len(set(signals)) == 2 * 3 * 2 * 2
     assert sorted(rows) == list(range(4 * 3 * 2 * 5 * 64))
 
 
