@@ -49,7 +49,7 @@ class FewTileLoad(FewCopies):
     def finish(self) -> None:
         """Loads all other stages, and waits until they have been read."""
         pl.when(self.warp == BASE_WARP)(lambda: self._finish(lambda: None, self._base_stage, self._ys))
-        pl.when(self.warp == A_WARP)(self.await_y)
+        pl.when((self.warp == A_WARP) & (self.stripes.passes[0][1] > 0))(self.await_y)
         pl.when(self.warp >= B_WARPS[0])(lambda: self._finish(self._first_b, self._nothing, self._b))
 
     @property
@@ -60,20 +60,22 @@ class FewTileLoad(FewCopies):
         """Each is called with the number of stages before."""
         (begin, stripe_count), *_ = self.stripes.passes
         ahead, end = (jnp.where(stripe_count > 0, n, 0) for n in (self.ring.ahead(self.count), self._halfway))
-        pl.loop(0, ahead)(lambda k: load_base(k, begin, k))
+        width = self.ring.width
+        pl.loop(0, ahead)(lambda k: load_base(k, begin, width, k))
         issued = lax.fori_loop(0, self.windows[0].count, load_item, ahead)
-        pl.loop(ahead, end)(lambda k: load_base(k, begin, issued - ahead + k))
+        pl.loop(ahead, end)(lambda k: load_base(k, begin, width, issued - ahead + k))
 
     def _finish(self, fetch: Callable, load_base: Callable, load_deltas: Callable) -> None:
         """fetch: reads what `load_deltas` will need, before base weights are asked for."""
         issued = self.windows[0].all_stages(self.count)
         for number, (begin, stripe_count) in enumerate(self.stripes.passes):
+            for width in self.ring.widths(number):
 
-            @pl.when(stripe_count > 0)
-            def _(number=number, begin=begin, stripe_count=stripe_count, issued=issued):
-                first, fetched = jnp.int32(0) if number else self._halfway, fetch()
-                pl.loop(first, self.count)(lambda k: load_base(k, begin, issued + k))
-                load_deltas(number, begin, stripe_count, issued + self.count, fetched)
+                @pl.when(self.ring.takes(number, stripe_count, width))
+                def _(number=number, begin=begin, stripe_count=stripe_count, width=width, issued=issued):
+                    first, fetched = jnp.int32(0) if number else self._halfway, fetch()
+                    pl.loop(first, self.count)(lambda k: load_base(k, begin, width, issued + k))
+                    load_deltas(number, begin, stripe_count, width, issued + self.count, fetched)
 
             issued += jnp.where(stripe_count > 0, self.count + self.deltas, 0)
         drain(self.empty, issued, self.ring.slots)
@@ -122,26 +124,25 @@ class FewTileLoad(FewCopies):
         """Granules of a block that this warp copies."""
         return [self.warp - B_WARPS[0] + len(B_WARPS) * i for i in range(WARP_GRANULES)]
 
-    def _base_stage(self, k, begin, issued) -> None:
-        """Weights of as many stripes as a slot has, whether all are needed or not."""
-        width = self.ring.width
+    def _base_stage(self, k, begin, width: int, issued) -> None:
+        """Weights of so many stripes, whether all are needed or not."""
         slot, barrier = self._claim(issued, self.slots.full, (WINDOWS + width) * STAGE_CHUNKS * TILE_BYTES)
         rows = pl.ds(k * STAGE_ROWS, STAGE_ROWS)
         outputs = pl.ds((self.stripes.first + begin) * TILE_COLS, width * TILE_COLS)
-        self._copy(self.w.at[self.layer, rows, outputs], self.slots.weights(slot), barrier, jnp.bool_(True))
+        self._copy(self.w.at[self.layer, rows, outputs], self.slots.weights(slot, width), barrier, jnp.bool_(True))
         self._tokens(slot, k, barrier)
         self._fill(barrier, "base")
 
-    def _nothing(self, k, begin, issued) -> None:
+    def _nothing(self, k, begin, width: int, issued) -> None:
         """For a stage to which this warp copies nothing."""
-        del k, begin
+        del k, begin, width
         _, barrier = self._claim(issued, self.slots.full, 0)
         if not self.ring.tiles.whole:
             for _ in range(WARP_GRANULES):
                 plgpu.barrier_arrive(barrier)
 
-    def _ys(self, number: int, begin, stripe_count, before, fetched) -> None:
-        del begin, stripe_count, fetched
+    def _ys(self, number: int, begin, stripe_count, width: int, before, fetched) -> None:
+        del begin, stripe_count, width, fetched
 
         @pl.loop(0, self.deltas)
         def _(block):
@@ -160,7 +161,7 @@ class FewTileLoad(FewCopies):
     def _first_b(self):
         return self._fetch_b(jnp.int32(0))
 
-    def _b(self, number: int, begin, stripe_count, before, fetched) -> None:
+    def _b(self, number: int, begin, stripe_count, width: int, before, fetched) -> None:
         """Where its tiles lie is read one block ahead."""
         del number
         span = max(self.ring.tiles.geometry.out_tiles(m) for m in self.stripes.modules)
@@ -171,11 +172,11 @@ class FewTileLoad(FewCopies):
             used = [is_used > 0 for _, _, is_used, *_ in granules]
             num_bytes = sum(jnp.where(u, TILE_BYTES, 0) for u in used) * stripe_count
             slot, barrier = self._claim(before + n, self.slots.full, num_bytes)
-            for i in range(self.ring.width):
+            for i in range(width if self.ring.tiles.whole else self.ring.width):
                 for g, granule, wanted in zip(mine, granules, used, strict=True):
 
                     def copy(wanted, i=i, g=g, granule=granule):
-                        place = self.slots.b_place(slot, g, i)
+                        place = self.slots.b_place(slot, g, i, width)
                         self._copy_tile(granule, begin + i, span, *place, barrier, wanted)
 
                     self._if(wanted & (i < stripe_count), copy)

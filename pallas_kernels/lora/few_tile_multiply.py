@@ -39,25 +39,25 @@ class FewTileMultiply:
         seen = jnp.int32(0)
         for number, (begin, stripe_count) in enumerate(self.stripes.passes):
             length = jnp.where(stripe_count > 0, self.count + self.deltas, 0)
-            one_pass = functools.partial(self._pass, number, seen, length, begin, stripe_count)
-            if number:
-                pl.when(stripe_count > 0)(one_pass)
-            else:
-                one_pass()
+            for width in self.slots.ring.widths(number):
+                one_pass = functools.partial(self._pass, number, seen, length, begin, stripe_count, width)
+                if number:
+                    pl.when(self.slots.ring.takes(number, stripe_count, width))(one_pass)
+                else:
+                    one_pass()
             seen += length + (0 if number else self.shrink_stages)
         plgpu.wait_smem_to_gmem(0)
 
-    def _pass(self, number: int, seen, length, begin, stripe_count) -> None:
-        found = self._products(number, seen, length)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for i in range(self.slots.ring.width):
+    def _pass(self, number: int, seen, length, begin, stripe_count, width: int) -> None:
+        found = self._products(number, seen, length, width)
+        for i in range(width):
 
             @pl.when(i < stripe_count)
             def _(i=i, part=found[:, i * TILE_COLS : (i + 1) * TILE_COLS]):
                 self._write(i, part, begin + i)
 
-    def _products(self, number: int, seen, length):
-        """Sums over the next stages, float32 [64, outputs]."""
+    def _products(self, number: int, seen, length, width: int):
+        """Sums over the next stages, float32 [64, outputs] of so many stripes."""
         slots, ring = self.slots, self.slots.ring
 
         def slot_of(stage):
@@ -69,7 +69,7 @@ class FewTileMultiply:
                 def _(k):
                     slot = slot_of(seen + k)
                     plgpu.barrier_wait(slots.full.at[slot])
-                    plgpu.wgmma(total, slots.window(slot, self.window), slots.weights(slot))
+                    plgpu.wgmma(total, slots.window(slot, self.window), slots.weights(slot, width))
                     plgpu.wgmma_wait(1)  # the one before
                     pl.when(k > 0)(lambda: plgpu.barrier_arrive(slots.empty.at[slot_of(seen + k - 1)]))
 
@@ -85,10 +85,12 @@ class FewTileMultiply:
                 multiply(seen + ahead + self.shrink_stages, length - ahead)
             return total[...]
 
-        return pl.run_scoped(accumulate, plgpu.ACC((WINDOW, ring.width * TILE_COLS), jnp.float32))
+        return pl.run_scoped(accumulate, plgpu.ACC((WINDOW, width * TILE_COLS), jnp.float32))
 
     def _write(self, i: int, part, stripe) -> None:
-        target = self.results.at[self.window, i]
+        staged = self.results.shape[1]
+        target = self.results.at[self.window, i % staged]
+        plgpu.wait_smem_to_gmem(staged - 1, wait_read_only=True)
         target[...] = part.astype(self.out.dtype)
         plgpu.commit_smem()
         rows = pl.ds(pl.multiple_of(self.tile * TILE + self.window * WINDOW, WINDOW), WINDOW)

@@ -20,8 +20,8 @@ from pallas_kernels.lora.windows import TILE, WINDOW
 
 WINDOWS = TILE // WINDOW
 """Of a tile: each is a warpgroup's."""
-_MOST_SLOTS = 4
-"""Whatever else is read or written waits behind what has been asked for."""
+_STAGED = 1
+"""Stripes of outputs on their way, of a warpgroup."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,26 +35,50 @@ class FewTileRing:
     @classmethod
     def of(cls, width: int, tiles: ChunkSource, stages: int) -> "FewTileRing":
         """As many slots as fit beside the outputs. stages: of the input: no slot has B before it had base weights."""
-        slot, results = 2 * TILE_COLS * (TILE + width * STAGE_ROWS), 2 * width * TILE * TILE_COLS
-        return cls(slots=min((SHARED_BYTES - results) // slot, _MOST_SLOTS, stages), width=width, tiles=tiles)
+        slot, results = 2 * TILE_COLS * (TILE + width * STAGE_ROWS), 2 * _STAGED * TILE * TILE_COLS
+        return cls(slots=min((SHARED_BYTES - results) // slot, stages), width=width, tiles=tiles)
+
+    def widths(self, number: int) -> list[int]:
+        """Stripes that a thread block takes together in such a pass, the larger first: it need not take all that fit
+        in a slot, if it is not the first pass and if those of fewer lie there in whole rows.
+        """
+        fewer = self.width - 1
+        return (
+            [self.width, fewer]
+            if number and fewer and self.width * STAGE_ROWS % (fewer * TILE_RANKS) == 0
+            else [self.width]
+        )
+
+    def takes(self, number: int, stripe_count, width: int):
+        """Whether so many stripes are taken so many at a time."""
+        widths = self.widths(number)
+        least, most = (0 if width == widths[-1] else widths[-1]), width
+        return (stripe_count > least) & (stripe_count <= most)
 
     def types(self, dtype) -> dict[str, Any]:
-        """Scratch types. Weights lie as wgmma reads those of all stripes, as B's tiles are copied, and as wgmma reads
-        A, which has one column of tiles.
+        """Scratch types. Weights lie as B's tiles are copied, and as wgmma reads those of so many stripes, or A, which
+        has one column of tiles.
         """
         rows = self.slots * STAGE_ROWS
         weights: Any = plgpu.SMEM((rows, self.width * TILE_COLS), dtype, transforms=OPERAND)
         if self.tiles.whole:
             tiles = (self.width * rows // TILE_RANKS, 1, TILE_RANKS, TILE_COLS)
-            narrow = plgpu.SMEM((self.width * rows, TILE_COLS), dtype, transforms=OPERAND)
-            weights = plgpu.RefUnion(weights, plgpu.SMEM(tiles, dtype, transforms=SWIZZLED), narrow)
+            views = [
+                plgpu.SMEM((self.width * rows // n, n * TILE_COLS), dtype, transforms=OPERAND) for n in self._views
+            ]
+            weights = plgpu.RefUnion(plgpu.SMEM(tiles, dtype, transforms=SWIZZLED), *views)
         return dict(
             rows=plgpu.SMEM((self.slots, TILE, TILE_COLS), dtype, transforms=OPERAND),
             weights=weights,
             full=plgpu.Barrier(num_arrivals=self.arrivals, num_barriers=self.slots),
             empty=plgpu.Barrier(num_arrivals=WINDOWS, num_barriers=self.slots),
-            results=plgpu.SMEM((WINDOWS, self.width, WINDOW, TILE_COLS), dtype, transforms=OPERAND),
+            results=plgpu.SMEM((WINDOWS, _STAGED, WINDOW, TILE_COLS), dtype, transforms=OPERAND),
         )
+
+    @property
+    def _views(self) -> list[int]:
+        """Columns of tiles of the views of weights."""
+        return sorted({*self.widths(1), 1})
 
     @property
     def _copies(self) -> dict[TileKind, int]:
@@ -80,43 +104,44 @@ class FewTileRing:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FewTileSlots:
-    """What is in the ring: activations, the three views of weights, and barriers."""
+    """What is in the ring: activations, weights as they are copied tile by tile and by columns of tiles, barriers."""
 
     ring: FewTileRing
     rows: Any
-    operand: Any
     chunks: Any
-    narrow: Any
+    views: dict[int, Any]
     full: Any
     empty: Any
 
     @classmethod
     def of(cls, ring: FewTileRing, rows, weights, full, empty) -> "FewTileSlots":
-        operand, chunks, narrow = weights if ring.tiles.whole else [weights] * 3
-        return cls(ring=ring, rows=rows, operand=operand, chunks=chunks, narrow=narrow, full=full, empty=empty)
+        chunks, *views = weights if ring.tiles.whole else [weights] * (1 + len(ring._views))
+        by_width = dict(zip(ring._views, views, strict=True))
+        return cls(ring=ring, rows=rows, chunks=chunks, views=by_width, full=full, empty=empty)
 
     def window(self, slot, window):
         """Activations, or y, of half of the tile's tokens."""
         first = window * WINDOW
         return self.rows.at[slot, pl.ds(first if isinstance(first, int) else pl.multiple_of(first, WINDOW), WINDOW)]
 
-    def weights(self, slot):
-        """[64, outputs]."""
-        return self.operand.at[pl.ds(slot * STAGE_ROWS, STAGE_ROWS)]
+    def weights(self, slot, width: int):
+        """Of so many stripes, [64, outputs]."""
+        view = self.views[width]
+        if not self.ring.tiles.whole:
+            return view.at[pl.ds(slot * STAGE_ROWS, STAGE_ROWS), pl.ds(0, width * TILE_COLS)]
+        return view.at[pl.ds(slot * (self.ring.width * STAGE_ROWS // width), STAGE_ROWS)]
 
     def a(self, slot):
         """[64 ranks, 64]."""
-        if not self.ring.tiles.whole:
-            return self.narrow.at[pl.ds(slot * STAGE_ROWS, STAGE_ROWS), pl.ds(0, TILE_COLS)]
-        return self.narrow.at[pl.ds(slot * (self.ring.width * STAGE_ROWS), STAGE_ROWS)]
+        return self.weights(slot, 1)
 
     def a_place(self, slot, granule) -> tuple[Any, Any]:
         """Where a tile of A is copied to: a view and its row in it, in tiles."""
         return self._place(slot, granule, 0, granule)
 
-    def b_place(self, slot, granule, stripe: int) -> tuple[Any, Any]:
-        """Where a tile of B is."""
-        return self._place(slot, granule, stripe, granule * self.ring.width + stripe)
+    def b_place(self, slot, granule, stripe: int, width: int) -> tuple[Any, Any]:
+        """Where a tile of B is, of so many stripes."""
+        return self._place(slot, granule, stripe, granule * width + stripe)
 
     def _place(self, slot, granule, column: int, within) -> tuple[Any, Any]:
         if self.ring.tiles.whole:
