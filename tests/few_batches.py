@@ -12,7 +12,7 @@ from pallas_kernels.lora.kernel_sm90 import Matrices, few_sm90
 LEAST = geometry(384, 128, 512, kv_heads=4)
 NARROW = geometry(448, 64, 576, heads=7, kv_heads=1)  # widths of an odd number of tiles
 LARGE = geometry(2048, 1024, 5632, heads=16, kv_heads=8, dim=128)
-WIDER = geometry(4096, 1024, 1024, heads=32, kv_heads=8, dim=128)
+WIDER = geometry(3072, 3072, 1024, heads=24, kv_heads=24, dim=128)
 OWN = geometry(384, 128, 64 * 141, kv_heads=4)  # each thread block has stripes of gate and up of its own
 TWICE = geometry(384, 128, 64 * 331, kv_heads=4)  # and goes through the input twice
 RANKS = [[64] * 7] + [[16, 8, 4, 16, 12, 16, 16]] * 8 + [[100, 0, 112, 88, 1, 104, 96], [24, 9, 30, 8, 0, 32, 1]]

@@ -43,11 +43,8 @@ class FewTileRing:
         in a slot, if it is not the first pass and if those of fewer lie there in whole rows.
         """
         fewer = self.width - 1
-        return (
-            [self.width, fewer]
-            if number and fewer and self.width * STAGE_ROWS % (fewer * TILE_RANKS) == 0
-            else [self.width]
-        )
+        has_rows = fewer and self.width * STAGE_ROWS % (fewer * TILE_RANKS) == 0
+        return [self.width, fewer] if number and has_rows else [self.width]
 
     def takes(self, number: int, stripe_count, width: int):
         """Whether so many stripes are taken so many at a time."""

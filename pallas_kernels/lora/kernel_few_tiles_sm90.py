@@ -33,8 +33,8 @@ LISTS = 1
 """Of FewPlan."""
 TILES = FEW_TILE_TOKENS // TILE
 """Of tokens."""
-_LEAST_WIDE = 2
-"""Stripes of a thread block: with fewer the tensor cores wait for shared memory."""
+_WIDTH = 3
+"""Stripes of a thread block: with fewer the tensor cores wait for shared memory, with more the ring has too few slots."""
 _LEAST_STAGES = 2
 """A slot is free when the next stage is being multiplied."""
 
@@ -53,8 +53,8 @@ def unsupported(x, w, shrink: Geometry, expand: Geometry) -> str | None:
 
 
 def is_wide(geometry: Geometry, group: str) -> bool:
-    """Whether a group has outputs enough for all multiprocessors."""
-    return _stripes(geometry, group, CLUSTERS).width >= _LEAST_WIDE
+    """Whether a group's outputs can be shared so that it pays."""
+    return _stripes(geometry, group, CLUSTERS).width == _WIDTH
 
 
 def few_tile_blocks(ranks: int) -> int:
