@@ -48,7 +48,14 @@ class Stripes:
     pairs: int
 
     @classmethod
-    def of(cls, geometry: Geometry, group: str, pairs: int = CLUSTERS, most_each: int = CLUSTER) -> "Stripes":
+    def of(
+        cls,
+        geometry: Geometry,
+        group: str,
+        pairs: int = CLUSTERS,
+        most_each: int = CLUSTER,
+        most_wide: int = MOST_WIDE,
+    ) -> "Stripes":
         """Gives the module with the most stripes a pair another one, as long as there are pairs. Where all pairs have
         enough, nothing is halved, and nobody needs another one's sums.
         """
@@ -70,7 +77,7 @@ class Stripes:
         has_own = all(n >= LEAST_OWN * most_each * of for n, of in zip(stripes, given, strict=True))
         each = most_each if has_own else 1
         most = max(ceil_div(n, of * each) for n, of in zip(stripes, given, strict=True))
-        passes = ceil_div(most, MOST_WIDE)
+        passes = ceil_div(most, most_wide)
         return cls(tuple(parts), each, passes, ceil_div(most, passes), largest, pairs - sum(full), pairs)
 
     def of_pair(self, pair, part) -> "PairStripes":

@@ -14,7 +14,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.geometry import TILE_COLS, TILE_RANKS
 from pallas_kernels.lora.few_ring import B_WARPS, WARP_GRANULES, TileKind
-from pallas_kernels.lora.few_stripes import MOST_WIDE
 from pallas_kernels.lora.mosaic_common import OPERAND, SHARED_BYTES, STAGE_CHUNKS, STAGE_ROWS, SWIZZLED, ChunkSource
 from pallas_kernels.lora.windows import TILE, WINDOW
 
@@ -89,10 +88,9 @@ class FewTileRing:
 
     def ahead(self, stages):
         """Of so many stages of base weights, those before shrink's: they are multiplied while it is read where A lies.
-        None where sums are so wide that a thread has no registers for those of shrink beside them. Enough for all slots
-        come after it.
+        Enough for all slots come after it.
         """
-        return jnp.minimum(self.slots - 1 if self.width < MOST_WIDE else 0, stages - self.slots)
+        return jnp.minimum(self.slots - 1, stages - self.slots)
 
     def missing(self, kind: TileKind) -> int:
         """Arrivals that a kind of stage needs in interpret mode beside its copies'."""

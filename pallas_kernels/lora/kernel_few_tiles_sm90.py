@@ -1,7 +1,7 @@
 """Hopper kernel of a base projection of 256 tokens with the deltas of few adapters: ``x W + y B`` in one.
 
 At so many tokens the tensor cores are as busy as memory, so where kernel_few_sm90 gives a thread block all tokens and
-few outputs, here it has tiles of 128 tokens and up to 256 outputs, and two neighbours share the weights. Two warpgroups
+few outputs, here it has tiles of 128 tokens and 192 outputs, and two neighbours share the weights. Two warpgroups
 multiply, 64 tokens each. As there, y goes on like more columns of x and B like more rows of W, and a block of 64 ranks
 is shrunk by many thread blocks: each takes a share of the input after a few stages of base weights. Halfway through
 these the warpgroup that fills the ring, which is then full, adds up for some tokens what all have found. When the base
@@ -34,7 +34,9 @@ LISTS = 1
 TILES = FEW_TILE_TOKENS // TILE
 """Of tokens."""
 _WIDTH = 3
-"""Stripes of a thread block: with fewer the tensor cores wait for shared memory, with more the ring has too few slots."""
+"""Stripes that a thread block takes at a time: with fewer the tensor cores wait for shared memory, with more the ring
+has too few slots.
+"""
 _LEAST_STAGES = 2
 """A slot is free when the next stage is being multiplied."""
 
@@ -63,7 +65,7 @@ def few_tile_blocks(ranks: int) -> int:
 
 
 def _stripes(geometry: Geometry, group: str, pairs: int) -> Stripes:
-    return Stripes.of(geometry, group, pairs, most_each=1)
+    return Stripes.of(geometry, group, pairs, most_each=1, most_wide=_WIDTH)
 
 
 def few_tile_matmul(x, w, pages, plan: FewPlan, layer, *, group: str, geometry: Geometry, interpret=None):

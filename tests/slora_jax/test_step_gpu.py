@@ -51,7 +51,7 @@ def test_hopper_kernels_agree_with_xla(text, targets, ranks, mlp_size):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("targets", GROUPS)
-@pytest.mark.parametrize("text", ["2x175x2", "8x175x8", "40x175x1", "64x175x4", "2x24x2p"])
+@pytest.mark.parametrize("text", ["2x175x2", "8x175x8", "40x175x1", "64x175x4", "256x175x8", "2x24x2p", "2x128x2p"])
 def test_few_adapters_agree_with_xla(text, targets):
     """The base projections in one kernel with the deltas; a step of two tokens has eight rows."""
     config = dataclasses.replace(named_shape("llama-2-7b"), num_layers=2)
