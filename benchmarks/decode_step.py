@@ -30,11 +30,11 @@ import numpy as np
 
 from benchmarks.kernels.bench_attention import ceilings
 from benchmarks.record import environment
-from pallas_kernels import MOST_FEW, few_ranks
+from pallas_kernels import MOST_FEW, few_ranks, small_for_few
 from pallas_kernels.geometry import GROUPS, MODULES, PAGE_TOKENS, TILE_RANKS, ceil_div
 from pallas_kernels.lora.arg_specs import LoraSpec
 from pallas_kernels.lora.table import AdapterTable
-from slora_jax.batch import Batch, State, small_for_few
+from slora_jax.batch import Batch, State
 from slora_jax.loading import load_model
 from slora_jax.model_config import ModelConfig
 from slora_jax.sampling_batch import build_sampling
@@ -130,10 +130,11 @@ def make_batch(case: Case, config: ModelConfig) -> tuple[Batch, int]:
     return batch, num_pages
 
 
-def has_few_adapters(batch: Batch) -> bool:
+def has_few_adapters(batch: Batch, config: ModelConfig) -> bool:
     """Whether Batch.few_adapters would hold for a batch of make_batch, in which each segment has its own adapter."""
     ranks = few_ranks(batch.adapters.granules * TILE_RANKS).sum(axis=0).max()
-    return batch.use_adapters and small_for_few(len(batch.tokens)) and bool(ranks <= MOST_FEW)
+    is_small = len(batch.tokens) > 1 and small_for_few(len(batch.tokens), config.geometry)
+    return batch.use_adapters and is_small and bool(ranks <= MOST_FEW)
 
 
 def random_pages(config: ModelConfig, num_pages: int, dtype: Any) -> jax.Array:
@@ -184,7 +185,7 @@ def measure(
     """programs: what was compiled, by case; this one's is added if it is new, and if not, compiling takes no time."""
     dtype = params["embed"].dtype
     batch, num_pages = make_batch(case, config)
-    batch = dataclasses.replace(batch, few_adapters=args.few_adapters and has_few_adapters(batch))
+    batch = dataclasses.replace(batch, few_adapters=args.few_adapters and has_few_adapters(batch, config))
     state = State(pages=random_pages(config, num_pages, dtype))
     batch = jax.device_put(batch)
     start = time.perf_counter()

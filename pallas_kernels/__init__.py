@@ -15,6 +15,7 @@ from pallas_kernels.lora import (
     lora_matmul,
     lora_matmul_silu_mul,
     lora_shrink,
+    small_for_few,
 )
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.rope_write_kv import rope_write_kv
@@ -44,6 +45,7 @@ __all__ = [
     "paged_attention",
     "rope_write_kv",
     "silu_mul",
+    "small_for_few",
     "write_adapter",
     "write_kv",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import FEW_TILE_TOKENS, FEW_TOKENS, AdapterTable
+from pallas_kernels import AdapterTable
 from sharding import ShardedTable
 
 Leaf = Any  # a jax or numpy array, or whatever a pytree transformation puts in its place
@@ -86,14 +86,6 @@ class Batch:
     few_adapters: bool = _static(default=False)
     return_logits: bool = _static(default=False)
     return_hidden: bool = _static(default=False)
-
-
-def small_for_few(num_tokens: int) -> bool:
-    """Whether a step of so many tokens, padding included, has a use for Batch.few_adapters.
-
-    The model pads tokens to a multiple of 8, as FEW_TOKENS is; but a single one is a product of its own kind.
-    """
-    return 1 < num_tokens <= FEW_TOKENS or num_tokens == FEW_TILE_TOKENS
 
 
 @jax.tree_util.register_dataclass

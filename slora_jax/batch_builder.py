@@ -7,11 +7,11 @@ from typing import NamedTuple
 from jaxtyping import Bool, Int
 import numpy as np
 
-from pallas_kernels import MOST_FEW, PAGE_TOKENS, Geometry
+from pallas_kernels import MOST_FEW, PAGE_TOKENS, Geometry, small_for_few
 from sharding import Layout
 from slora_jax.adapter_rows import AdapterRows, Table
 from slora_jax.adapters import AdapterShape
-from slora_jax.batch import Batch, small_for_few
+from slora_jax.batch import Batch
 from slora_jax.buckets import Buckets
 from slora_jax.page_pool import PagePool
 from slora_jax.seats import sequence_owner
@@ -93,8 +93,10 @@ class BatchBuilder:
         self._tickets = [-1] * len(self._tickets)
 
     def may_promise_few(self, num_tokens: int) -> bool:
-        """Whether steps of so many tokens, padding included, set Batch.few_adapters where it holds."""
-        return self.few_adapters and small_for_few(num_tokens)
+        """Whether steps of so many tokens, padding included, set Batch.few_adapters where it holds. A single token is a
+        product of its own kind.
+        """
+        return self.few_adapters and num_tokens > 1 and small_for_few(num_tokens, self.geometry)
 
     def build(
         self,

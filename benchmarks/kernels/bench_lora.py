@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks.decode_step import kernel_times
 from benchmarks.kernels.bench_attention import ceilings, seconds
 from benchmarks.record import write_result
-from pallas_kernels import MOST_FEW, few_ranks, lora_matmul
+from pallas_kernels import MOST_FEW, few_ranks, lora_matmul, small_for_few
 from pallas_kernels.geometry import GROUPS
 from pallas_kernels.lora import reference
 from pallas_kernels.lora.arg_specs import GEOMETRIES, SPECS, LoraSpec
@@ -36,7 +36,6 @@ from pallas_kernels.lora.config import PRODUCT_STEP, LoraConfig, default_config,
 from pallas_kernels.lora.kernel_sm90 import Matrices, add_sm90, expand_sm90, shrink_sm90
 from pallas_kernels.lora.table import AdapterTable
 from pallas_kernels.tuning import keep
-from slora_jax.batch import small_for_few
 from slora_jax.step import compiler_options
 
 _OPS = ("shrink", "expand", "pair", "matmul", "base")
@@ -181,7 +180,7 @@ def products(inputs: Inputs, group: str, num_layers: int):
     x, _ = inputs.activations(group)
     widths = g.in_sizes[GROUPS[group][0]], sum(g.out_sizes[m] for m in GROUPS[group])
     layers = range(num_layers)
-    few = small_for_few(spec.num_tokens) and bool(few_ranks(np.array(spec.ranks)).sum() <= MOST_FEW)
+    few = small_for_few(spec.num_tokens, g) and bool(few_ranks(np.array(spec.ranks)).sum() <= MOST_FEW)
     options: dict[str, Any] = dict(group=group, max_rank=spec.max_rank, few_adapters=few)
     options |= dict(shrink_geometry=g, expand_geometry=g)
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, log_fallback, use_mosaic
-from pallas_kernels.geometry import Geometry
+from pallas_kernels.geometry import GROUPS, Geometry
 from pallas_kernels.lora import (
     kernel_few_sm90,
     kernel_few_tiles_sm90,
@@ -40,8 +40,16 @@ __all__ = [
     "lora_matmul_silu_mul",
     "lora_shrink",
     "pair_implementation",
+    "small_for_few",
     "to_token_rows",
 ]
+
+
+def small_for_few(num_tokens: int, geometry: Geometry) -> bool:
+    """Whether `lora_matmul` has a use for few_adapters in steps of so many tokens, with any group of projections."""
+    if num_tokens == FEW_TILE_TOKENS:
+        return any(kernel_few_tiles_sm90.is_wide(geometry, group) for group in GROUPS)
+    return num_tokens <= FEW_TOKENS
 
 
 def pair_implementation(

@@ -1,5 +1,7 @@
 """What the benchmark of a step says of its adapters."""
 
+import dataclasses
+
 import pytest
 
 from benchmarks.decode_step import Case, has_few_adapters, make_batch
@@ -22,5 +24,14 @@ from slora_jax.shapes import named_shape
     ],
 )
 def test_small_steps_with_few_adapters_are_recognised(case, ranks, few):
-    batch, _ = make_batch(Case.parse(case, ranks, ("q", "up")), named_shape("tiny-gqa"))
-    assert has_few_adapters(batch) is few
+    config = named_shape("tiny-gqa")
+    batch, _ = make_batch(Case.parse(case, ranks, ("q", "up")), config)
+    assert has_few_adapters(batch, config) is few
+
+
+def test_steps_of_256_tokens_are_small_where_outputs_are_many():
+    narrow = named_shape("tiny-gqa")
+    wide = dataclasses.replace(narrow, mlp_size=64 * 141)
+    case = Case.parse("256x16x8", (16,), ("q", "up"))
+    assert has_few_adapters(make_batch(case, wide)[0], wide)
+    assert not has_few_adapters(make_batch(case, narrow)[0], narrow)

@@ -8,7 +8,7 @@ from jax import numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import FEW_TOKENS
+from pallas_kernels import FEW_TILE_TOKENS, FEW_TOKENS
 from sharding import Layout
 from slora_jax import Engine, EngineConfig, Request, SloraError, make_forward, model
 from slora_jax.adapter_pages import adapter_owner
@@ -131,6 +131,13 @@ def test_small_steps_with_adapters_have_two_shapes():
     assert len(set(found)) == len(found) and set(few) == {dataclasses.replace(shape, few=True) for shape in small}
     assert not any(shape.few for shape in shapes(adapters=False))
     assert shapes(deterministic=True) == shapes(few_adapters=False, deterministic=True)
+
+
+def test_steps_of_256_tokens_have_so_too_where_outputs_are_many():
+    wide = dataclasses.replace(CONFIG, mlp_size=64 * 141).geometry
+    sizes = [n for n in range(2, 400) if BatchBuilder(wide, BUCKETS, PAGES, 96, few_adapters=True).may_promise_few(n)]
+    assert sizes == [*range(2, FEW_TOKENS + 1), FEW_TILE_TOKENS]
+    assert not builder().may_promise_few(FEW_TILE_TOKENS)
 
 
 def test_a_shape_and_its_padding_agree():

@@ -58,7 +58,7 @@ def test_few_adapters_agree_with_xla(text, targets):
     params = random_params(config, dtype="bfloat16")
     case = Case.parse(text, (16,), targets)
     batch, num_pages = make_batch(case, config)
-    assert has_few_adapters(batch)
+    assert has_few_adapters(batch, config)
     logits = {}
     for implementation in ("xla", "mosaic"):
         options = dict(implementation=implementation, max_rank=16, lora_groups=GROUPS[targets])
