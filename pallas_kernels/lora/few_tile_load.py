@@ -4,6 +4,7 @@ weights, activations and y, two copy A and B, and one waits for y.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 from jax import lax
@@ -48,9 +49,9 @@ class FewTileLoad(FewCopies):
 
     def finish(self) -> None:
         """Loads all other stages, and waits until they have been read."""
-        pl.when(self.warp == BASE_WARP)(lambda: self._finish(lambda: None, self._base_stage, self._ys))
+        pl.when(self.warp == BASE_WARP)(lambda: self._finish(self._base_stage, lambda: self._ys))
         pl.when((self.warp == A_WARP) & (self.stripes.passes[0][1] > 0))(self.await_y)
-        pl.when(self.warp >= B_WARPS[0])(lambda: self._finish(self._first_b, self._nothing, self._b))
+        pl.when(self.warp >= B_WARPS[0])(lambda: self._finish(self._nothing, self._b))
 
     @property
     def _halfway(self):
@@ -65,17 +66,17 @@ class FewTileLoad(FewCopies):
         issued = lax.fori_loop(0, self.windows[0].count, load_item, ahead)
         pl.loop(ahead, end)(lambda k: load_base(k, begin, width, issued - ahead + k))
 
-    def _finish(self, fetch: Callable, load_base: Callable, load_deltas: Callable) -> None:
-        """fetch: reads what `load_deltas` will need, before base weights are asked for."""
+    def _finish(self, load_base: Callable, deltas: Callable) -> None:
+        """deltas: what loads these; called before base weights, so that it can read where B lies."""
         issued = self.windows[0].all_stages(self.count)
         for number, (begin, stripe_count) in enumerate(self.stripes.passes):
             for width in self.ring.widths(number):
 
                 @pl.when(self.ring.takes(number, stripe_count, width))
                 def _(number=number, begin=begin, stripe_count=stripe_count, width=width, issued=issued):
-                    first, fetched = jnp.int32(0) if number else self._halfway, fetch()
+                    first, load_deltas = jnp.int32(0) if number else self._halfway, deltas()
                     pl.loop(first, self.count)(lambda k: load_base(k, begin, width, issued + k))
-                    load_deltas(number, begin, stripe_count, width, issued + self.count, fetched)
+                    load_deltas(number, begin, stripe_count, width, issued + self.count)
 
             issued += jnp.where(stripe_count > 0, self.count + self.deltas, 0)
         drain(self.empty, issued, self.ring.slots)
@@ -141,8 +142,8 @@ class FewTileLoad(FewCopies):
             for _ in range(WARP_GRANULES):
                 plgpu.barrier_arrive(barrier)
 
-    def _ys(self, number: int, begin, stripe_count, width: int, before, fetched) -> None:
-        del begin, stripe_count, width, fetched
+    def _ys(self, number: int, begin, stripe_count, width: int, before) -> None:
+        del begin, stripe_count, width
 
         @pl.loop(0, self.deltas)
         def _(block):
@@ -154,21 +155,22 @@ class FewTileLoad(FewCopies):
                 self._copy(source, self.slots.window(slot, window), barrier, jnp.bool_(True))
             self._fill(barrier, "delta")
 
-    def _fetch_b(self, n):
-        block = jnp.maximum(jnp.minimum(n, self.deltas - 1), 0)
-        return self._granules(self.stripes.module, block, B_TILE, self._mine())
+    def _b(self) -> Callable:
+        """Where its tiles lie is read one block ahead, of the first block now."""
 
-    def _first_b(self):
-        return self._fetch_b(jnp.int32(0))
+        def fetch(n):
+            block = jnp.maximum(jnp.minimum(n, self.deltas - 1), 0)
+            return self._granules(self.stripes.module, block, B_TILE, self._mine())
 
-    def _b(self, number: int, begin, stripe_count, width: int, before, fetched) -> None:
-        """Where its tiles lie is read one block ahead."""
+        return functools.partial(self._load_b, fetch, fetch(jnp.int32(0)))
+
+    def _load_b(self, fetch: Callable, first, number: int, begin, stripe_count, width: int, before) -> None:
         del number
         span = max(self.ring.tiles.geometry.out_tiles(m) for m in self.stripes.modules)
         mine = self._mine()
 
         def block_body(n, granules):
-            ahead = self._fetch_b(n + 1)
+            ahead = fetch(n + 1)
             used = [is_used > 0 for _, _, is_used, *_ in granules]
             num_bytes = sum(jnp.where(u, TILE_BYTES, 0) for u in used) * stripe_count
             slot, barrier = self._claim(before + n, self.slots.full, num_bytes)
@@ -182,4 +184,4 @@ class FewTileLoad(FewCopies):
                     self._if(wanted & (i < stripe_count), copy)
             return ahead
 
-        lax.fori_loop(0, self.deltas, block_body, fetched)
+        lax.fori_loop(0, self.deltas, block_body, first)

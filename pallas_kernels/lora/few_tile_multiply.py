@@ -54,7 +54,7 @@ class FewTileMultiply:
 
             @pl.when(i < stripe_count)
             def _(i=i, part=found[:, i * TILE_COLS : (i + 1) * TILE_COLS]):
-                self._write(i, part, begin + i)
+                self._write(part, begin + i)
 
     def _products(self, number: int, seen, length, width: int):
         """Sums over the next stages, float32 [64, outputs] of so many stripes."""
@@ -87,10 +87,9 @@ class FewTileMultiply:
 
         return pl.run_scoped(accumulate, plgpu.ACC((WINDOW, width * TILE_COLS), jnp.float32))
 
-    def _write(self, i: int, part, stripe) -> None:
-        staged = self.results.shape[1]
-        target = self.results.at[self.window, i % staged]
-        plgpu.wait_smem_to_gmem(staged - 1, wait_read_only=True)
+    def _write(self, part, stripe) -> None:
+        target = self.results.at[self.window]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         target[...] = part.astype(self.out.dtype)
         plgpu.commit_smem()
         rows = pl.ds(pl.multiple_of(self.tile * TILE + self.window * WINDOW, WINDOW), WINDOW)

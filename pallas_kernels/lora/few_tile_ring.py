@@ -19,8 +19,7 @@ from pallas_kernels.lora.windows import TILE, WINDOW
 
 WINDOWS = TILE // WINDOW
 """Of a tile: each is a warpgroup's."""
-_STAGED = 1
-"""Stripes of outputs on their way, of a warpgroup."""
+_RESULTS = 2 * TILE * TILE_COLS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,9 +32,11 @@ class FewTileRing:
 
     @classmethod
     def of(cls, width: int, tiles: ChunkSource, stages: int) -> "FewTileRing":
-        """As many slots as fit beside the outputs. stages: of the input: no slot has B before it had base weights."""
-        slot, results = 2 * TILE_COLS * (TILE + width * STAGE_ROWS), 2 * _STAGED * TILE * TILE_COLS
-        return cls(slots=min((SHARED_BYTES - results) // slot, stages), width=width, tiles=tiles)
+        """As many slots as fit beside a stripe of outputs. stages: of the input: no slot has B before it had base
+        weights.
+        """
+        slot = 2 * TILE_COLS * (TILE + width * STAGE_ROWS)
+        return cls(slots=min((SHARED_BYTES - _RESULTS) // slot, stages), width=width, tiles=tiles)
 
     def widths(self, number: int) -> list[int]:
         """Stripes that a thread block takes together in such a pass, the larger first: it need not take all that fit
@@ -68,7 +69,7 @@ class FewTileRing:
             weights=weights,
             full=plgpu.Barrier(num_arrivals=self.arrivals, num_barriers=self.slots),
             empty=plgpu.Barrier(num_arrivals=WINDOWS, num_barriers=self.slots),
-            results=plgpu.SMEM((WINDOWS, _STAGED, WINDOW, TILE_COLS), dtype, transforms=OPERAND),
+            results=plgpu.SMEM((WINDOWS, WINDOW, TILE_COLS), dtype, transforms=OPERAND),
         )
 
     @property

@@ -37,6 +37,8 @@ _WIDTH = 3
 """Stripes that a thread block takes at a time: with fewer the tensor cores wait for shared memory, with more the ring
 has too few slots.
 """
+_MOST_PASSES = 2
+"""Through the input: with more, cuBLAS and lora_add are faster."""
 _LEAST_STAGES = 2
 """A slot is free when the next stage is being multiplied."""
 
@@ -56,7 +58,8 @@ def unsupported(x, w, shrink: Geometry, expand: Geometry) -> str | None:
 
 def is_wide(geometry: Geometry, group: str) -> bool:
     """Whether a group's outputs can be shared so that it pays."""
-    return _stripes(geometry, group, CLUSTERS).width == _WIDTH
+    stripes = _stripes(geometry, group, CLUSTERS)
+    return stripes.width == _WIDTH and stripes.passes <= _MOST_PASSES
 
 
 def few_tile_blocks(ranks: int) -> int:

@@ -83,9 +83,9 @@ def _lower(g, group, tokens=FEW_TILE_TOKENS, few_adapters=True):
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("name, group", [("7b", "qkv"), ("7b", "gu"), ("8b", "gu")])
-def test_lowers_to_cuda(name, group):
-    lowered = _lower(_GEOMETRY[name], group)
+@pytest.mark.parametrize("group", ["qkv", "gu"])
+def test_lowers_to_cuda(group):
+    lowered = _lower(_GEOMETRY["7b"], group)
     assert lowered.count("@mosaic_gpu_v2") == 1
     assert "dot_general" not in lowered
 
@@ -108,7 +108,7 @@ def test_unsupported_names_the_reason(monkeypatch):
     assert "114 multiprocessors" in unsupported(x, weights, WIDE, WIDE)
 
 
-@pytest.mark.parametrize("name, wide", [("7b", {"qkv", "gu"}), ("8b", {"gu"})])
+@pytest.mark.parametrize("name, wide", [("7b", {"qkv", "gu"}), ("8b", set())])
 def test_wide_groups(name, wide):
     assert {group for group in GROUPS if is_wide(_GEOMETRY[name], group)} == wide
 
