@@ -65,9 +65,10 @@ class EngineConfig:
     lora_targets: modules that adapters may target (q, k, v, o, gate, up, down, or PEFT's names q_proj, ...): steps have
         no launches for groups of projections of which none is named, and an adapter that targets others is refused.
         None: any.
-    few_adapters: small steps whose adapters have 128 ranks or less in all, on every module, each counted as 16, 32 or
-        a multiple of 64, take programs of their own, in which on Hopper GPUs one kernel does a base projection and the
-        adapters' deltas. They are compiled beside the others. Not for deterministic mode or several devices.
+    few_adapters: small steps (2 to 64 tokens, and 256 for some shapes of models) whose adapters have 128 ranks or less
+        in all, on every module, each counted as 16, 32 or a multiple of 64, take programs of their own, in which on
+        Hopper GPUs one kernel does a base projection and the adapters' deltas. They are compiled beside the others. Not
+        for deterministic mode or several devices.
     policy: who goes first and who is given up: "fcfs", "cluster", "early-abort", "fair", "gather" or "priority";
         see slora_jax/policies. policy_options: arguments of the policy's class, for instance {"ttft": 6.0}.
     prompt_gap: steps in which nobody starts after one that started all it could, while at least half of max_seqs run:
