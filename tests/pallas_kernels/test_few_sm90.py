@@ -56,16 +56,17 @@ def test_interpreted(g, ranks, lengths, adapters, group, padding):
     lengths=st.lists(st.integers(0, 9), min_size=1, max_size=8),
     chosen=st.lists(st.integers(-1, 3), min_size=8, max_size=8),
     blocks=st.sampled_from([2, 4]),
+    lists=st.sampled_from([1, 2]),
     seed=st.integers(0, 99),
 )
-def test_plan_finds_every_granule(ranks, lengths, chosen, blocks, seed):
+def test_plan_finds_every_granule(ranks, lengths, chosen, blocks, lists, seed):
     """What lies where it says is what the adapters have, in order, and each rank knows its tokens."""
     adapters, lengths = chosen, lengths + [0] * (len(chosen) - len(lengths))
     batch = Batch(TINY, ranks, lengths, adapters, "qkv", seed=seed)
     g, pages = TINY, batch.table.pages
-    table = dataclasses.replace(batch.table, pages=jnp.pad(pages, (0, 999 - len(pages))))  # two programs for all
+    table = dataclasses.replace(batch.table, pages=jnp.pad(pages, (0, 999 - len(pages))))  # few programs for all
     segments = jnp.asarray(batch.seg_start), jnp.asarray(adapters, jnp.int32)
-    plan = _make_few_plan(table, *segments, blocks=blocks, geometry=g)
+    plan = _make_few_plan(table, *segments, blocks=blocks, geometry=g, lists=lists)
     records = np.asarray(plan.records).reshape(g.num_layers, 7, 8 * blocks, -1)
     count, ranks_of = np.asarray(plan.count), np.asarray(plan.ranks).transpose(0, 1, 3, 2, 4)
     first, last, scales = (ranks_of[:, :, row].reshape(g.num_layers, 7, -1) for row in (FIRST, LAST, SCALE))
@@ -86,21 +87,21 @@ def test_plan_finds_every_granule(ranks, lengths, chosen, blocks, seed):
 
     for layer, m in np.ndindex(g.num_layers, len(MODULES)):
         users = [(s, a) for s, a in enumerate(adapters) if a >= 0 and lengths[s]]
-        lists = [], []
+        granules_of = [[] for _ in range(lists)]
         for s, a in sorted(users, key=lambda user: -few_ranks(ranks[user[1]][m])):
-            taken, own = few_ranks(ranks[a][m]) // 2, -(-ranks[a][m] // 8)
-            assert taken in (0, 8, 16) or taken % 32 == 0
-            for i, owned in enumerate(lists):
-                assert not taken or 8 * len(owned) % min(taken, 32) == 0
-                numbers = range(i, own, 2)
+            taken, own = few_ranks(ranks[a][m]) // lists, -(-ranks[a][m] // 8)
+            assert taken in (0, 16 // lists, 32 // lists) or taken % (64 // lists) == 0
+            for i, owned in enumerate(granules_of):
+                assert not taken or 8 * len(owned) % min(taken, 64 // lists) == 0
+                numbers = range(i, own, lists)
                 owned += [(s, a, n) for n in numbers] + [None] * (taken // 8 - len(numbers))
-        most, scale = len(lists[0]), scales[layer, m]
-        assert count[layer, m] == 2 * min(-(-most // 8), blocks // 2)
-        if most > 4 * blocks:
+        most, scale = len(granules_of[0]), scales[layer, m]
+        assert count[layer, m] == lists * min(-(-most // 8), blocks // lists)
+        if lists * most > 8 * blocks:
             assert np.isnan(scale[scale != 0]).all() and np.isnan(scale).any()
             continue
         for n in range(8 * blocks):
-            owned, at = lists[n // 8 % 2], n // 16 * 8 + n % 8
+            owned, at = granules_of[n // 8 % lists], n // (8 * lists) * 8 + n % 8
             one = owned[at] if at < most else None
             record, its = records[layer, m, n], slice(8 * n, 8 * n + 8)
             assert record[IS_USED] == (one is not None)
