@@ -61,7 +61,7 @@ class FewShrink:
         return self.items.signal(self.layer, self.layers, item.module, item.block)
 
     def _shrink(self, j, before):
-        """The pair's j-th item, before which the small ring had so many stages. Returns how many there then were. Sums
+        """The pair's j-th item, before which the ring had so many stages. Returns how many there then were. Sums
         are zero for tokens that are not their adapter's.
         """
         item = self.items.item(j)
@@ -69,7 +69,6 @@ class FewShrink:
         its_ranks, shape = self.ranks.at[self.layer, item.module, item.block], (FEW_TOKENS, STAGE_ROWS)
         load = lambda row: plgpu.load(its_ranks.at[row], layout=_WGMMA.reduce(0), optimized=False)  # noqa: E731
         vectors = [lax.broadcast_in_dim(load(row), shape, (1,)) for row in (FIRST, LAST, SCALE)]
-
         slot_of = lambda k: lax.rem(before + k, jnp.int32(self.slots))  # noqa: E731
 
         def accumulate(total):
