@@ -2,10 +2,13 @@
 
 import jax
 from jax import numpy as jnp
-from lora_batches import Batch, geometry
+from lora_batches import Batch, abstract, abstract_table, geometry
 import numpy as np
 from oracles import relative_error
 
+from pallas_kernels import lora_matmul
+from pallas_kernels.geometry import GROUPS
+from pallas_kernels.lora.arg_specs import SPECS
 from pallas_kernels.lora.config import few_ranks
 from pallas_kernels.lora.kernel_sm90 import Matrices, few_sm90
 
@@ -56,3 +59,43 @@ class Few:
         base = np.asarray(batch.x, np.float64) @ np.asarray(self.weights[batch.layer], np.float64)
         batch.out = jnp.asarray(base, jnp.bfloat16)
         assert relative_error(result, batch.expected()) < 5e-3
+
+    def calls_share_a_plan(self):
+        """Whether four calls of one program find what each finds alone: signals are zero again after each."""
+        batch = self.batch
+        xs = [batch.x, batch.x[::-1] + 1, batch.x * 2, batch.x]
+        options = _options(batch.geometry, batch.group) | dict(layer=batch.layer)
+
+        @jax.jit
+        def run(xs, weights, pages, table, *segments):
+            where = (pages, table, table, *segments)
+            return [lora_matmul(x, weights, lambda x=x: x @ weights[batch.layer], *where, **options) for x in xs]
+
+        segments = jnp.asarray(batch.seg_start), jnp.asarray(batch.adapters, jnp.int32)
+        found = run(xs, self.weights, batch.pages, batch.table, *segments)
+        return all(np.array_equal(_bits(a), _bits(self.run(x))) for a, x in zip(found, xs, strict=True))
+
+
+def _bits(result):
+    return np.asarray(result).view(np.uint16)
+
+
+def _options(g, group):
+    geometries = dict(shrink_geometry=g, expand_geometry=g)
+    return dict(group=group, max_rank=64, implementation="mosaic", few_adapters=True) | geometries
+
+
+def lower(g, group, tokens, few_adapters=True) -> jax.stages.Lowered:
+    """`lora_matmul` of such a step, for CUDA. g: of a named shape."""
+    spec = next(s for s in SPECS.values() if s.geometry == g)
+    modules = GROUPS[group]
+
+    def run(x, weights, pages, table, *segments):
+        options = _options(g, group) | dict(layer=3, few_adapters=few_adapters)
+        return lora_matmul(x, weights, lambda: x @ weights[3], pages, table, table, *segments, **options)
+
+    widths = g.in_sizes[modules[0]], sum(g.out_sizes[m] for m in modules)
+    pages = abstract((g.num_layers, 1000, g.page_elements), jnp.bfloat16)
+    x, weights = abstract((tokens, widths[0]), jnp.bfloat16), abstract((g.num_layers, *widths), jnp.bfloat16)
+    segments = abstract((tokens + 1,)), abstract((tokens,))
+    return jax.jit(run).trace(x, weights, pages, abstract_table(spec), *segments).lower(lowering_platforms=("cuda",))

@@ -20,8 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.bulk_copy import expect
 from pallas_kernels.geometry import TILE_RANKS
-from pallas_kernels.lora.bulk_copy import expect
 from pallas_kernels.lora.config import CLUSTER
 from pallas_kernels.lora.diagonal import ROW_BYTES, each_pair
 from pallas_kernels.lora.lanes import WARP_ROWS, i32, scalars

@@ -9,10 +9,10 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.bulk_copy import expect, start_copy
 from pallas_kernels.geometry import TILE_COLS, TILE_RANKS
-from pallas_kernels.lora.bulk_copy import expect, start_copy
 from pallas_kernels.lora.few_plan import IS_USED, PAGE_START, PAGES
-from pallas_kernels.lora.few_ring import Kind, TileKind
+from pallas_kernels.lora.few_ring import Kind
 
 TILE_BYTES = 2 * TILE_RANKS * TILE_COLS
 
@@ -53,13 +53,13 @@ class FewCopies:
         else:
             copy(wanted)
 
-    def _copy(self, source, target, barrier, wanted) -> None:
+    def _copy(self, source, target, barrier, wanted, *, read_once: bool = False) -> None:
         if self.ring.tiles.whole:
-            start_copy(source, target, barrier, wanted)
+            start_copy(source, target, barrier, wanted, read_once=read_once)
         else:
             self.ring.tiles.copy_if(wanted, source, target, barrier)
 
-    def _fill(self, barrier, kind: Kind | TileKind) -> None:
+    def _fill(self, barrier, kind: Kind) -> None:
         for _ in range(self.ring.missing(kind)):
             plgpu.barrier_arrive(barrier)
 

@@ -11,8 +11,8 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.bulk_copy import expect
 from pallas_kernels.geometry import TILE_COLS, TILE_RANKS
-from pallas_kernels.lora.bulk_copy import expect
 from pallas_kernels.lora.config import FEW_TOKENS
 from pallas_kernels.lora.few_copies import TILE_BYTES, FewCopies
 from pallas_kernels.lora.few_items import FewItems
@@ -113,7 +113,7 @@ class FewLoad(FewCopies):
             def copy_weights(wanted, i=i):
                 outputs = pl.ds((self.stripes.first + begin + i) * TILE_COLS, TILE_COLS)
                 target = self.slots.at[self.ring.weights(slot, i)]
-                self._copy(self.w.at[self.layer, rows, outputs], target, barrier, wanted)
+                self._copy(self.w.at[self.layer, rows, outputs], target, barrier, wanted, read_once=True)
 
             self._if(i < stripe_count, copy_weights)
         self._tokens(self.slots, self.ring.tokens(slot), self.first + k, barrier)

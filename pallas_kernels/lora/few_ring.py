@@ -27,8 +27,8 @@ _ASKED_BYTES = 96 * 1024
 _LEAST_ASKED = 3
 _TILE = 2 * STAGE_ROWS * TILE_COLS
 
-Kind = Literal["base", "delta"]
-TileKind = Literal["item", "base", "delta"]
+Kind = Literal["item", "base", "delta"]
+"""Of a stage; shrink's items have a ring of their own here."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.geometry import TILE_COLS, TILE_RANKS
-from pallas_kernels.lora.few_ring import B_WARPS, WARP_GRANULES, TileKind
+from pallas_kernels.lora.few_ring import B_WARPS, WARP_GRANULES, Kind
 from pallas_kernels.lora.mosaic_common import OPERAND, SHARED_BYTES, STAGE_CHUNKS, STAGE_ROWS, SWIZZLED, ChunkSource
 from pallas_kernels.lora.windows import TILE, WINDOW
 
@@ -78,7 +78,7 @@ class FewTileRing:
         return sorted({*self.widths(1), 1})
 
     @property
-    def _copies(self) -> dict[TileKind, int]:
+    def _copies(self) -> dict[Kind, int]:
         """As in FewRing: that all warps may start in a stage of each kind, beside one for each granule."""
         return dict(item=1, base=2, delta=WINDOWS + (self.width - 1) * STAGE_CHUNKS)
 
@@ -93,7 +93,7 @@ class FewTileRing:
         """
         return jnp.minimum(self.slots - 1, stages - self.slots)
 
-    def missing(self, kind: TileKind) -> int:
+    def missing(self, kind: Kind) -> int:
         """Arrivals that a kind of stage needs in interpret mode beside its copies'."""
         return 0 if self.tiles.whole else max(self._copies.values()) - self._copies[kind]
 

@@ -42,7 +42,8 @@ _REGISTERS = 128
 def add(pages, layer, a: Half, b: Half, *, x, out, group: str, config: LoraConfig, chunk: int, max_rank: int):
     """`out` with the deltas of `x` added. layer: int32[1]. a, b: where the adapters' two matrices lie."""
     sources = tuple(
-        ChunkSource(geometry=half.geometry, num_pages=pages.shape[1], chunk=chunk, whole=True) for half in (a, b)
+        ChunkSource(geometry=half.geometry, num_pages=pages.shape[1], chunk=chunk, whole=True, read_once=True)
+        for half in (a, b)
     )
     args = dict(out=out, x=sources[0].view_of_tokens(x), scaling=b.plan.scaling)
     args |= dict(a_ids=a.page_ids, a_records=a.plan.records, b_ids=b.page_ids, b_records=b.plan.records)

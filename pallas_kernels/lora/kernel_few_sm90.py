@@ -68,7 +68,7 @@ def few_matmul(x, w, pages, plan: FewPlan, layer, *, group: str, geometry: Geome
     pairs = len(GROUPS[group]) if interpret else CLUSTERS
     parts = 1 if interpret else CLUSTER
     stripes = Stripes.of(geometry, group, pairs, parts)
-    tiles = ChunkSource(geometry=geometry, num_pages=pages.shape[1], chunk=1, whole=not interpret)
+    tiles = ChunkSource(geometry=geometry, num_pages=pages.shape[1], chunk=1, whole=not interpret, read_once=True)
     shared = SHARED_BYTES - 4 * stripes.width * FEW_TOKENS * _PART
     blocks, stages = plan.records.shape[2], x.shape[1] // TILE_COLS
     ring = FewRing.of(stripes.width, tiles, shared, stages // (parts // stripes.each))

@@ -8,14 +8,16 @@ these the warpgroup that fills the ring, which is then full, adds up for some to
 weights are through, y has long been there.
 """
 
+import functools
+
 import jax
 from jax import lax
 from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.bulk_copy import expect
 from pallas_kernels.geometry import GROUPS, TILE_COLS, Geometry, ceil_div
-from pallas_kernels.lora.bulk_copy import expect
 from pallas_kernels.lora.config import CLUSTER, CLUSTERS, FEW_TILE_TOKENS, FEW_TOKENS
 from pallas_kernels.lora.few_items import WindowItems, shares_of
 from pallas_kernels.lora.few_plan import FewPlan
@@ -41,6 +43,7 @@ _MOST_PASSES = 2
 """Through the input: with more, cuBLAS and lora_add are faster."""
 _LEAST_STAGES = 2
 """A slot is free when the next stage is being multiplied."""
+assert WINDOW == FEW_TOKENS
 
 
 def unsupported(x, w, shrink: Geometry, expand: Geometry) -> str | None:
@@ -56,6 +59,7 @@ def unsupported(x, w, shrink: Geometry, expand: Geometry) -> str | None:
     return None
 
 
+@functools.cache  # asked of every step
 def is_wide(geometry: Geometry, group: str) -> bool:
     """Whether a group's outputs can be shared so that it pays."""
     stripes = _stripes(geometry, group, CLUSTERS)
@@ -162,12 +166,12 @@ def _kernel(ring: FewTileRing, stripes: Stripes, shares: int, records, stages: i
         @pl.when(wg < WINDOWS)
         def multiply():
             plgpu.set_max_registers(216, action="increase")
-            mine_to_shrink = shrink(wg)
+            share = shrink(wg)
 
             def shrink_items(before):
-                mine_to_shrink.shrink(before)
+                share.shrink(before)
                 if interpret:
-                    mine_to_shrink.add_up()
+                    share.add_up()
 
             FewTileMultiply(
                 window=wg,
@@ -237,6 +241,3 @@ def _kernel(ring: FewTileRing, stripes: Stripes, shares: int, records, stages: i
         scratch_types=dict(**ring.types(out[0].dtype), has_y=has_y),
         interpret=interpret,
     )
-
-
-assert WINDOW == FEW_TOKENS

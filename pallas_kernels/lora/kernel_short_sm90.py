@@ -62,7 +62,9 @@ def short(
 
     layer: int32[1]. Rows past a block's true ranks and columns of other tokens than its own are unspecified in y.
     """
-    source = ChunkSource(geometry=half.geometry, num_pages=pages.shape[1], chunk=chunk, whole=not interpret)
+    source = ChunkSource(
+        geometry=half.geometry, num_pages=pages.shape[1], chunk=chunk, whole=not interpret, read_once=True
+    )
     blocks = half.plan.records.shape[0]
     shrinks = phase == "shrink"
     if shrinks:

@@ -13,8 +13,8 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.bulk_copy import expect, start_copy
 from pallas_kernels.geometry import TILE_COLS, TILE_RANKS, Geometry
-from pallas_kernels.lora.bulk_copy import expect, start_copy
 
 STAGE_CHUNKS = 8
 STAGE_ROWS = STAGE_CHUNKS * TILE_RANKS
@@ -32,13 +32,14 @@ class ChunkSource:
     """Where chunks of adapter images lie in the pool.
 
     whole: copy a chunk with one bulk copy through the ring's second view. Otherwise (interpret mode, which cannot alias
-    two views) tile by tile.
+    two views) tile by tile. read_once: see start_copy; of kernels in which most adapters' chunks are read once.
     """
 
     geometry: Geometry
     num_pages: int
     chunk: int
     whole: bool
+    read_once: bool = False
 
     def ring(self, rows: int, dtype):
         """Scratch type of a ring with `rows` rows of chunks."""
@@ -98,7 +99,7 @@ class ChunkSource:
     def copy(self, pool, index, ring_view, chunk_row, barrier, predicate):
         """Starts copying the chunk at `index` of the pool to row `chunk_row` (in chunks) of the ring."""
         if self.whole:
-            start_copy(pool.at[index], ring_view.at[chunk_row], barrier, predicate)
+            start_copy(pool.at[index], ring_view.at[chunk_row], barrier, predicate, read_once=self.read_once)
             return
         for j in range(self.chunk):
             rows = pl.ds(pl.multiple_of(chunk_row * TILE_RANKS, TILE_RANKS), TILE_RANKS)

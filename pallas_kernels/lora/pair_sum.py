@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.lora.bulk_copy import expect
+from pallas_kernels.bulk_copy import expect
 from pallas_kernels.lora.cluster_exchange import barrier_address
 from pallas_kernels.lora.lanes import Lane, i32, scalars
 from pallas_kernels.lora.short_ring import sync_warpgroup

@@ -16,9 +16,9 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.bulk_copy import start_copy
 from pallas_kernels.geometry import TILE_COLS, TILE_RANKS
 from pallas_kernels.lora.add_rows import add_rows, add_rows_interpreted
-from pallas_kernels.lora.bulk_copy import start_copy
 from pallas_kernels.lora.expand_items import ExpandItem, ExpandItems
 from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, ChunkSource
 from pallas_kernels.lora.short_ring import WARP_CHUNKS, ShortRing

@@ -15,8 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.bulk_copy import expect
 from pallas_kernels.geometry import TILE_COLS, TILE_RANKS
-from pallas_kernels.lora.bulk_copy import expect
 from pallas_kernels.lora.lanes import Lane, i32
 from pallas_kernels.lora.mosaic_common import OPERAND, STAGE_CHUNKS, STAGE_ROWS, SWIZZLED, ChunkSource
 from pallas_kernels.vectors_sm90 import WARPGROUP

@@ -10,8 +10,8 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.bulk_copy import start_copy
 from pallas_kernels.geometry import TILE_COLS, TILE_RANKS
-from pallas_kernels.lora.bulk_copy import start_copy
 from pallas_kernels.lora.mosaic_common import STAGE_ROWS, ChunkSource
 from pallas_kernels.lora.short_ring import WARP_CHUNKS, WARPS
 from pallas_kernels.lora.windows import TILE

@@ -14,6 +14,7 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.bulk_copy import expect, start_copy
 from pallas_kernels.geometry import PAGE_TOKENS, Geometry
 from pallas_kernels.paged_attention import decode_schedule as schedule
 from pallas_kernels.paged_attention.config import DecodeConfig
@@ -47,6 +48,7 @@ def decode_kernel(
     soft_cap: float | None,
     single: bool,
     max_splits: int,
+    interpret: bool,
 ):
     heads, kv_heads, dim = geometry.num_heads, geometry.num_kv_heads, geometry.head_dim
     group = heads // kv_heads
@@ -55,6 +57,12 @@ def decode_kernel(
     dtype = q_ref.dtype
     worker = lax.axis_index("worker")
     layer_base = layer_ref[0] * num_pages
+
+    def copy_page(source, target, barrier):
+        if interpret:  # a copy announces itself
+            plgpu.copy_gmem_to_smem(source, target, barrier)
+        else:
+            start_copy(source, target, barrier, jnp.bool_(True), read_once=True)
 
     def for_items(step_item, carry):
         """Calls carry = step_item(number, seq, split, head, carry) for each item. Returns their number and carry."""
@@ -100,8 +108,10 @@ def decode_kernel(
                 ids = [tables_ref[seq, jnp.minimum(first_page + i * tiles + t, last_page)] + layer_base for t in mine]
                 for kv, smem, full, empty in ((0, k_smem, k_full, k_empty), (1, v_smem, v_full, v_empty)):
                     pl.when(step >= stages)(lambda empty=empty: plgpu.barrier_wait(empty.at[slot]))
+                    if not interpret:
+                        expect(full.at[slot], len(mine) * PAGE_TOKENS * dim * dtype.itemsize)
                     for t, page in zip(mine, ids, strict=True):
-                        plgpu.copy_gmem_to_smem(
+                        copy_page(
                             kv_ref.at[page * (2 * kv_heads) + (kv * kv_heads + head)],
                             smem.at[slot, pl.ds((t + warp) * PAGE_TOKENS, PAGE_TOKENS)],
                             full.at[slot],
@@ -233,6 +243,7 @@ def decode_kernel(
             plgpu.warp_map(lambda warp: load(warp, q_smem, k_smem, v_smem, bars))
 
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    arrivals = tiles if interpret else _WARPS
     pl.run_scoped(
         entry,
         plgpu.SMEM((_Q_SLOTS, rows, dim), dtype, transforms=tiled),
@@ -243,8 +254,8 @@ def decode_kernel(
         plgpu.SMEM((rows, dim), dtype),
         [
             plgpu.Barrier(num_barriers=_Q_SLOTS),
-            plgpu.Barrier(num_arrivals=tiles, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=tiles, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
         ],
         [
             plgpu.Barrier(num_barriers=_Q_SLOTS),

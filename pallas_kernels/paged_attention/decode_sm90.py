@@ -100,6 +100,7 @@ def decode_into(
             soft_cap=soft_cap,
             single=single,
             max_splits=max_splits,
+            interpret=interpret,
         ),
         out_type=(
             jax.ShapeDtypeStruct((slots * heads, dim), jnp.float32),

@@ -5,17 +5,17 @@
 import dataclasses
 import re
 
-from few_batches import LARGE, LEAST, NARROW, OWN, RANKS, TWICE, Few
+from few_batches import LARGE, LEAST, NARROW, OWN, RANKS, TWICE, Few, lower
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
 from jax import numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from lora_batches import MEDIUM, TINY, WIDE, Batch, abstract, abstract_table, geometry
+from lora_batches import MEDIUM, TINY, WIDE, Batch, geometry
 import numpy as np
 import pytest
 
-from pallas_kernels import FEW_TOKENS, lora_matmul
+from pallas_kernels import FEW_TOKENS
 from pallas_kernels.geometry import GROUPS, MODULES
 from pallas_kernels.lora import kernel_few_sm90
 from pallas_kernels.lora.arg_specs import SPECS
@@ -216,40 +216,25 @@ def test_no_pair_shrinks_twice(name, wanted):
         assert stripes.light < CLUSTERS // 2 or not counts[having == having.max()].any()
 
 
-def _lower(g, group, tokens, few_adapters=True):
-    spec = next(s for s in SPECS.values() if s.geometry == g)
-    modules = GROUPS[group]
-
-    def run(x, weights, pages, table, *segments):
-        options = dict(layer=3, group=group, max_rank=64, implementation="mosaic", few_adapters=few_adapters)
-        geometries = dict(shrink_geometry=g, expand_geometry=g)
-        return lora_matmul(x, weights, lambda: x @ weights[3], pages, table, table, *segments, **geometries, **options)
-
-    widths = g.in_sizes[modules[0]], sum(g.out_sizes[m] for m in modules)
-    pages = abstract((g.num_layers, 1000, g.page_elements), jnp.bfloat16)
-    x, weights = abstract((tokens, widths[0]), jnp.bfloat16), abstract((g.num_layers, *widths), jnp.bfloat16)
-    segments = abstract((tokens + 1,)), abstract((tokens,))
-    traced = jax.jit(run).trace(x, weights, pages, abstract_table(spec), *segments)
-    return traced.lower(lowering_platforms=("cuda",)).as_text()
-
-
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("name", ["7b", "8b"])
 def test_lowers_to_cuda(name, group):
-    lowered = _lower(_GEOMETRY[name], group, 64)
+    lowered = lower(_GEOMETRY[name], group, 64).as_text()
     assert lowered.count("@mosaic_gpu_v2") == 1
     assert "dot_general" not in lowered
 
 
 def test_small_steps_share_their_kernels():
-    hashes = [set(re.findall(r'kernel_hash = "([^"]*)"', _lower(_GEOMETRY["8b"], "o", n))) for n in (8, 40, 64)]
+    hashes = [
+        set(re.findall(r'kernel_hash = "([^"]*)"', lower(_GEOMETRY["8b"], "o", n).as_text())) for n in (8, 40, 64)
+    ]
     assert len(hashes[0]) == 1 and hashes[0] == hashes[1] == hashes[2]
 
 
 def test_other_steps_keep_the_product_to_themselves():
     g = _GEOMETRY["8b"]
-    assert "dot_general" in _lower(g, "o", FEW_TOKENS + 8)
-    assert "dot_general" in _lower(g, "o", 64, few_adapters=False)
+    assert "dot_general" in lower(g, "o", FEW_TOKENS + 8).as_text()
+    assert "dot_general" in lower(g, "o", 64, few_adapters=False).as_text()
 
 
 def test_unsupported_names_the_reason(monkeypatch):
@@ -315,22 +300,8 @@ def test_others_do_not_matter_on_gpu(g, group, rank):
 @pytest.mark.gpu
 @pytest.mark.parametrize("g, group", [*((MEDIUM, group) for group in GROUPS), (OWN, "gu")])
 def test_calls_of_one_program_share_a_plan_on_gpu(g, group):
-    """Signals are zero again after each call."""
     few = Few(g, RANKS, (8,) * 8, (1, 2, 3, 4, 5, 6, 7, 8), group)
-    batch = few.batch
-    options = dict(layer=batch.layer, group=group, few_adapters=True, max_rank=64, implementation="mosaic")
-    options |= dict(shrink_geometry=g, expand_geometry=g)
-
-    @jax.jit
-    def run(xs, weights, pages, table, *segments):
-        where = (pages, table, table, *segments)
-        return [lora_matmul(x, weights, lambda x=x: x @ weights[batch.layer], *where, **options) for x in xs]
-
-    xs = [batch.x, batch.x[::-1] + 1, batch.x * 2, batch.x]
-    segments = jnp.asarray(batch.seg_start), jnp.asarray(batch.adapters, jnp.int32)
-    found = run(xs, few.weights, batch.pages, batch.table, *segments)
-    for x, result in zip(xs, found, strict=True):
-        np.testing.assert_array_equal(np.asarray(result).view(np.uint16), few.run(x).view(np.uint16))
+    assert few.calls_share_a_plan()
 
 
 @pytest.mark.gpu

@@ -2,15 +2,14 @@
 and (marked gpu) on the machine.
 """
 
-from few_batches import LARGE, LEAST, NARROW, OWN, RANKS, TWICE, WIDER, Few
-import jax
+from few_batches import LARGE, LEAST, NARROW, OWN, RANKS, TWICE, WIDER, Few, lower
 from jax import numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from lora_batches import MEDIUM, WIDE, abstract, abstract_table, geometry
+from lora_batches import MEDIUM, WIDE, geometry
 import numpy as np
 import pytest
 
-from pallas_kernels import FEW_TILE_TOKENS, lora_matmul
+from pallas_kernels import FEW_TILE_TOKENS
 from pallas_kernels.geometry import GROUPS
 from pallas_kernels.lora import kernel_few_tiles_sm90
 from pallas_kernels.lora.arg_specs import SPECS
@@ -66,36 +65,17 @@ def test_windows_do_not_share_sums_nor_tiles_signals():
     assert sorted(rows) == list(range(4 * 3 * 2 * 5 * 64))
 
 
-def _lower(g, group, tokens=FEW_TILE_TOKENS, few_adapters=True):
-    spec = next(s for s in SPECS.values() if s.geometry == g)
-    modules = GROUPS[group]
-
-    def run(x, weights, pages, table, *segments):
-        options = dict(layer=3, group=group, max_rank=64, implementation="mosaic", few_adapters=few_adapters)
-        geometries = dict(shrink_geometry=g, expand_geometry=g)
-        return lora_matmul(x, weights, lambda: x @ weights[3], pages, table, table, *segments, **geometries, **options)
-
-    widths = g.in_sizes[modules[0]], sum(g.out_sizes[m] for m in modules)
-    pages = abstract((g.num_layers, 1000, g.page_elements), jnp.bfloat16)
-    x, weights = abstract((tokens, widths[0]), jnp.bfloat16), abstract((g.num_layers, *widths), jnp.bfloat16)
-    segments = abstract((tokens + 1,)), abstract((tokens,))
-    traced = jax.jit(run).trace(x, weights, pages, abstract_table(spec), *segments)
-    return traced.lower(lowering_platforms=("cuda",)).as_text()
-
-
 @pytest.mark.parametrize("group", ["qkv", "gu"])
 def test_lowers_to_cuda(group):
-    lowered = _lower(_GEOMETRY["7b"], group)
+    lowered = lower(_GEOMETRY["7b"], group, FEW_TILE_TOKENS).as_text()
     assert lowered.count("@mosaic_gpu_v2") == 1
     assert "dot_general" not in lowered
 
 
 def test_others_keep_the_product_to_themselves():
     g = _GEOMETRY["7b"]
-    assert "dot_general" in _lower(g, "o")
-    assert "dot_general" in _lower(g, "down")
-    assert "dot_general" in _lower(g, "qkv", 128)
-    assert "dot_general" in _lower(g, "qkv", few_adapters=False)
+    for group, tokens, few in [("o", 256, True), ("down", 256, True), ("qkv", 128, True), ("qkv", 256, False)]:
+        assert "dot_general" in lower(g, group, tokens, few_adapters=few).as_text()
 
 
 def test_unsupported_names_the_reason(monkeypatch):
@@ -167,23 +147,9 @@ def test_others_do_not_matter_on_gpu(g, group, rank):
 @pytest.mark.gpu
 @pytest.mark.parametrize("g, group", [(WIDER, "qkv"), (LARGE, "gu"), (OWN, "gu")])
 def test_calls_of_one_program_share_a_plan_on_gpu(g, group):
-    """Signals are zero again after each call."""
     assert is_wide(g, group)
     few = Few(g, RANKS, (32,) * 8, (1, 2, 3, 4, 5, 6, 7, 8), group)
-    batch = few.batch
-    options = dict(layer=batch.layer, group=group, few_adapters=True, max_rank=64, implementation="mosaic")
-    options |= dict(shrink_geometry=g, expand_geometry=g)
-
-    @jax.jit
-    def run(xs, weights, pages, table, *segments):
-        where = (pages, table, table, *segments)
-        return [lora_matmul(x, weights, lambda x=x: x @ weights[batch.layer], *where, **options) for x in xs]
-
-    xs = [batch.x, batch.x[::-1] + 1, batch.x * 2, batch.x]
-    segments = jnp.asarray(batch.seg_start), jnp.asarray(batch.adapters, jnp.int32)
-    found = run(xs, few.weights, batch.pages, batch.table, *segments)
-    for x, result in zip(xs, found, strict=True):
-        np.testing.assert_array_equal(np.asarray(result).view(np.uint16), few.run(x).view(np.uint16))
+    assert few.calls_share_a_plan()
 
 
 @pytest.mark.gpu

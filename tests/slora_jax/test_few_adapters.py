@@ -135,7 +135,8 @@ def test_small_steps_with_adapters_have_two_shapes():
 
 def test_steps_of_256_tokens_have_so_too_where_outputs_are_many():
     wide = dataclasses.replace(CONFIG, mlp_size=64 * 141).geometry
-    sizes = [n for n in range(2, 400) if BatchBuilder(wide, BUCKETS, PAGES, 96, few_adapters=True).may_promise_few(n)]
+    of_wide = BatchBuilder(wide, BUCKETS, PAGES, 96, few_adapters=True)
+    sizes = [n for n in range(2, 400) if of_wide.may_promise_few(n)]
     assert sizes == [*range(2, FEW_TOKENS + 1), FEW_TILE_TOKENS]
     assert not builder().may_promise_few(FEW_TILE_TOKENS)
 
