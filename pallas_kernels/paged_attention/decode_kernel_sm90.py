@@ -58,11 +58,12 @@ def decode_kernel(
     worker = lax.axis_index("worker")
     layer_base = layer_ref[0] * num_pages
 
-    def copy_page(source, target, barrier):
+    def copy_page(source, target, barrier, number, shared):
         if interpret:  # a copy announces itself
             plgpu.copy_gmem_to_smem(source, target, barrier)
         else:
-            start_copy(source, target, barrier, jnp.bool_(True), read_once=True)
+            start_copy(source, target, barrier, number < shared)
+            start_copy(source, target, barrier, number >= shared, read_once=True)
 
     def for_items(step_item, carry):
         """Calls carry = step_item(number, seq, split, head, carry) for each item. Returns their number and carry."""
@@ -105,16 +106,19 @@ def decode_kernel(
             def load_block(i, step):
                 slot = lax.rem(step, stages)
                 # a block's pages past the end are read as the last page again: finite, masked, and in the cache
-                ids = [tables_ref[seq, jnp.minimum(first_page + i * tiles + t, last_page)] + layer_base for t in mine]
+                numbers = [jnp.minimum(first_page + i * tiles + t, last_page) for t in mine]
+                ids = [tables_ref[seq, number] + layer_base for number in numbers]
                 for kv, smem, full, empty in ((0, k_smem, k_full, k_empty), (1, v_smem, v_full, v_empty)):
                     pl.when(step >= stages)(lambda empty=empty: plgpu.barrier_wait(empty.at[slot]))
                     if not interpret:
                         expect(full.at[slot], len(mine) * PAGE_TOKENS * dim * dtype.itemsize)
-                    for t, page in zip(mine, ids, strict=True):
+                    for t, number, page in zip(mine, numbers, ids, strict=True):
                         copy_page(
                             kv_ref.at[page * (2 * kv_heads) + (kv * kv_heads + head)],
                             smem.at[slot, pl.ds((t + warp) * PAGE_TOKENS, PAGE_TOKENS)],
                             full.at[slot],
+                            number,
+                            seqs_ref[seq, schedule.SHARED],
                         )
                 return step + 1
 

@@ -14,7 +14,7 @@ ITEM_COST = 1
 """Cost of starting and finishing an item, in blocks."""
 
 # columns of the table of sequences
-TOKEN, LENGTH, FIRST, BLOCKS, PER_SPLIT, SPLITS, NEXT, _PAD = range(8)
+TOKEN, LENGTH, FIRST, BLOCKS, PER_SPLIT, SPLITS, NEXT, SHARED = range(8)
 # columns of the table of workers
 SEQ, ITEM, COUNT, ROWS_END = range(4)
 
@@ -22,6 +22,7 @@ SEQ, ITEM, COUNT, ROWS_END = range(4)
 def decode_schedule(
     q_start: Int[Array, "B1"],
     kv_lens: Int[Array, "B"],
+    page_tables: Int[Array, "B Pmax"],
     *,
     num_workers: int,
     kv_heads: int,
@@ -33,7 +34,8 @@ def decode_schedule(
 ) -> tuple[Int[Array, "B 8"], Int[Array, "W 4"]]:
     """Tables of sequences and workers.
 
-    sequences: row of the query, length, first token to read, blocks, blocks in a split, splits, next one with work.
+    sequences: row of the query, length, first token to read, blocks, blocks in a split, splits, next one with work,
+    pages that begin it and begin a neighbour in the batch, too.
     workers: first sequence, first item in it (split-major, kv head minor), number of items, rows in use.
     """
     num_seqs = kv_lens.shape[0]
@@ -48,7 +50,8 @@ def decode_schedule(
     items = splits * kv_heads
     after = index[None, :] > index[:, None]
     following = jnp.min(jnp.where(after & (items > 0)[None, :], index[None, :], num_seqs), axis=1)
-    sequences = jnp.stack([q_start[:-1], length, first, blocks, per, splits, following, jnp.zeros_like(length)], axis=1)
+    shared = _shared_pages(page_tables)
+    sequences = jnp.stack([q_start[:-1], length, first, blocks, per, splits, following, shared], axis=1)
 
     cost = kv_heads * (blocks + ITEM_COST * splits)
     cost_before = jnp.sum(jnp.where(after.T, cost[None, :], 0), axis=1)
@@ -71,6 +74,16 @@ def decode_schedule(
     count = start[1:] - start[:-1]
     workers = jnp.stack([seq[:-1], item[:-1], count, jnp.broadcast_to(q_start[-1], count.shape)], axis=1)
     return sequences.astype(jnp.int32), workers.astype(jnp.int32)
+
+
+def _shared_pages(page_tables: Int[Array, "B Pmax"]) -> Int[Array, "B"]:
+    """Leading pages that a sequence has in common with the one before or after it: in a batch sorted by adapter
+    likely those with the same prompt.
+    """
+    width = page_tables.shape[1]
+    alike = page_tables[1:] == page_tables[:-1]
+    with_next = jnp.min(jnp.where(alike, width, jnp.arange(width)), axis=1, initial=width)
+    return jnp.maximum(jnp.pad(with_next, (0, 1)), jnp.pad(with_next, (1, 0)))
 
 
 def sm_count() -> int:

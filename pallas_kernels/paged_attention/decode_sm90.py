@@ -75,6 +75,7 @@ def decode_into(
     seqs, workers = schedule.decode_schedule(
         q_start,
         kv_lens,
+        page_tables,
         num_workers=num_workers,
         kv_heads=kv_heads,
         block=config.block_kv,

@@ -126,7 +126,8 @@ def test_schedule_gives_each_item_to_one_worker(seed):
     lens = np.where(counts > 0, rng.integers(1, 4000, num_seqs), 0).astype(np.int32)
     options = dict(num_workers=workers, kv_heads=kv_heads, block=64, min_split=256, unsplit=512)
     options |= dict(max_splits=int(rng.choice([1, 4, 32])), sliding_window=[None, 100][seed % 2])
-    tables = schedule.decode_schedule(jnp.asarray(q_start), jnp.asarray(lens), **options)
+    pages = jnp.zeros((num_seqs, 250), jnp.int32)
+    tables = schedule.decode_schedule(jnp.asarray(q_start), jnp.asarray(lens), pages, **options)
     seqs, shares = (np.asarray(x) for x in tables)
     assert np.all((seqs[:, schedule.SPLITS] > 0) == ((counts == 1) & (lens > 0)))
     got, loads = [], []
@@ -141,6 +142,19 @@ def test_schedule_gives_each_item_to_one_worker(seed):
                 seq, item = seqs[seq, schedule.NEXT], 0
     assert got == [(b, i) for b in range(num_seqs) for i in range(seqs[b, schedule.SPLITS] * kv_heads)]
     assert max(loads) <= sum(loads) / workers + max(seqs[:, schedule.PER_SPLIT]) + schedule.ITEM_COST + 1
+
+
+def test_schedule_knows_what_neighbours_share():
+    pages = jnp.array([[7, 8, 9], [7, 8, 1], [7, 2, 1], [3, 4, 5], [3, 4, 5], [6, 4, 5]], jnp.int32)
+    options = dict(num_workers=2, kv_heads=1, block=64, min_split=256, unsplit=512, max_splits=1, sliding_window=None)
+
+    def shared(pages):
+        lens = jnp.full(len(pages), 48)
+        seqs, _ = schedule.decode_schedule(jnp.arange(len(pages) + 1), lens, pages, **options)
+        return seqs[:, schedule.SHARED].tolist()
+
+    assert shared(pages) == [2, 2, 1, 3, 3, 0]
+    assert shared(pages[:1]) == [0]
 
 
 NAMED = [(32, 32, 128), (32, 8, 128), (32, 4, 64), (16, 1, 256), (12, 4, 128), (64, 8, 128)]

@@ -66,7 +66,7 @@ def _lora_add():
         (lambda: lower(_7B.geometry, "qkv", 64), {5, 3}, {4, 3}),  # weights and adapters; activations and y
         (lambda: lower(_7B.geometry, "qkv", 256), set(), {5, 4, 3}),  # weights are read by two thread blocks
         (_lora_add, {4}, {3, 2}),  # adapters; activations and base outputs
-        (lambda: _attention(decode_sm90, 64), {5}, {4}),  # pages; queries
+        (lambda: _attention(decode_sm90, 64), {5}, {5, 4}),  # pages; those that two sequences share, and queries
         (lambda: _attention(prefill_sm90, 512), set(), {5}),
     ],
     ids=["few", "few tiles", "lora_add", "decode", "prefill"],
