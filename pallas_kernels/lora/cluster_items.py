@@ -11,7 +11,7 @@ from jax import numpy as jnp
 
 from pallas_kernels.geometry import GROUPS, TILE_RANKS
 from pallas_kernels.lora.config import CLUSTER
-from pallas_kernels.lora.deal import COUNT, FIRST, START, Place
+from pallas_kernels.lora.deal import COUNT, EARLY, FIRST, START, Place
 from pallas_kernels.lora.expand_items import ExpandItem, ExpandItems
 from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, stage_chunks
 from pallas_kernels.lora.plan import PAGE_START, group_fields
@@ -52,7 +52,7 @@ class AddItems:
     @classmethod
     def of(cls, shrink: ShrinkItems, expand: ExpandItems, heads, listed, cluster, part) -> "AddItems":
         group = list(GROUPS).index(expand.group)
-        head = tuple(heads[cluster, group, field] for field in (COUNT, START, FIRST))
+        head = tuple(heads[cluster, group, field] for field in range(FIRST + EARLY))
         return cls(shrink=shrink, expand=expand, head=head, listed=listed, part=part)
 
     @property
@@ -60,13 +60,12 @@ class AddItems:
         """Items of this cluster."""
         return self.head[COUNT]
 
-    @property
-    def first(self):
-        """What `fetch` needs of the first one."""
-        return self.head[FIRST]
+    def early(self, n: int):
+        """What `fetch` needs of item n < EARLY, or of the last one if there are fewer."""
+        return self.head[FIRST + n]
 
     def look_up(self, n):
-        """What `fetch` needs of item n, or of the last one if there are fewer."""
+        """The same of any item."""
         n = jnp.maximum(jnp.minimum(n, self.count - 1), 0)
         return self.listed[self.head[START] + n, list(GROUPS).index(self.expand.group)]
 

@@ -15,7 +15,10 @@ from pallas_kernels.lora.mosaic_common import dealt, dealt_item
 from pallas_kernels.lora.ranges import MAX_LOG_RANGES, num_ranges, range_of
 
 COUNT, START, FIRST = range(3)
-"""Fields of a cluster's head: how many items it has, where they begin in the list, and the first of them once more."""
+"""Fields of a cluster's head: how many items it has, where they begin in the list, and the first EARLY of them once
+more, or the last one where there are fewer: whoever looks them up in the list waits for the head first.
+"""
+EARLY = 3
 _LARGE = 0.7
 """An item of this part of what the clusters have on average is dealt to one of its own."""
 _MODULES = tuple(len(m) for m in GROUPS.values())
@@ -118,7 +121,7 @@ def deal_blocks(granules: Int[Array, "NT 4"], cut: Int[Array, "4 3"], used) -> D
 
 def list_items(
     granules: Int[Array, "NT 4"], cut: Int[Array, "4 3"], used
-) -> tuple[Int[Array, "C 4 3"], Int[Array, "M 4"]]:
+) -> tuple[Int[Array, "C 4 5"], Int[Array, "M 4"]]:
     """For each group heads of the clusters, and all clusters' items, those of each cluster one after another, then
     zeros. Arguments as of deal_blocks.
     """
@@ -141,6 +144,6 @@ def list_items(
     cluster = jnp.minimum(jnp.sum(ended, axis=1, dtype=jnp.int32), CLUSTERS - 1)
     n = at - jnp.sum(jnp.where(ended, lengths, 0), axis=1, dtype=jnp.int32)
     items = jnp.where(at < total, packed(cluster, n), 0)
-    every = jnp.broadcast_to(clusters, lengths.shape)
-    first = jnp.where(lengths > 0, packed(every, jnp.zeros_like(every)), 0)
-    return jnp.stack([lengths, before, first], axis=2), items
+    every, last = jnp.broadcast_to(clusters, lengths.shape), jnp.maximum(lengths - 1, 0)
+    early = [jnp.where(lengths > 0, packed(every, jnp.minimum(n, last)), 0) for n in range(EARLY)]
+    return jnp.stack([lengths, before, *early], axis=2), items

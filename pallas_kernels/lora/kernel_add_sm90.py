@@ -163,7 +163,7 @@ def _launch(*args, names, group, config: LoraConfig, sources: tuple[ChunkSource,
                 pl.when(targeted)(lambda: plgpu.barrier_arrive(y_full.at[buffer]))
                 return number, prepared + jnp.where(targeted, 1, 0), fetched, ahead
 
-            state = zero, zero, items.fetch(items.first), items.look_up(1)
+            state = zero, zero, items.fetch(items.early(0)), items.early(1)
             prepared = lax.fori_loop(0, items.count, item_body, state)[1]
             drain(y_empty, prepared, 2)
 
@@ -215,7 +215,6 @@ def _in_order(items: AddItems, shrink_one, expand_one, carry):
         fetched, ahead = items.fetch(ahead), items.look_up(n + 3)
         return following, fetched, ahead, expand_one(item, shrink_one(following, carry))
 
-    second = items.look_up(1)
-    first = items.describe(items.fetch(items.first))
-    state = first, items.fetch(second), items.look_up(2), shrink_one(first, carry)
+    first = items.describe(items.fetch(items.early(0)))
+    state = first, items.fetch(items.early(1)), items.early(2), shrink_one(first, carry)
     return lax.fori_loop(0, items.count, body, state)[3]

@@ -64,7 +64,7 @@ class Plan:
     counts: Int[Array, "5"]
     records: Int[Array, "NT L R"]
     scaling: Float[Array, "NT L 7"]
-    heads: Int[Array, "C 4 3"] | None
+    heads: Int[Array, "C 4 5"] | None
     items: Int[Array, "M 4"] | None
 
 

@@ -13,7 +13,7 @@ from pallas_kernels.geometry import GROUPS
 from pallas_kernels.lora.arg_specs import LLAMA2_7B, LLAMA31_8B, SPECS
 from pallas_kernels.lora.cluster_items import AddItems
 from pallas_kernels.lora.config import CLUSTER, CLUSTERS, LoraConfig
-from pallas_kernels.lora.deal import COUNT, FIRST, START, Place, deal_blocks, list_items
+from pallas_kernels.lora.deal import COUNT, EARLY, FIRST, START, Place, deal_blocks, list_items
 from pallas_kernels.lora.expand_items import ExpandItems
 from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, dealt, dealt_item
 from pallas_kernels.lora.plan import RECORD, group_fields, module_field
@@ -110,7 +110,9 @@ def _items_of_clusters(granules: list[int], group: str, limit: int | None = None
     cut, heads, items = np.asarray(cut)[index], np.asarray(heads)[:, index], np.asarray(items)[:, index]
     assert 0 <= deal.alone[index] <= deal.large[index] <= CLUSTERS and deal.small[index] >= 0
     clusters = [[Place.unpack(int(i)) for i in items[h[START] : h[START] + h[COUNT]]] for h in heads]
-    assert all(found[0] == Place.unpack(int(h[FIRST])) for found, h in zip(clusters, heads, strict=True) if found)
+    for found, head in zip(clusters, heads, strict=True):
+        early = [Place.unpack(int(i)) for i in head[FIRST : FIRST + EARLY]]
+        assert not found or early == [*found, *[found[-1]] * EARLY][:EARLY]
     return [1 << sum(int(block < c) for c in cut) for block in range(len(granules))], clusters
 
 
