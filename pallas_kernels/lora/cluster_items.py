@@ -10,11 +10,11 @@ from jax import lax
 from jax import numpy as jnp
 
 from pallas_kernels.geometry import GROUPS, TILE_RANKS
-from pallas_kernels.lora.config import CLUSTER
-from pallas_kernels.lora.deal import COUNT, EARLY, FIRST, START, Place
+from pallas_kernels.lora.config import CLUSTER, CLUSTERS
 from pallas_kernels.lora.expand_items import ExpandItem, ExpandItems
-from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, stage_chunks
+from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, dealt, dealt_item, stage_chunks
 from pallas_kernels.lora.plan import PAGE_START, group_fields
+from pallas_kernels.lora.ranges import num_ranges, range_of
 from pallas_kernels.lora.short_items import ShrinkItem, ShrinkItems
 
 _LOG_CLUSTER = CLUSTER.bit_length() - 1
@@ -35,62 +35,55 @@ class AddItem:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AddItems:
-    """The items of a cluster, as the plan lists them.
+    """The items of a launch, numbered token block by token block, the largest first, and dealt out to the clusters.
 
     An item of a large token block covers a range of the module's outputs, and all its ranges shrink alike.
 
-    shrink, expand: what is known of the two halves. head, listed: of the cluster, and all clusters' items, see
-    `list_items`. part: which thread block of its cluster this one is.
+    shrink, expand: what is known of the two halves. cut: how many blocks have at least 2, 4 and 8 ranges. part: which
+    thread block of its cluster this one is.
     """
 
     shrink: ShrinkItems
     expand: ExpandItems
-    head: tuple[Any, ...]
-    listed: Any
+    cut: tuple[Any, ...]
+    cluster: Any
     part: Any
 
-    @classmethod
-    def of(cls, shrink: ShrinkItems, expand: ExpandItems, heads, listed, cluster, part) -> "AddItems":
-        group = list(GROUPS).index(expand.group)
-        head = tuple(heads[cluster, group, field] for field in range(FIRST + EARLY))
-        return cls(shrink=shrink, expand=expand, head=head, listed=listed, part=part)
+    @property
+    def _modules(self) -> tuple[int, ...]:
+        return GROUPS[self.expand.group]
 
     @property
     def count(self):
         """Items of this cluster."""
-        return self.head[COUNT]
+        total = num_ranges(self.expand.num_blocks, self.cut, len(self._modules))
+        return dealt(total, self.cluster, CLUSTERS)
 
-    def early(self, n: int):
-        """What `fetch` needs of item n < EARLY, or of the last one if there are fewer."""
-        return self.head[FIRST + n]
-
-    def look_up(self, n):
-        """The same of any item."""
-        n = jnp.maximum(jnp.minimum(n, self.count - 1), 0)
-        return self.listed[self.head[START] + n, list(GROUPS).index(self.expand.group)]
-
-    def _module(self, place: Place) -> list:
-        """The module's number, output tiles and first tile of `out`."""
+    def _place(self, n):
+        """Of item n: token block, its module's number, output tiles and first tile of `out`, the range, and the binary
+        logarithm of the ranges.
+        """
+        number = len(self._modules)
+        index, log_ranges, part = range_of(dealt_item(self.cluster, n, CLUSTERS), self.cut, number)
+        which = lax.rem(index, jnp.int32(number))
         geometry, tile = self.expand.geometry, 0
         chosen = [jnp.int32(0)] * 3
-        for i, m in enumerate(GROUPS[self.expand.group]):
+        for i, m in enumerate(self._modules):
             values = (m, geometry.out_tiles(m), tile)
-            chosen = [jnp.where(place.module == i, v, old) for v, old in zip(values, chosen, strict=True)]
+            chosen = [jnp.where(which == i, v, old) for v, old in zip(values, chosen, strict=True)]
             tile += geometry.out_tiles(m)
-        return chosen
+        return lax.div(index, jnp.int32(number)), chosen, part, log_ranges
 
-    def fetch(self, packed) -> list:
-        """What `describe` needs of an item's records."""
-        place = Place.unpack(packed)
-        module, *_ = self._module(place)
+    def fetch(self, n) -> list:
+        """What `describe` needs of item n's records."""
+        block, (module, *_), *_ = self._place(n)
         fields = (PAGE_START, *group_fields(self.shrink.group))
-        a = [self.shrink.records[place.block, self.shrink.layer, i] for i in fields]
-        return [packed, *a, *self.expand.fetch_of(place.block, module)]
+        a = [self.shrink.records[block, self.shrink.layer, i] for i in fields]
+        return [*a, *self.expand.fetch_of(block, module)]
 
-    def describe(self, fetched) -> AddItem:
-        packed, (a_page_start, section, _, *a_pages), b = fetched[0], fetched[1:6], fetched[6:]
-        block, _, log_ranges, number = place = Place.unpack(packed)
-        module, width, out_tile = self._module(place)
+    def describe(self, n, fetched) -> AddItem:
+        block, (module, width, out_tile), number, log_ranges = self._place(n)
+        (a_page_start, section, _, *a_pages), b = fetched[:5], fetched[5:]
         chunks, log_parts = lax.div(width, jnp.int32(self.expand.chunk)), log_ranges + _LOG_CLUSTER
         per_part = (chunks + (1 << log_parts) - 1) >> log_parts
         first = number * CLUSTER * per_part

@@ -19,7 +19,7 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.geometry import TILE_RANKS
+from pallas_kernels.geometry import GROUPS, TILE_RANKS
 from pallas_kernels.lora.any_rows import any_rows
 from pallas_kernels.lora.cluster_exchange import SLOTS, Exchange
 from pallas_kernels.lora.cluster_items import AddItem, AddItems
@@ -29,6 +29,7 @@ from pallas_kernels.lora.expand_y import RowTiles
 from pallas_kernels.lora.kernel_short_sm90 import ExpandScratch, ring_stages
 from pallas_kernels.lora.mosaic_common import PLAN_ROWS, STAGE_ROWS, STEP_ROWS, ChunkSource, capacity, drain
 from pallas_kernels.lora.plan import Half, y_rows
+from pallas_kernels.lora.ranges import MAX_LOG_RANGES
 from pallas_kernels.lora.short_expand import ShortExpand
 from pallas_kernels.lora.short_items import ShrinkItems, split_chunks
 from pallas_kernels.lora.short_ring import ShortRing, full_arrivals, ring_type, sync_warpgroup
@@ -44,17 +45,15 @@ def add(pages, layer, a: Half, b: Half, *, x, out, group: str, config: LoraConfi
         ChunkSource(geometry=half.geometry, num_pages=pages.shape[1], chunk=chunk, whole=True, read_once=True)
         for half in (a, b)
     )
-    assert a.plan.items is not None, "the plan lists no items"
     args = dict(out=out, x=sources[0].view_of_tokens(x), scaling=b.plan.scaling)
     args |= dict(a_ids=a.page_ids, a_records=a.plan.records, b_ids=b.page_ids, b_records=b.plan.records)
-    args |= dict(pool=sources[0].view_of_pool(pages), heads=a.plan.heads, items=a.plan.items, layer=layer)
+    args |= dict(pool=sources[0].view_of_pool(pages), counts=a.plan.counts, cut=a.plan.cut, layer=layer)
     options: dict[str, Any] = dict(names=tuple(args), group=group, config=config, sources=sources, max_rank=max_rank)
     with jax.named_scope("lora_add"):
         if out.shape[0] < TILE_RANKS:
             return _launch(*args.values(), **options)[0]
         rows = dict.fromkeys(("scaling", "a_records", "b_records"), capacity(PLAN_ROWS, len(a.plan.records)))
         rows |= dict.fromkeys(("x", "out"), capacity(STEP_ROWS, out.shape[0]))
-        rows["items"] = capacity(4 * PLAN_ROWS, len(a.plan.items))
         return any_rows(
             _launch,
             tuple(args.values()),
@@ -73,8 +72,10 @@ def _launch(*args, names, group, config: LoraConfig, sources: tuple[ChunkSource,
 
     def body(*refs, ring, a_full, b_full, empty, parts, sent, free, y_smem, moved, y_full, y_empty):
         ref = dict(zip(names, refs, strict=True))
-        wg, layer = lax.axis_index("wg"), ref["layer"][0]
-        known: dict[str, Any] = dict(group=group, config=config, chunk=sources[0].chunk, num_blocks=None, layer=layer)
+        wg, layer, num_blocks = lax.axis_index("wg"), ref["layer"][0], ref["counts"][0]
+        known: dict[str, Any] = dict(
+            group=group, config=config, chunk=sources[0].chunk, num_blocks=num_blocks, layer=layer
+        )
         shrink = ShortShrink(
             items=ShrinkItems(geometry=sources[0].geometry, rank_blocks=None, records=ref["a_records"], **known),
             source=sources[0],
@@ -97,8 +98,13 @@ def _launch(*args, names, group, config: LoraConfig, sources: tuple[ChunkSource,
             pool=ref["pool"],
             ring=ShortRing.of(sources[1], stages, ring, b_full, empty),
         )
-        clusters = lax.axis_index("cluster"), lax.axis_index("part")
-        items = AddItems.of(shrink.items, expand.items, ref["heads"], ref["items"], *clusters)
+        items = AddItems(
+            shrink=shrink.items,
+            expand=expand.items,
+            cut=tuple(ref["cut"][list(GROUPS).index(group), i] for i in range(MAX_LOG_RANGES)),
+            cluster=lax.axis_index("cluster"),
+            part=lax.axis_index("part"),
+        )
         exchange = Exchange(parts=parts, sent=sent, free=free)
         zero = jnp.int32(0)
 
@@ -140,10 +146,10 @@ def _launch(*args, names, group, config: LoraConfig, sources: tuple[ChunkSource,
             tiles = RowTiles(y_smem=y_smem, interpret=False)
 
             def item_body(n, carry):
-                number, prepared, fetched, ahead = carry
-                item = items.describe(fetched)
+                number, prepared, fetched = carry
+                item = items.describe(n, fetched)
                 scale = ref["scaling"][item.expand.block, layer, item.expand.module]
-                fetched, ahead = items.fetch(ahead), items.look_up(n + 2)
+                fetched = items.fetch(jnp.minimum(n + 1, items.count - 1))
                 buffer, targeted = lax.rem(prepared, 2), item.expand.length > 0
 
                 @pl.when(targeted & (prepared >= 2))
@@ -161,16 +167,15 @@ def _launch(*args, names, group, config: LoraConfig, sources: tuple[ChunkSource,
 
                 number = lax.fori_loop(0, item.rank_tiles, round_body, number)
                 pl.when(targeted)(lambda: plgpu.barrier_arrive(y_full.at[buffer]))
-                return number, prepared + jnp.where(targeted, 1, 0), fetched, ahead
+                return number, prepared + jnp.where(targeted, 1, 0), fetched
 
-            state = zero, zero, items.fetch(items.early(0)), items.early(1)
-            prepared = lax.fori_loop(0, items.count, item_body, state)[1]
+            _, prepared, _ = lax.fori_loop(0, items.count, item_body, (zero, zero, items.fetch(zero)))
             drain(y_empty, prepared, 2)
 
         roles = ((multiply_a, 96), (multiply_b, 216), (load, 96), (prepare, 104))
         for i, (role, registers) in enumerate(roles):
-
-            @pl.when((wg == i) & (items.count > 0))
+            # Without short segments nobody waits for records of a plan that has none.
+            @pl.when((wg == i) & (num_blocks > 0))
             def _(role=role, registers=registers):
                 plgpu.set_max_registers(registers, action="increase" if registers > _REGISTERS else "decrease")
                 role()
@@ -203,18 +208,23 @@ def _launch(*args, names, group, config: LoraConfig, sources: tuple[ChunkSource,
 
 
 def _in_order(items: AddItems, shrink_one, expand_one, carry):
-    """Folds the two over all items, of which there are some, in the order of the launch. Records are fetched one item
-    ahead, and where they are is looked up two ahead: who computes on what was just loaded waits.
+    """Folds the two over all items in the order of the launch. Records are fetched one item ahead: who computes on what
+    was just loaded waits.
     """
+    last = jnp.maximum(items.count - 1, 0)
+
+    def described(n, fetched, wanted) -> AddItem:
+        item = items.describe(n, fetched)
+        return dataclasses.replace(item, rank_tiles=jnp.where(wanted, item.rank_tiles, 0))
 
     def body(n, state):
-        item, fetched, ahead, carry = state
-        following = items.describe(fetched)
-        wanted = n + 1 < items.count
-        following = dataclasses.replace(following, rank_tiles=jnp.where(wanted, following.rank_tiles, 0))
-        fetched, ahead = items.fetch(ahead), items.look_up(n + 3)
-        return following, fetched, ahead, expand_one(item, shrink_one(following, carry))
+        item, fetched, carry = state
+        ahead = jnp.minimum(n + 1, last)
+        following = described(ahead, fetched, n < last)
+        fetched = items.fetch(jnp.minimum(n + 2, last))
+        return following, fetched, expand_one(item, shrink_one(following, carry))
 
-    first = items.describe(items.fetch(items.early(0)))
-    state = first, items.fetch(items.early(1)), items.early(2), shrink_one(first, carry)
-    return lax.fori_loop(0, items.count, body, state)[3]
+    zero = jnp.int32(0)
+    first = described(zero, items.fetch(zero), items.count > 0)
+    state = first, items.fetch(jnp.minimum(1, last)), shrink_one(first, carry)
+    return lax.fori_loop(0, items.count, body, state)[2]

@@ -16,8 +16,7 @@ import numpy as np
 
 from pallas_kernels.geometry import GROUPS, MODULES, Geometry, ceil_div
 from pallas_kernels.lora.config import CLUSTERS, SHORT_SEGMENT
-from pallas_kernels.lora.deal import list_items
-from pallas_kernels.lora.ranges import cut_blocks
+from pallas_kernels.lora.ranges import MAX_LOG_RANGES, cut_blocks
 from pallas_kernels.lora.table import AdapterTable, section_starts
 
 BLOCK_GRANULES = 8
@@ -55,8 +54,8 @@ def module_pages(module):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """counts: number of token blocks, then for each group the most rank blocks that any of them has in any layer.
-    records: TOKEN is a block's first row, of which the block's own tokens begin OFFSET rows on. heads, items: see
-    `list_items`; None where blocks are in the order of the segments.
+    records: TOKEN is a block's first row, of which the block's own tokens begin OFFSET rows on. cut: see `cut_blocks`;
+    zeros where blocks are in the order of the segments.
 
     Records past the last token block are unspecified.
     """
@@ -64,8 +63,7 @@ class Plan:
     counts: Int[Array, "5"]
     records: Int[Array, "NT L R"]
     scaling: Float[Array, "NT L 7"]
-    heads: Int[Array, "C 4 5"] | None
-    items: Int[Array, "M 4"] | None
+    cut: Int[Array, "4 3"]
 
 
 @jax.tree_util.register_dataclass
@@ -216,14 +214,13 @@ def make_plan(
     rank_blocks = -(-jnp.sum(granules * groups, axis=3, dtype=jnp.int32) // BLOCK_GRANULES)
     used = index < num_blocks
     counts = jnp.max(jnp.where(used[:, None, None], rank_blocks, 0), axis=(0, 1))
-    heads = items = None
-    if loads is not None:
-        in_use = jnp.where(used[:, None], loads[adapter], 0)
-        heads, items = list_items(in_use, cut_blocks(in_use), num_blocks)
+    if loads is None:
+        cut = jnp.zeros((len(GROUPS), MAX_LOG_RANGES), jnp.int32)
+    else:
+        cut = cut_blocks(jnp.where(used[:, None], loads[adapter], 0))
     return Plan(
         counts=jnp.concatenate([num_blocks[None], counts]),
         records=jnp.concatenate([records, page_ids], axis=2),
         scaling=table.scaling[adapter],
-        heads=heads,
-        items=items,
+        cut=cut,
     )

@@ -38,7 +38,7 @@ def cut_blocks(granules: Int[Array, "NT 4"]) -> Int[Array, "4 3"]:
     return jnp.where((taken <= _FEW * CLUSTERS)[:, None], early, strict)
 
 
-def range_of(index, cut, modules) -> tuple[jax.Array, jax.Array, jax.Array]:
+def range_of(index, cut, modules: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of range `index` of a launch: the number of its item (token block by token block, `modules` each), the binary
     logarithm of the item's ranges, and which of them it is.
 
@@ -56,7 +56,7 @@ def range_of(index, cut, modules) -> tuple[jax.Array, jax.Array, jax.Array]:
     return item, log_ranges, part
 
 
-def num_ranges(num_blocks, cut, modules):
+def num_ranges(num_blocks, cut, modules: int):
     """Of all items of a launch."""
     more = sum((blocks << log) for log, blocks in enumerate(cut))
     return (num_blocks + more) * modules

@@ -13,7 +13,6 @@ from pallas_kernels.geometry import GROUPS
 from pallas_kernels.lora.arg_specs import LLAMA2_7B, LLAMA31_8B, SPECS
 from pallas_kernels.lora.cluster_items import AddItems
 from pallas_kernels.lora.config import CLUSTER, CLUSTERS, LoraConfig
-from pallas_kernels.lora.deal import COUNT, EARLY, FIRST, START, Place, deal_blocks, list_items
 from pallas_kernels.lora.expand_items import ExpandItems
 from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, dealt, dealt_item
 from pallas_kernels.lora.plan import RECORD, group_fields, module_field
@@ -91,29 +90,11 @@ def test_every_chunk_is_copied_and_multiplied_once(granules, group, packed):
     assert len(sums) == splits * sum(-(-g // STAGE_CHUNKS) for g in granules)
 
 
-def _of_group(granules: list[int], group: str, limit: int | None = None) -> jax.Array:
-    """Of token blocks with so many granules in the group, all modules together, and of blocks that are not in use."""
-    others = jnp.zeros((limit or len(granules), len(GROUPS)), jnp.int32)
-    return others.at[: len(granules), list(GROUPS).index(group)].set(jnp.array(granules, jnp.int32))
-
-
-@jax.jit
-def _listed(granules, used):
-    cut = cut_blocks(granules)
-    return cut, *list_items(granules, cut, used), deal_blocks(granules, cut, used)
-
-
-def _items_of_clusters(granules: list[int], group: str, limit: int | None = None):
-    """Ranges of the blocks, and of each cluster its items."""
+def _cut(granules: list[int], group: str) -> tuple[jax.Array, ...]:
+    """Of token blocks with so many granules in the group, all modules together."""
+    others = jnp.zeros((len(granules), len(GROUPS)), jnp.int32)
     index = list(GROUPS).index(group)
-    cut, heads, items, deal = _listed(_of_group(granules, group, limit), len(granules))
-    cut, heads, items = np.asarray(cut)[index], np.asarray(heads)[:, index], np.asarray(items)[:, index]
-    assert 0 <= deal.alone[index] <= deal.large[index] <= CLUSTERS and deal.small[index] >= 0
-    clusters = [[Place.unpack(int(i)) for i in items[h[START] : h[START] + h[COUNT]]] for h in heads]
-    for found, head in zip(clusters, heads, strict=True):
-        early = [Place.unpack(int(i)) for i in head[FIRST : FIRST + EARLY]]
-        assert not found or early == [*found, *[found[-1]] * EARLY][:EARLY]
-    return [1 << sum(int(block < c) for c in cut) for block in range(len(granules))], clusters
+    return tuple(cut_blocks(others.at[:, index].set(jnp.array(granules)))[index])
 
 
 @given(cut=st.lists(st.integers(0, 9), min_size=3, max_size=3), blocks=st.integers(0, 9), modules=st.integers(1, 3))
@@ -129,41 +110,15 @@ def test_ranges_are_numbered_once(cut, blocks, modules):
     assert found == [(item, log, part) for item, log in enumerate(logs) for part in range(1 << log)]
 
 
-@given(
-    granules=st.lists(st.integers(0, 40), min_size=0, max_size=24),
-    times=st.sampled_from([1, 3, 9]),
-    in_order=st.booleans(),
-    group=st.sampled_from(list(GROUPS)),
-)
-@settings(max_examples=60, deadline=None)
-def test_items_are_listed_once(granules, times, in_order, group):
-    """Whatever the order of the blocks."""
-    granules = sorted(granules * times, reverse=True) if in_order else granules * times
-    ranges, clusters = _items_of_clusters(granules, group, 216)
-    found = [tuple(place) for places in clusters for place in places]
-    wanted = [
-        (block, module, count.bit_length() - 1, part)
-        for block, count in enumerate(ranges)
-        for module in range(len(GROUPS[group]))
-        for part in range(count)
-    ]
-    assert sorted(found) == sorted(wanted)
-
-
 MIXED = SPECS["7b_decode_64_mixed_qkvo"].ranks
 LOADS = [  # ranks of token blocks, group, ranges of the blocks, and the largest load of a cluster over the mean
-    (MIXED, "qkv", [1] * 64, 1.17),
-    (MIXED, "gu", [2] * 8 + [1] * 56, 1.31),
+    (MIXED, "qkv", [1] * 64, 1.45),
+    (MIXED, "gu", [2] * 8 + [1] * 56, 1.52),
     (MIXED, "o", [4] * 8 + [2] * 8 + [1] * 48, 2.18),
-    (MIXED * 2, "qkv", [1] * 128, 1.17),
-    (MIXED * 2, "gu", [1] * 128, 1.1),
-    (MIXED * 4, "o", [1] * 256, 1.1),
     ([16] * 64, "qkv", [1] * 64, 1.04),
     ([16] * 64, "o", [1] * 64, 1.04),
     ([16] * 256, "qkv", [1] * 256, 1.04),
     ([16] * 256, "o", [1] * 256, 1.04),
-    ([8, 16, 32, 64] * 16, "qkv", [1] * 64, 1.11),
-    ([8, 16, 32, 64] * 16, "gu", [1] * 64, 1.11),
     ([8, 16, 32, 64] * 64, "qkv", [1] * 256, 1.04),
     ([8, 16, 32, 64] * 64, "o", [1] * 256, 1.04),
     ([32] * 10, "qkv", [2] * 10, 1.65),
@@ -175,7 +130,7 @@ LOADS = [  # ranks of token blocks, group, ranges of the blocks, and the largest
     ([16] * 32, "qkv", [1] * 32, 1.38),
     ([16] * 32, "o", [2] * 32, 1.55),
     ([16] * 33, "o", [2] * 33, 1.5),
-    ([128] + [8] * 255, "o", [4] + [1] * 255, 2.63),
+    ([128] + [8] * 255, "o", [4] + [1] * 255, 2.93),
 ]
 
 
@@ -184,14 +139,18 @@ def test_loads_are_balanced(ranks, group, ranges, largest):
     """The mean is that of uncut items. A range takes half its item's time for A, and its part of the other half."""
     modules = len(GROUPS[group])
     granules = np.sort(np.array(ranks) // 8)[::-1]
-    found, clusters = _items_of_clusters(list(granules * modules), group)
-    assert found == ranges
-    loads = [sum(granules[p.block] * (0.5 + 0.5 / 2.0**p.log_ranges) for p in places) for places in clusters]
-    assert max(loads) <= largest * granules.sum() * modules / CLUSTERS
+    cut = _cut(list(granules * modules), group)
+    assert [1 << sum(block < int(c) for c in cut) for block in range(len(granules))] == ranges
+    total = int(num_ranges(len(granules), cut, modules))
+    cluster, n = jnp.meshgrid(jnp.arange(CLUSTERS), jnp.arange(-(-total // CLUSTERS)), indexing="ij")
+    index = dealt_item(cluster, n, CLUSTERS)
+    item, log, _ = (np.asarray(v) for v in range_of(index, cut, modules))
+    own = np.where(index < total, granules[np.minimum(item // modules, len(granules) - 1)] * (0.5 + 0.5 / 2.0**log), 0)
+    assert own.sum(axis=1).max() <= largest * granules.sum() * modules / CLUSTERS
 
 
 def test_nothing_is_cut_where_no_adapter_targets_the_group():
-    assert _items_of_clusters([0] * 5, "o")[0] == [1] * 5
+    assert [int(c) for c in _cut([0] * 5, "o")] == [0, 0, 0]
 
 
 SHARED = [
@@ -215,7 +174,7 @@ def test_clusters_share_all_items(group, blocks, geometry):
     granules = rng.integers(0, 12, (blocks, len(modules)))
     granules[: blocks // 8] *= 4  # ranges of several sizes, in the order that a plan has
     granules = granules[np.argsort(-granules.sum(axis=1))]
-    _, heads, listed, _ = _listed(_of_group(list(granules.sum(axis=1)), group), blocks)
+    cut = _cut(list(granules.sum(axis=1)), group)
     for i, m in enumerate(modules):
         records[:blocks, 0, module_field(m) + 1] = granules[:, i]
         records[:blocks, 0, module_field(m) + 2] = 8 * granules[:, :i].sum(axis=1)
@@ -224,16 +183,16 @@ def test_clusters_share_all_items(group, blocks, geometry):
         group=group,
         config=LoraConfig(),
         chunk=4,
-        num_blocks=None,
+        num_blocks=jnp.int32(blocks),
         records=jnp.asarray(records),
         layer=0,
     )
 
     @functools.partial(jax.jit, static_argnums=2)
     def describe(cluster, part, n):
-        halves = ShrinkItems(rank_blocks=None, **known), ExpandItems(**known)
-        items = AddItems.of(*halves, heads, listed, cluster, part)
-        item = items.describe(items.fetch(items.look_up(n)))
+        halves = dict(shrink=ShrinkItems(rank_blocks=None, **known), expand=ExpandItems(**known))
+        items = AddItems(**halves, cut=cut, cluster=cluster, part=part)
+        item = items.describe(n, items.fetch(n))
         tiles = [items.shrink_of(item, k) for k in range(6)]
         return items.count, item, tiles, items.shrink_stages(item)
 
