@@ -10,7 +10,9 @@ HEADS = {"mha": (32, 32, 128), "gqa": (32, 8, 128)}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionShape:
-    """`seqs` sequences, each with `queries` new tokens at the end of `context` tokens in all."""
+    """`seqs` sequences, each with `queries` new tokens at the end of `context` tokens in all, of which the first `shared`
+    are the same ones, in the same pages, for all sequences.
+    """
 
     seqs: int
     queries: int
@@ -18,6 +20,7 @@ class AttentionShape:
     heads: int
     kv_heads: int
     dim: int
+    shared: int = 0
 
     @property
     def geometry(self) -> Geometry:
@@ -27,7 +30,8 @@ class AttentionShape:
     def bytes(self) -> int:
         """Bytes that must move: keys and values once, queries in, results out (2-byte elements)."""
         per_token = 2 * self.kv_heads * self.dim * 2
-        return self.seqs * (self.context * per_token + 2 * self.queries * self.heads * self.dim * 2)
+        tokens = self.seqs * (self.context - self.shared) + self.shared
+        return tokens * per_token + self.seqs * 2 * self.queries * self.heads * self.dim * 2
 
     @property
     def flops(self) -> int:
@@ -49,10 +53,10 @@ def geometry(heads: int, kv_heads: int, dim: int, num_layers: int = 1) -> Geomet
     )
 
 
-def _shapes(cases: dict[str, tuple[int, int, int]]) -> dict[str, AttentionShape]:
+def _shapes(cases: dict[str, tuple[int, ...]]) -> dict[str, AttentionShape]:
     return {
-        f"{name}-{kind}": AttentionShape(seqs=s, queries=q, context=c, heads=n, kv_heads=k, dim=d)
-        for name, (s, q, c) in cases.items()
+        f"{name}-{kind}": AttentionShape(seqs=s, queries=q, context=c, heads=n, kv_heads=k, dim=d, shared=sum(shared))
+        for name, (s, q, c, *shared) in cases.items()
         for kind, (n, k, d) in HEADS.items()
     }
 
@@ -64,6 +68,7 @@ DECODE = _shapes(
         "8x32768": (8, 1, 32768),
         "1x512": (1, 1, 512),
         "1x8192": (1, 1, 8192),
+        "64x2048shared1024": (64, 1, 2048, 1024),
     }
 )
 PREFILL = _shapes({"4x4096": (4, 4096, 4096), "2048on16k": (1, 2048, 16384 + 2048), "64x32on512": (64, 32, 544)})
