@@ -10,8 +10,8 @@ HEADS = {"mha": (32, 32, 128), "gqa": (32, 8, 128)}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionShape:
-    """`seqs` sequences, each with `queries` new tokens at the end of `context` tokens in all, of which the first `shared`
-    are the same ones, in the same pages, for all sequences.
+    """`seqs` sequences, each with `queries` new tokens at the end of `context` tokens in all. The first `shared` of
+    these are in the same pages for all.
     """
 
     seqs: int
