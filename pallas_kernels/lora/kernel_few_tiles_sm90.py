@@ -212,22 +212,10 @@ def _kernel(ring: FewTileRing, stripes: Stripes, shares: int, records, stages: i
                     await_y=await_y,
                 )
 
-            def begin(warp):
-                of_warp(warp).begin()
-
-            def finish(warp):
-                of_warp(warp).finish()
-
-            def both(warp):
-                begin(warp)
-                finish(warp)
-
-            if interpret:
-                plgpu.warp_map(both)
-                return
-            plgpu.warp_map(begin)
-            shrink(0).add_up(*[shrink(window) for window in range(1, WINDOWS)])
-            plgpu.warp_map(finish)
+            plgpu.warp_map(lambda warp: of_warp(warp).begin())
+            if not interpret:
+                shrink(0).add_up(*[shrink(window) for window in range(1, WINDOWS)])
+            plgpu.warp_map(lambda warp: of_warp(warp).finish())
 
     body.__name__ = "lora_matmul_few_tiles"
     has_y = plgpu.Barrier(num_arrivals=WINDOWS if interpret else 1, num_barriers=blocks)
