@@ -11,7 +11,7 @@ _place = operator.attrgetter("place")
 
 class BatchOrder:
     """Kept from step to step, so that the chunks of sequences that decode need not be sorted. Sequences of equal place
-    stand in order of admission.
+    stand in order of admission. A sequence's place must not change while it is in it.
     """
 
     def __init__(self) -> None:

@@ -291,6 +291,7 @@ class Scheduler:
         """Starts a waiting sequence if it fits; see Seats.enter."""
         if not self._seats.enter(seq, urgent, reserved):
             return False
+        seq.set_place()
         self._order.add(seq)
         self.waiting.remove(seq)
         self.quotas.admitted(seq)

@@ -57,7 +57,7 @@ class Sequence:
     missed: bool = False
     page_keys: list[bytes] = dataclasses.field(default_factory=list, repr=False)  # see slora_jax/prefix_cache.py
     group: str = dataclasses.field(init=False, repr=False)  # sequences of one adapter stand together in a batch
-    place: str = dataclasses.field(init=False, repr=False)  # orders groups in a batch
+    place: str = dataclasses.field(init=False, repr=False)  # orders sequences in a batch
 
     def __post_init__(self):
         assert 0 < self.prompt_len <= len(self.tokens)
@@ -71,8 +71,16 @@ class Sequence:
 
     def _set_group(self) -> None:
         self.group = self.adapter.digest if self.adapter else ""
-        # large adapters first: the LoRA kernels deal out their work in this order, and the last of it should be small
-        self.place = f"{_MOST_PAGES - (self.adapter.num_pages if self.adapter else 0):08x} {self.group}"
+        self.set_place()
+
+    def set_place(self) -> None:
+        """Where it stands in a batch, before it starts: large adapters first, for the LoRA kernels deal out their work
+        in this order, and the last of it should be small. Those of one adapter that begin alike stand together, for
+        attention looks at neighbours to know which pages are read again.
+        """
+        size = self.adapter.num_pages if self.adapter else 0
+        beginning = self.page_keys[0].hex() if self.page_keys else ""
+        self.place = f"{_MOST_PAGES - size:08x} {self.group} {beginning}"
 
     @property
     def length(self) -> int:

@@ -13,7 +13,7 @@ _place = operator.attrgetter("seq.place")
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepPlan:
     """One step. Chunks are in batch order: single tokens first, then longer chunks, each part grouped by adapter, large
-    adapters first.
+    adapters first, and then by how sequences begin.
     """
 
     chunks: list[Chunk]

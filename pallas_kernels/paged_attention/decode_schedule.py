@@ -77,8 +77,8 @@ def decode_schedule(
 
 
 def _shared_pages(page_tables: Int[Array, "B Pmax"]) -> Int[Array, "B"]:
-    """Leading pages that a sequence has in common with the one before or after it: in a batch sorted by adapter
-    likely those with the same prompt.
+    """Leading pages that a sequence has in common with the one before or after it; in an engine's batches those of one
+    adapter that begin alike stand together.
     """
     width = page_tables.shape[1]
     alike = page_tables[1:] == page_tables[:-1]

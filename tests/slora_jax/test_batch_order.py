@@ -50,3 +50,16 @@ def test_plans_are_in_batch_order_whether_pages_run_out_or_not():
                     if chunk.seq.output_len == chunk.seq.max_tokens:
                         scheduler.remove(chunk.seq)
         assert bool(preempted) == (pages == 45)
+
+
+def test_those_that_begin_alike_stand_together():
+    """Of one adapter, so that attention sees from its neighbour which of a sequence's pages are read again."""
+    scheduler = Scheduler(PagePool(1000), max_seqs=12, max_step_tokens=256, prefix_page_cost=1.0)
+    for i in range(12):
+        tokens = [i % 3] * 20 + [i]
+        adapter = AdapterUse("a", 1) if i % 2 else None
+        scheduler.add(Sequence(seq_id=i, tokens=tokens, prompt_len=21, max_tokens=9, adapter=adapter))
+    plan = scheduler.schedule()
+    found = [(chunk.seq.group, chunk.seq.tokens[0]) for chunk in plan.chunks]
+    assert len(found) == 12
+    assert sum(a != b for a, b in zip(found[1:], found, strict=False)) == 5
