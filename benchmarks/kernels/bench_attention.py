@@ -215,9 +215,10 @@ def bench_decode(name: str, ceiling: dict, others: bool) -> dict:
     x = Inputs(shape)
     measured = x.per_layer(ours_decode(x))
     extra = {}
-    if others and not shape.shared:  # JAX's has pages of its own, and shares none
+    if others:
         extra["xla_us"] = x.per_layer(xla(x, 1), layers=2) * 1e6
         del x
+    if others and not shape.shared:  # it has pages of its own here, and shares none
         extra["jax_triton_us"] = jax_triton_decode(shape) * 1e6
     return report("decode", name, shape, measured, ceiling, **extra)
 

@@ -26,9 +26,11 @@ def geometry(heads, kv_heads, dim, layers=2):
 
 
 class Batch:
-    """Sequences of `lens` tokens whose last `queries` are asked about, in random pages of a pool full of NaN."""
+    """Sequences of `lens` tokens whose last `queries` are asked about, in random pages of a pool full of NaN. shared:
+    pages with which all begin; each has at least as many.
+    """
 
-    def __init__(self, g, lens, queries, seed=0, layer=1, padding=2, dtype=jnp.bfloat16, max_pages=None):
+    def __init__(self, g, lens, queries, seed=0, layer=1, padding=2, dtype=jnp.bfloat16, max_pages=None, shared=0):
         rng = np.random.default_rng(seed)
         need = [ceil_div(n, PAGE_TOKENS) for n in lens]
         num_pages = sum(need) + 3
@@ -43,7 +45,10 @@ class Batch:
         for b, n in enumerate(lens):
             tables[b, : need[b]] = [free.pop() for _ in range(need[b])]
             kv = jnp.asarray(rng.standard_normal((2, n, g.num_kv_heads, g.head_dim)), dtype).astype(jnp.float32)
-            k, v = np.asarray(kv)
+            k, v = np.array(kv)
+            if b:
+                tables[b, :shared] = tables[0, :shared]
+                k[: shared * PAGE_TOKENS], v[: shared * PAGE_TOKENS] = (x[: shared * PAGE_TOKENS] for x in self.kvs[0])
             fill_kv(pages, layer, tables[b], k, v, g)
             self.kvs.append((k, v))
         self.pages, self.tables = jnp.asarray(pages, dtype), tables
@@ -68,8 +73,8 @@ class Batch:
         return want, one, several
 
 
-def check_decode(g, lens, *, queries=None, window=None, cap=None, **options):
-    batch = Batch(g, lens, queries or [min(n, 1) for n in lens])
+def check_decode(g, lens, *, queries=None, window=None, cap=None, shared=0, **options):
+    batch = Batch(g, lens, queries or [min(n, 1) for n in lens], shared=shared)
     run = jax.jit(lambda *a: decode_sm90(*a, **batch.kwargs(), sliding_window=window, soft_cap=cap, **options))
     got = np.asarray(run(*batch.args()), np.float64)
     want, one, _ = batch.expected(window, cap)
@@ -98,6 +103,7 @@ SMALL = DecodeConfig(stages=2, unsplit=64, min_split=64, max_splits=4)
         (8, 4, 64, [5, 0, 200, 64], {}),
         (16, 2, 128, [130, 17], dict(window=50, cap=20.0)),
         (6, 2, 128, [130, 300], {}),
+        (8, 4, 64, [100, 40, 64], dict(shared=2)),
     ],
 )
 def test_decode_interpreted(monkeypatch, heads, kv_heads, dim, lens, options):
@@ -205,6 +211,13 @@ LENS = [1, 16, 17, 0, 511, 512, 513, 1024, 3000, 64, 63, 65, 128, 5000]
 @pytest.mark.parametrize("options", [{}, dict(window=100), dict(cap=15.0), dict(window=600, cap=30.0)])
 def test_decode_on_gpu(heads, kv_heads, dim, options):
     check_decode(geometry(heads, kv_heads, dim), LENS, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("kv_heads", [8, 32])
+def test_decode_of_shared_pages_on_gpu(kv_heads, window):
+    check_decode(geometry(32, kv_heads, 128), [600, 49, 64, 1500, 3000, 200], shared=3, window=window)
 
 
 @pytest.mark.gpu
