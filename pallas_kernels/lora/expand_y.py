@@ -31,6 +31,15 @@ def total_of(granules, rank_tile, scale, parts: list, dtype):
     return jnp.where(live, total * scale, 0.0).astype(dtype)
 
 
+def total_of_tokens(ranks, offset, num_tokens, scale, total, dtype):
+    """Of a sum with a row for each token: scaled, zero past so many ranks and for all tokens but `num_tokens` from
+    `offset` on.
+    """
+    token, rank = (plgpu.broadcasted_iota(jnp.int32, total.shape, i, layout=_WGMMA) for i in (0, 1))
+    live = (rank < ranks) & (token >= offset) & (token < offset + num_tokens)
+    return jnp.where(live, total * scale, 0.0).astype(dtype)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowTiles:
     """Of blocks of eight tokens: a tile [8 n, 64] has y once for each of the n chunks of outputs that share a stage,

@@ -11,6 +11,7 @@ from pallas_kernels.lora.gated_ring import COLUMNS, MATRICES, GatedRing
 from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, STAGE_ROWS
 from pallas_kernels.lora.short_ring import WARPS
 from pallas_kernels.lora.stage_load import StageLoad
+from pallas_kernels.lora.stage_ring import BASE_COPIES
 from pallas_kernels.lora.windows import TILE
 
 
@@ -18,10 +19,14 @@ from pallas_kernels.lora.windows import TILE
 class GatedLoad(StageLoad):
     ring: GatedRing
 
-    def _tile(self, n, zeros, issued):
+    def _tile(self, n, issued):
         tile, column, _ = self.order.place(n)
         begin, end = (self.first_block[tile + i] for i in (0, 1))
-        issued += self._base(tile, column, issued, begin, end - begin)
+
+        def fields(k):
+            return [f for m in GROUPS[self.items.group] for f in self.items.fetch_of(begin + k, m)]
+
+        issued = self._base_stages(n, self._base(tile, column), fields, end - begin, issued)
 
         def module_body(place, issued):
             gate, up = GROUPS[self.items.group]
@@ -31,27 +36,22 @@ class GatedLoad(StageLoad):
             def item_of(block):
                 return self.items.item(block, module, width, 0, column, 1, self.items.fetch_of(block, module))
 
-            return self._deltas(item_of, place, begin, end, zeros, issued)
+            return self._deltas(item_of, place, begin, end, issued)
 
         return lax.fori_loop(0, MATRICES, module_body, issued)
 
-    def _base(self, tile, column, issued, begin, count):
-        """The base projection's stages of a tile: x by the first warp, gate's and up's weights by the last two. Returns
-        how many there are. begin, count: of the tile's records.
-        """
+    def _base(self, tile, column):
+        """The base projection's stages of a tile: x by the first warp, gate's and up's weights by the last two."""
         ring, up_column = self.ring, self.w.shape[2] // MATRICES
         units = jnp.where(self.warp == 0, ring.tile_units, jnp.where(self.warp >= WARPS - MATRICES, STAGE_CHUNKS, 0))
 
-        def load(k):
-            slot = ring.claim(issued + k, units)
+        def load(k, before):
+            slot = ring.claim(before, units)
             depth, tokens = pl.ds(k * STAGE_ROWS, STAGE_ROWS), pl.ds(tile * TILE, TILE)
-            ring.copy(self.x.at[tokens, depth], ring.rows.at[slot], slot, self.warp == 0)
+            ring.copy(self.shrink.x.at[tokens, depth], ring.rows.at[slot], slot, self.warp == 0)
             for matrix in range(MATRICES):
                 part = self.w.at[self.items.layer, depth, pl.ds(matrix * up_column + column * COLUMNS, COLUMNS)]
                 ring.copy(part, ring.weights(slot, matrix), slot, self.warp == WARPS - MATRICES + matrix)
-            ring.arrive_for_missing(slot)
+            ring.arrive_for_missing(slot, BASE_COPIES)
 
-        def fields(k):
-            return [f for m in GROUPS[self.items.group] for f in self.items.fetch_of(begin + k, m)]
-
-        return self._base_stages(load, fields, count)
+        return load

@@ -9,7 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.geometry import TILE_COLS, TILE_RANKS
 from pallas_kernels.lora.mosaic_common import OPERAND, STAGE_CHUNKS, STAGE_ROWS, SWIZZLED, ChunkSource
-from pallas_kernels.lora.stage_ring import STAGES, StageRing
+from pallas_kernels.lora.stage_ring import STAGES, StageRing, shrink_types
 
 CHUNK = 2
 """Tiles of weights that a bulk copy of B moves: a product's tile has as many of gate, and as many of up."""
@@ -18,22 +18,26 @@ MATRICES = 2
 
 
 def weights_type(source: ChunkSource, dtype):
-    """Scratch type: gate's and up's weights of a slot, one after the other, as wgmma reads them, and chunks of B as
-    they are copied, over the same bytes.
+    """Scratch type: gate's and up's weights of a slot, one after the other, as wgmma reads them, chunks of B as they
+    are copied, A, and sums, over the same bytes.
     """
     operand = plgpu.SMEM((STAGES * MATRICES * STAGE_ROWS, COLUMNS), dtype, transforms=OPERAND)
+    shrink = shrink_types(dtype, whole=source.whole)
     if not source.whole:
-        return operand
+        return operand, *shrink
     chunks = (STAGES * MATRICES * STAGE_CHUNKS, CHUNK, TILE_RANKS, TILE_COLS)
-    return plgpu.RefUnion(operand, plgpu.SMEM(chunks, dtype, transforms=SWIZZLED))
+    return plgpu.RefUnion(operand, plgpu.SMEM(chunks, dtype, transforms=SWIZZLED), *shrink)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GatedRing(StageRing):
     @classmethod
     def of(cls, source: ChunkSource, rows, weights, full, empty) -> "GatedRing":
-        operand, chunks = weights if source.whole else (weights, weights)
-        return cls(source=source, rows=rows, operand=operand, chunks=chunks, full=full, empty=empty)
+        if not source.whole:
+            operand, sums, a = weights
+            weights = operand, operand, sums, a, a
+        views = dict(zip(("operand", "chunks", "sums", "a_operand", "a_chunks"), weights, strict=True))
+        return cls(source=source, rows=rows, **views, full=full, empty=empty)
 
     def weights(self, slot, matrix: int):
         """A slot's weights of gate (0) or up (1), [64, 128]. B of either is where gate's are."""

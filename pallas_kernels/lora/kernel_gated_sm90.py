@@ -9,6 +9,8 @@ Each of gate and up is rounded before it goes on, as if silu_mul had followed: t
 was. Where the last round has tiles for half of the programs at most, each is cut in two along its tokens.
 """
 
+from typing import Any
+
 import jax
 from jax import lax
 from jax import numpy as jnp
@@ -21,10 +23,19 @@ from pallas_kernels.lora.config import LoraConfig
 from pallas_kernels.lora.expand_items import ExpandItems
 from pallas_kernels.lora.gated_load import GatedLoad
 from pallas_kernels.lora.gated_ring import CHUNK, COLUMNS, MATRICES, GatedRing, weights_type
-from pallas_kernels.lora.mosaic_common import OPERAND, PLAN_ROWS, STAGE_ROWS, STEP_ROWS, ChunkSource, capacity
+from pallas_kernels.lora.mosaic_common import OPERAND, STAGE_ROWS, ChunkSource
 from pallas_kernels.lora.plan import Half
+from pallas_kernels.lora.product_shrink import (
+    OPERANDS,
+    ProductShrink,
+    ShrinkShape,
+    shrink_operands,
+    shrink_out,
+    shrink_rows,
+)
 from pallas_kernels.lora.product_tiles import HALVES, ProductTiles
 from pallas_kernels.lora.stage_ring import STAGES, arrivals
+from pallas_kernels.lora.tile_shrinks import TileShrinks
 from pallas_kernels.lora.windows import TILE, WINDOW, Tiles
 from pallas_kernels.vectors_sm90 import unsupported_row
 
@@ -42,57 +53,85 @@ def unsupported(geometry: Geometry) -> str | None:
     return unsupported_row(gate, jnp.bfloat16)
 
 
-def gated_matmul(x, w, y, pages, half: Half, tiles: Tiles, windows, layer, *, config: LoraConfig, interpret=None):
-    """``(h, gate_up)``: ``silu(gate) * up`` of ``x @ w[layer]`` and the deltas of the plan's segments, bfloat16 [T, F],
+def gated_matmul(
+    x,
+    w,
+    pages,
+    a: Half,
+    b: Half,
+    tiles: Tiles,
+    shrinks: TileShrinks,
+    windows,
+    layer,
+    *,
+    config: LoraConfig,
+    max_rank: int,
+    interpret=None,
+):
+    """``(h, gate_up)``: ``silu(gate) * up`` of ``x @ w[layer]`` and the deltas of the plans' segments, bfloat16 [T, F],
     and gate and up, [T, 2F], written where `windows` is not zero.
 
-    w: [layers, in, 2F]. y: of `shrink_y`. half: of the adapters' B, cut at windows, as `tiles` is. windows: int32
+    w: [layers, in, 2F]. a, b: of the adapters' matrices, cut at windows, as `tiles` and `shrinks` are. windows: int32
     [T / 64]. layer: int32[1].
     """
-    source = ChunkSource(geometry=half.geometry, num_pages=pages.shape[1], chunk=CHUNK, whole=not interpret)
-    num_tokens, columns = x.shape[0], w.shape[2]
-    out = tuple(jax.ShapeDtypeStruct((num_tokens, n), x.dtype) for n in (columns // MATRICES, columns))
+    options: dict[str, Any] = dict(num_pages=pages.shape[1], whole=not interpret)
+    source = ChunkSource(geometry=b.geometry, chunk=CHUNK, **options)
+    a_source = ChunkSource(geometry=a.geometry, chunk=1, **options)
+    shape = ShrinkShape(source=a_source, group=GROUP, config=config, max_rank=max_rank)
+    num_tokens, columns, blocks = x.shape[0], w.shape[2], b.plan.records.shape[0]
     number = jnp.concatenate([layer, jnp.full(1, num_tokens // TILE, jnp.int32)])
-    adapters = source.view_of_pool(pages), half.page_ids, half.plan.records
-    args = (x, w, y, *adapters, tiles.first_block, tiles.stages, tiles.reach, windows, number)
-    options = dict(config=config, source=source)
+    operands = shrink_operands(x, pages, a, b.plan, tiles, shrinks, shape)
+    args = (*operands, w, source.view_of_pool(pages), b.page_ids, tiles.stages, tiles.reach, windows, number)
+    static: dict[str, Any] = dict(config=config, source=source, shape=shape)
+
+    def out(rows: int, blocks: int) -> tuple:
+        found = (jax.ShapeDtypeStruct((rows, n), x.dtype) for n in (columns // MATRICES, columns))
+        return *found, *shrink_out(shape, blocks, x.dtype)
+
     with jax.named_scope("lora_matmul_silu_mul"):
         if interpret:
-            return _launch(*args, **options, out=out, interpret=interpret)
-        most, blocks = capacity(STEP_ROWS, num_tokens), capacity(PLAN_ROWS, half.plan.records.shape[0])
-        rows = {0: most, 2: blocks, 5: blocks, 6: most // TILE + 1} | dict.fromkeys((7, 8), most // TILE)
-        rows[9] = most // WINDOW
-        largest = tuple(jax.ShapeDtypeStruct((most, o.shape[1]), o.dtype) for o in out)
-        return any_rows(_launch, args, rows=rows, out=out, in_place=False, options=options | dict(out=largest))
+            return _launch(*args, out=out(num_tokens, blocks), **static, interpret=interpret)[:2]
+        rows = shrink_rows(num_tokens, operands)
+        first = len(operands)
+        rows |= dict.fromkeys((first + 3, first + 4), rows[0] // TILE) | {first + 5: rows[0] // WINDOW}
+        static |= dict(out=out(rows[0], rows[7]))
+        return any_rows(_launch, args, rows=rows, out=out(num_tokens, blocks), in_place=False, options=static)[:2]
 
 
-def _launch(*args, out, config, source, interpret=None):
-    x, w, y, *_ = args
+def _launch(*args, out, config, source, shape: ShrinkShape, interpret=None):
+    x, w = args[0], args[len(OPERANDS)]
     geometry, modules, up_column = source.geometry, GROUPS[GROUP], w.shape[2] // MATRICES
     ctas = 2 if interpret else _CTAS
     steps = x.shape[1] // STAGE_ROWS
-    most_ranks = y.shape[2] // (len(modules) * STAGE_ROWS)
 
     def lora_matmul_silu_mul(
         x_ref,
+        a_pool,
+        a_page_ids,
+        entries,
+        counts,
+        signals,
+        first_block,
+        records,
+        scaling,
         w_ref,
-        y_ref,
         pool,
         page_ids,
-        records,
-        first_block,
         stages,
         reach,
         windows,
         number,
         h_ref,
         gate_up_ref,
+        sums,
+        y_ref,
         *,
         a,
         b,
         c,
         full,
         empty,
+        barriers=None,
     ):
         ring = GatedRing.of(source, a, b, full, empty)
         cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
@@ -108,16 +147,26 @@ def _launch(*args, out, config, source, interpret=None):
         )
         order = ProductTiles(geometry=geometry, group=GROUP, cta=cta, ctas=ctas, tiles=tiles)
         count = order.count
+        read = x_ref, a_pool, a_page_ids, entries, counts, signals, first_block, records, scaling
+        shrink = ProductShrink(
+            shape=shape,
+            ring=ring,
+            order=order,
+            layer=layer,
+            sums=sums,
+            y=y_ref,
+            barriers=barriers,
+            **dict(zip(OPERANDS, read, strict=True)),
+        )
 
         @pl.when(wg == 2)
         def load():
             plgpu.set_max_registers(56, action="decrease")
-            options = dict(page_ids=page_ids, first_block=first_block, most_ranks=most_ranks)
-            refs = dict(x=x_ref, w=w_ref, y=y_ref, pool=pool)
+            refs = dict(w=w_ref, pool=pool, page_ids=page_ids, first_block=first_block)
 
             @plgpu.warp_map
             def _(warp):
-                GatedLoad(ring=ring, items=items, order=order, warp=warp, **refs, **options).run()
+                GatedLoad(ring=ring, items=items, order=order, shrink=shrink, warp=warp, **refs).run()
 
         @pl.when(wg < 2)
         def multiply():
@@ -132,7 +181,11 @@ def _launch(*args, out, config, source, interpret=None):
                     run(k, slot)
                     plgpu.barrier_arrive(empty.at[slot])
 
-            def base(seen):
+            def for_base_stages(n, seen, run):
+                stages = lambda seen, first, last: for_stages(seen + first, last - first, run)  # noqa: E731
+                shrink.for_base_stages(wg, n, seen, steps, stages)
+
+            def base(n, seen):
                 """Gate and up of x, before deltas, rounded."""
 
                 def accumulate(gate, up):
@@ -142,7 +195,7 @@ def _launch(*args, out, config, source, interpret=None):
                             plgpu.wgmma(acc, ring.rows.at[slot, mine], ring.weights(slot, matrix))
                         plgpu.wgmma_wait(0)
 
-                    for_stages(seen, steps, run)
+                    for_base_stages(n, seen, run)
                     return gate[...].astype(x.dtype), up[...].astype(x.dtype)
 
                 return pl.run_scoped(accumulate, *[plgpu.ACC((WINDOW, COLUMNS), jnp.float32)] * MATRICES)
@@ -171,13 +224,13 @@ def _launch(*args, out, config, source, interpret=None):
                 place = pl.ds(pl.multiple_of(column + i * TILE_COLS, TILE_COLS), TILE_COLS)
                 plgpu.copy_smem_to_gmem(c.at[wg, i], target.at[rows, place])
 
-            def whole(seen, lengths, reached, tile, column):
+            def whole(n, seen, lengths, reached, tile, column):
                 window = tile * (TILE // WINDOW) + wg
                 rows = pl.ds(pl.multiple_of(window * WINDOW, WINDOW), WINDOW)
                 column *= COLUMNS
                 keep = windows[window] != 0
-                gate, up = base(seen)
-                seen += steps
+                gate, up = base(n, seen)
+                seen += base_stages(n)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 for i in range(_SLOTS):
                     c[wg, i] = _columns(gate, i)
@@ -197,6 +250,15 @@ def _launch(*args, out, config, source, interpret=None):
                     g, u = gate_part.astype(jnp.float32), up_part.astype(jnp.float32)
                     send(i, (g / (1 + jnp.exp(-g)) * u).astype(x.dtype), h_ref, rows, column)
 
+            def others(n, seen, lengths):
+                """The stages of a tile whose other window alone is this program's."""
+                nothing = lambda k, slot: None  # noqa: E731
+                for_base_stages(n, seen, nothing)
+                for_stages(seen + base_stages(n), sum(lengths), nothing)
+
+            def base_stages(n):
+                return steps + shrink.sum_stages(n)
+
             def of_tile(n):
                 """How many stages of deltas gate and up of a tile have, and which reach into the warpgroup's window."""
                 tile, *_ = order.place(n)
@@ -208,14 +270,14 @@ def _launch(*args, out, config, source, interpret=None):
                 # loaded now, needed when the next tile's base is summed
                 following = of_tile(jnp.minimum(n + 1, count - 1))
                 mine = (half == HALVES) | (half == wg)
-                length = steps + sum(lengths)
-                pl.when(mine)(lambda: whole(seen, lengths, reached, tile, column))
-                pl.when(~mine)(lambda: for_stages(seen, length, lambda k, slot: None))
-                return seen + length, following
+                pl.when(mine)(lambda: whole(n, seen, lengths, reached, tile, column))
+                pl.when(~mine)(lambda: others(n, seen, lengths))
+                return seen + base_stages(n) + sum(lengths), following
 
             @pl.when(count > 0)
             def _():
-                lax.fori_loop(0, count, tile_body, (jnp.int32(0), of_tile(jnp.int32(0))))
+                seen = shrink.multiply(wg, jnp.int32(0))
+                lax.fori_loop(0, count, tile_body, (seen, of_tile(jnp.int32(0))))
                 plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(
@@ -231,6 +293,7 @@ def _launch(*args, out, config, source, interpret=None):
             c=plgpu.SMEM((2, _SLOTS, WINDOW, TILE_COLS), x.dtype, transforms=OPERAND),
             full=plgpu.Barrier(num_arrivals=arrivals(source), num_barriers=STAGES),
             empty=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            **(dict(barriers=(plgpu.Barrier(num_arrivals=2),) * 2) if interpret else {}),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True),  # as silu_mul
         interpret=interpret,

@@ -28,9 +28,9 @@ from pallas_kernels.lora.kernel_add_sm90 import add
 from pallas_kernels.lora.kernel_expand_sm90 import expand
 from pallas_kernels.lora.kernel_short_sm90 import short
 from pallas_kernels.lora.kernel_shrink_sm90 import shrink
-from pallas_kernels.lora.kernel_shrink_y_sm90 import shrink_y
 from pallas_kernels.lora.plan import Half, by_length, group_loads, make_plan
 from pallas_kernels.lora.table import AdapterTable
+from pallas_kernels.lora.tile_shrinks import make_tile_shrinks
 from pallas_kernels.lora.windows import WINDOW, make_tiles, touched_windows
 from pallas_kernels.silu_mul.kernel_sm90 import silu_mul_again_sm90
 
@@ -45,9 +45,9 @@ _shrink = jax.jit(shrink, static_argnames=_STATIC)
 _expand = jax.jit(expand, static_argnames=_STATIC)
 _make_plan = jax.jit(make_plan, static_argnames=("num_tokens", "geometry", "block_tokens", "windows"))
 _make_tiles = jax.jit(make_tiles, static_argnames="num_tokens")
-_shrink_y = jax.jit(shrink_y, static_argnames=_STATIC)
-_matmul = jax.jit(kernel_matmul_sm90.matmul, static_argnames=("group", "config", "interpret"))
-_gated = jax.jit(kernel_gated_sm90.gated_matmul, static_argnames=("config", "interpret"))
+_make_tile_shrinks = jax.jit(make_tile_shrinks, static_argnames=("num_tokens", "max_rank"))
+_matmul = jax.jit(kernel_matmul_sm90.matmul, static_argnames=("group", "config", "max_rank", "interpret"))
+_gated = jax.jit(kernel_gated_sm90.gated_matmul, static_argnames=("config", "max_rank", "interpret"))
 _make_few_plan = jax.jit(make_few_plan, static_argnames=("blocks", "geometry", "lists", "tiles"))
 _few = jax.jit(kernel_few_sm90.few_matmul, static_argnames=("group", "geometry", "interpret"))
 _few_tiles = jax.jit(kernel_few_tiles_sm90.few_tile_matmul, static_argnames=("group", "geometry", "interpret"))
@@ -221,23 +221,12 @@ def matmul_sm90(
     """`add_sm90` to ``x @ weights[layer]``, for steps of many tokens: what long segments add is summed with the
     product, and never written.
     """
-    where, (short, config, b, tiles, y) = _before_product(
-        x,
-        pages,
-        shrink,
-        expand,
-        seg_start,
-        seg_adapter,
-        layer=layer,
-        group=group,
-        max_rank=max_rank,
-        interpret=interpret,
-    )
-    out = _matmul(x, weights, y, pages, b, tiles, where, group=group, config=config, interpret=interpret)
+    where = jnp.asarray(layer, jnp.int32).reshape(1)
+    short, long, options = _before_product(x.shape[0], shrink, expand, seg_start, seg_adapter, max_rank=max_rank)
+    out = _matmul(x, weights, pages, *long, where, group=group, **options, interpret=interpret)
     if interpret:
         return out
-    options: dict[str, Any] = dict(layer=layer, group=group, max_rank=max_rank)
-    options |= dict(config=default_config(shrink.geometry, 1))
+    options = dict(layer=layer, group=group, max_rank=max_rank, config=default_config(shrink.geometry, 1))
     return add_sm90(out, x, pages, shrink, expand, seg_start, short, **options)
 
 
@@ -284,39 +273,27 @@ def gated_sm90(
     """`silu_mul` of `matmul_sm90` for the group "gu", with the same bits. Gate and up are written only around short
     segments, for which silu_mul is done again.
     """
-    group = kernel_gated_sm90.GROUP
-    where, (short, config, b, tiles, y) = _before_product(
-        x,
-        pages,
-        shrink,
-        expand,
-        seg_start,
-        seg_adapter,
-        layer=layer,
-        group=group,
-        max_rank=max_rank,
-        interpret=interpret,
-    )
+    group, where = kernel_gated_sm90.GROUP, jnp.asarray(layer, jnp.int32).reshape(1)
+    short, long, options = _before_product(x.shape[0], shrink, expand, seg_start, seg_adapter, max_rank=max_rank)
     windows = _touched_windows(seg_start, short, num_tokens=x.shape[0])
-    h, gate_up = _gated(x, weights, y, pages, b, tiles, windows, where, config=config, interpret=interpret)
+    h, gate_up = _gated(x, weights, pages, *long, windows, where, **options, interpret=interpret)
     if interpret:
         return h
-    options: dict[str, Any] = dict(layer=layer, group=group, max_rank=max_rank)
-    options |= dict(config=default_config(shrink.geometry, 1))
+    options = dict(layer=layer, group=group, max_rank=max_rank, config=default_config(shrink.geometry, 1))
     gate_up = add_sm90(gate_up, x, pages, shrink, expand, seg_start, short, **options)
     return silu_mul_again_sm90(gate_up, h, windows)
 
 
-def _before_product(x, pages, shrink, expand, seg_start, seg_adapter, *, layer, group, max_rank, interpret):
-    """The layer as an array, and (short segments' adapters, config, where the long ones' B is, tiles, y of them)."""
-    where, num_tokens = jnp.asarray(layer, jnp.int32).reshape(1), x.shape[0]
+def _before_product(num_tokens: int, shrink: Matrices, expand: Matrices, seg_start, seg_adapter, *, max_rank: int):
+    """Short segments' adapters, and of the long ones what the kernels with the base projection take: where A and B are,
+    tiles, what these shrink, and options.
+    """
     short, long = by_length(seg_start, seg_adapter)
     config = dataclasses.replace(default_config(shrink.geometry, SHORT_SEGMENT + 1), block_tokens=WINDOW)
     a, b = (matrices.half(seg_start, long, num_tokens, config, windows=True) for matrices in (shrink, expand))
-    options: dict[str, Any] = dict(group=group, config=config, interpret=interpret, geometry=a.geometry)
-    options |= dict(chunk=chunk_tiles(a.geometry, config.chunk_tiles), max_rank=max_rank)
-    y = _shrink_y(x, pages, a.page_ids, a.plan, b.plan, where, **options)
-    return where, (short, config, b, _make_tiles(b.plan, num_tokens=num_tokens), y)
+    tiles = _make_tiles(b.plan, num_tokens=num_tokens)
+    shrinks = _make_tile_shrinks(a.plan, tiles, num_tokens=num_tokens, max_rank=max_rank)
+    return short, (a, b, tiles, shrinks), dict(config=config, max_rank=max_rank)
 
 
 def _whole_rows(out: Float[Array, "T c"]) -> Float[Array, "T2 c"]:

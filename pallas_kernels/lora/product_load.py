@@ -11,7 +11,7 @@ from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS, STAGE_ROWS
 from pallas_kernels.lora.product_ring import COLUMNS, HALF, ProductRing
 from pallas_kernels.lora.product_tiles import CHUNK, HALVES
 from pallas_kernels.lora.stage_load import StageLoad
-from pallas_kernels.lora.stage_ring import STAGES
+from pallas_kernels.lora.stage_ring import BASE_COPIES, STAGES
 from pallas_kernels.lora.windows import TILE
 
 
@@ -22,26 +22,26 @@ class ProductLoad(StageLoad):
     ring: ProductRing
     stages: Any
 
-    def _tile(self, n, zeros, issued):
+    def _tile(self, n, issued):
         first_block, layer = self.first_block, self.items.layer
         tile, column, half = self.order.place(n)
         module, place_in_group, width, first_tile = self.order.module_of(column)
         begin, end, length = first_block[tile], first_block[tile + 1], self.stages[tile, layer, module]
-        records = (lambda k: self.items.fetch_of(begin + k, module)), end - begin
-        issued += self._base(tile, column, half, issued, records)
+        fields = lambda k: self.items.fetch_of(begin + k, module)  # noqa: E731
+        issued = self._base_stages(n, self._base(tile, column, half), fields, end - begin, issued)
 
         def item_of(block):
             chunk = column - lax.div(first_tile, CHUNK)
             fetched = self.items.fetch_of(block, module)
             return self.items.item(block, module, width, first_tile, chunk, 1, fetched)
 
-        once = lambda _, issued: self._deltas(item_of, place_in_group, begin, end, zeros, issued)  # noqa: E731
+        once = lambda _, issued: self._deltas(item_of, place_in_group, begin, end, issued)  # noqa: E731
         times = jnp.where((length <= STAGES) | (half < HALVES), 1, HALVES)
         return lax.fori_loop(0, times, once, issued)
 
-    def _base(self, tile, column, half, issued, records):
+    def _base(self, tile, column, half):
         """The base projection's stages of a tile, or of half of one: x by the first warp, its weights by the last two,
-        one for whole tiles and one for halves. Returns how many there are. records: fields and count, see _base_stages.
+        one for whole tiles and one for halves.
         """
         ring, layer = self.ring, self.items.layer
         x, whole, halved = (self.warp == i for i in (0, 2, 3))
@@ -49,15 +49,15 @@ class ProductLoad(StageLoad):
         units = jnp.where(whole, STAGE_CHUNKS, jnp.where(halved, STAGE_CHUNKS // HALVES, 0))
         units = jnp.where(x, ring.tile_units, units)
 
-        def load(k):
-            slot = ring.claim(issued + k, units)
+        def load(k, before):
+            slot = ring.claim(before, units)
             depth = pl.ds(k * STAGE_ROWS, STAGE_ROWS)
             tokens = pl.ds(tile * TILE, TILE)
             outputs = pl.ds(column * COLUMNS, COLUMNS)
-            ring.copy(self.x.at[tokens, depth], ring.rows.at[slot], slot, x)
+            ring.copy(self.shrink.x.at[tokens, depth], ring.rows.at[slot], slot, x)
             ring.copy(self.w.at[layer, depth, outputs], ring.weights(slot), slot, whole)
             outputs = pl.ds((column * HALVES + jnp.where(half == HALVES, 0, half)) * HALF, HALF)
             ring.copy(self.w.at[layer, depth, outputs], ring.half_weights(slot), slot, halved)
-            ring.arrive_for_missing(slot)
+            ring.arrive_for_missing(slot, BASE_COPIES)
 
-        return self._base_stages(load, *records)
+        return load

@@ -11,23 +11,25 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.geometry import TILE_COLS, TILE_RANKS
 from pallas_kernels.lora.mosaic_common import OPERAND, STAGE_CHUNKS, STAGE_ROWS, SWIZZLED, ChunkSource
 from pallas_kernels.lora.product_tiles import CHUNK, HALVES
-from pallas_kernels.lora.stage_ring import STAGES, StageRing
+from pallas_kernels.lora.stage_ring import STAGES, StageRing, shrink_types
 
 COLUMNS = CHUNK * TILE_COLS
 HALF = COLUMNS // HALVES
 
 
 def weights_type(source: ChunkSource, dtype):
-    """Scratch type: base weights or B of a tile as wgmma reads them, chunks of B as they are copied, and base weights
-    of half a tile, over the same bytes.
+    """Scratch type: base weights or B of a tile as wgmma reads them, chunks of B as they are copied, base weights of
+    half a tile, A, and sums, over the same bytes.
     """
     operand = plgpu.SMEM((STAGES * STAGE_ROWS, COLUMNS), dtype, transforms=OPERAND)
+    shrink = shrink_types(dtype, whole=source.whole)
     if not source.whole:
-        return operand
+        return operand, *shrink
     return plgpu.RefUnion(
         operand,
         plgpu.SMEM((STAGES * STAGE_CHUNKS, CHUNK, TILE_RANKS, TILE_COLS), dtype, transforms=SWIZZLED),
         plgpu.SMEM((HALVES * STAGES * STAGE_ROWS, HALF), dtype, transforms=OPERAND),
+        *shrink,
     )
 
 
@@ -39,8 +41,12 @@ class ProductRing(StageRing):
 
     @classmethod
     def of(cls, source: ChunkSource, rows, weights, full, empty) -> "ProductRing":
-        operand, chunks, halves = weights if source.whole else (weights, weights, weights)
-        return cls(source=source, rows=rows, operand=operand, chunks=chunks, halves=halves, full=full, empty=empty)
+        if not source.whole:
+            operand, sums, a = weights
+            weights = operand, operand, operand, sums, a, a
+        names = "operand", "chunks", "halves", "sums", "a_operand", "a_chunks"
+        views = dict(zip(names, weights, strict=True))
+        return cls(source=source, rows=rows, **views, full=full, empty=empty)
 
     def chunk(self, slot, s):
         return slot * STAGE_CHUNKS + s

@@ -27,13 +27,13 @@ class ProductTiles:
     tiles: Any
 
     @property
-    def _columns(self) -> int:
+    def columns(self) -> int:
         return sum(self.geometry.out_tiles(m) for m in GROUPS[self.group]) // CHUNK
 
     @property
     def _split(self):
         """How many tiles the rounds have in which every program has one, and how many more there are in halves."""
-        total = self.tiles * self._columns
+        total = self.tiles * self.columns
         rest = lax.rem(total, jnp.int32(self.ctas))
         return total - rest, jnp.where(rest * HALVES <= self.ctas, rest, 0)
 
@@ -41,8 +41,15 @@ class ProductTiles:
     def count(self):
         """Tiles of this program, one of which may be a half."""
         whole, halved = self._split
-        last = jnp.where(halved > 0, halved * HALVES, self.tiles * self._columns - whole)
+        last = jnp.where(halved > 0, halved * HALVES, self.tiles * self.columns - whole)
         return lax.div(whole, jnp.int32(self.ctas)) + jnp.where(self.cta < last, 1, 0)
+
+    @property
+    def programs(self):
+        """How many have a tile."""
+        whole, halved = self._split
+        last = jnp.where(halved > 0, halved * HALVES, self.tiles * self.columns)
+        return jnp.where(whole > 0, self.ctas, last)
 
     def place(self, n):
         """Of this program's n-th tile: which one along the tokens, which along the outputs, and which half, or HALVES
@@ -53,8 +60,8 @@ class ProductTiles:
         last = (index >= whole) & (halved > 0)
         index = jnp.where(last, whole + lax.div(self.cta, jnp.int32(HALVES)), index)
         half = jnp.where(last, lax.rem(self.cta, jnp.int32(HALVES)), HALVES)
-        band = lax.div(index, jnp.int32(_BAND * self._columns))
-        index -= band * (_BAND * self._columns)
+        band = lax.div(index, jnp.int32(_BAND * self.columns))
+        index -= band * (_BAND * self.columns)
         height = jnp.minimum(self.tiles - band * _BAND, _BAND)
         column = lax.div(index, height)
         return band * _BAND + index - column * height, column, half

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.lora.expand_items import ExpandItem, ExpandItems
 from pallas_kernels.lora.mosaic_common import STAGE_ROWS, drain
 from pallas_kernels.lora.plan import PAGE_START, TOKEN
+from pallas_kernels.lora.product_shrink import ProductShrink
 from pallas_kernels.lora.product_tiles import ProductTiles
 from pallas_kernels.lora.short_ring import WARP_CHUNKS
 from pallas_kernels.lora.stage_ring import STAGES
@@ -23,54 +24,58 @@ from pallas_kernels.lora.windows import WINDOW, is_second
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageLoad:
-    """warp: whose part this is. x: [T, in], w: [layers, in, out], y: [blocks, 64, modules * most_ranks * 64], zeros
-    after the blocks in use. page_ids: of the adapters' B. first_block: of `Tiles`. All in global memory.
+    """warp: whose part this is. w: [layers, in, out]. page_ids: of the adapters' B. first_block: of `Tiles`. All in
+    global memory. shrink: has x and y.
     """
 
     ring: Any
     items: ExpandItems
     order: ProductTiles
     warp: Any
-    x: Any
+    shrink: ProductShrink
     w: Any
-    y: Any
     pool: Any
     page_ids: Any
     first_block: Any
-    most_ranks: int
 
     def run(self) -> None:
-        """Loads all stages of this program's tiles, and waits until they have been read."""
-        zeros = self.first_block[self.order.tiles]
-        body = lambda n, issued: self._tile(n, zeros, issued)  # noqa: E731
-        drain(self.ring.empty, lax.fori_loop(0, self.order.count, body, jnp.int32(0)), STAGES)
+        """Loads all stages of this program, and waits until they have been read."""
+        count = self.order.count
+        issued = lax.fori_loop(0, jnp.minimum(count, 1), lambda _, n: self.shrink.load(self.warp, n), jnp.int32(0))
+        drain(self.ring.empty, lax.fori_loop(0, count, self._tile, issued), STAGES)
 
-    def _tile(self, n, zeros, issued):
+    def _tile(self, n, issued):
         """Loads the n-th tile's stages after so many. Returns how many there are then."""
         raise NotImplementedError
 
-    def _base_stages(self, load: Callable, fields: Callable, count):
-        """Loads the stages of the base projection, ``load(k)`` each. Returns how many there are.
+    def _base_stages(self, n, load: Callable, fields: Callable, count, issued):
+        """Loads the stages of the n-th tile's base projection, ``load(k, stages before it)`` each, and what comes
+        between them; waits for y. Returns the stages that there then were.
 
         fields: what the stages of deltas will need of the tile's k-th record, of which there are `count`. They are read
         beside the first stages, and in the first cache when they are needed.
         """
         steps = self.w.shape[1] // STAGE_ROWS
+        halfway = steps // 2
 
         def load_and_read(k, least):
-            load(k)
+            load(k, issued + k)
             return functools.reduce(jnp.minimum, fields(k), least)
 
-        first = jnp.minimum(count, steps)
+        first = jnp.minimum(count, halfway)
         least = lax.fori_loop(0, first, load_and_read, jnp.int32(0))
-        pl.loop(first, steps)(load)
+        pl.loop(first, halfway)(lambda k: load(k, issued + k))
+        later = self.shrink.load_sums(self.warp, n, issued + halfway) - halfway
+        pl.loop(halfway, steps)(lambda k: load(k, later + k))
+        self.shrink.await_y(self.warp, n)
         # No field is that small, which the compiler does not know: it leaves the reads in.
-        return steps + jnp.where(least == jnp.iinfo(jnp.int32).min, 1, 0)
+        return later + steps + jnp.where(least == jnp.iinfo(jnp.int32).min, 1, 0)
 
-    def _deltas(self, item_of: Callable, place, begin, end, zeros, issued):
+    def _deltas(self, item_of: Callable, place, begin, end, issued):
         """Loads the stages of a module's deltas in a tile: of the blocks from `begin` to `end`, ``item_of(block)``
         each. place: of the module in the group. Returns how many stages there are then.
         """
+        zeros = self.first_block[self.order.tiles]
 
         def block_body(block, issued):
             here, before, after = (
@@ -94,7 +99,8 @@ class StageLoad:
     def _pair(self, item: ExpandItem, place, first, second, issued):
         """Stages of a segment in a tile. first, second: where y of the tile's windows is: the first two warps'."""
         ring, source = self.ring, self.ring.source
-        span = self.items.max_span(self.most_ranks)
+        most_ranks = self.shrink.shape.rank_tiles
+        span = self.items.max_span(most_ranks)
         pages = source.pages(item.section, span, item.pages, item.page_start, self.page_ids)
         mine = [self.warp * WARP_CHUNKS + i for i in range(WARP_CHUNKS)]
         window, has_window = self.warp & 1, self.warp < 2
@@ -105,9 +111,10 @@ class StageLoad:
         def _(k):
             indices = [source.locate(self.items.chunk_tile(item, s, k, 0), pages) for s in mine]
             slot = ring.claim(issued + k, units)
-            ranks = pl.ds((place * self.most_ranks + k) * STAGE_ROWS, STAGE_ROWS)
+            ranks = pl.ds((place * most_ranks + k) * STAGE_ROWS, STAGE_ROWS)
             target = ring.rows.at[slot, pl.ds(window * WINDOW, WINDOW)]
-            ring.copy(self.y.at[block, :, ranks], target, slot, has_window)
+            ring.copy(self.shrink.y.at[block, :, ranks], target, slot, has_window)
             for s, index in zip(mine, indices, strict=True):
                 row = ring.chunk(slot, s)
                 source.copy(self.pool, index, ring.chunks, row, ring.full.at[slot], jnp.bool_(True))
+            ring.arrive_for_missing(slot, 1 + WARP_CHUNKS * source.chunk)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 from jax import numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from pallas_kernels.geometry import MODULES
 from pallas_kernels.lora.mosaic_common import STAGE_CHUNKS
@@ -39,14 +39,21 @@ def is_second(before: list, record: list) -> Any:
     return odd & (before[0] + WINDOW == record[0]) & (before[1] == record[1])
 
 
-def make_tiles(plan: Plan, num_tokens: int) -> Tiles:
-    """Of a plan that was cut at windows."""
-    tiles = num_tokens // TILE
+def listed(plan: Plan) -> tuple[Bool[Array, "N"], Bool[Array, "N"], Int[Array, "N"]]:
+    """Of each token block of a plan that was cut at windows: whether it is in use, whether it belongs to the pair of
+    the one before it, and its first row.
+    """
     records = plan.records
     used = jnp.arange(records.shape[0]) < plan.counts[0]
     token, page = records[:, 0, TOKEN], records[:, 0, PAGE_START]
     second = is_second([jnp.roll(token, 1), jnp.roll(page, 1)], [token, page])
-    second &= jnp.arange(records.shape[0]) > 0
+    return used, second & (jnp.arange(records.shape[0]) > 0), token
+
+
+def make_tiles(plan: Plan, num_tokens: int) -> Tiles:
+    """Of a plan that was cut at windows."""
+    tiles, records = num_tokens // TILE, plan.records
+    used, second, token = listed(plan)
     granules = records[:, :, jnp.array([module_field(m) + 1 for m in range(len(MODULES))])]
     rank_tiles = jnp.where((used & ~second)[:, None, None], -(-granules // STAGE_CHUNKS), 0)
     tile = token // TILE
