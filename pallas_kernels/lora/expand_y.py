@@ -12,8 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.geometry import TILE_RANKS, ceil_div
-from pallas_kernels.lora.config import CLUSTER
+from pallas_kernels.geometry import TILE_RANKS
 from pallas_kernels.lora.expand_items import ExpandItem, ExpandItems
 from pallas_kernels.lora.lanes import Lane, i32, one_of, scalars
 from pallas_kernels.lora.mosaic_common import OPERAND, STAGE_ROWS, drain, for_items
@@ -22,20 +21,11 @@ _WGMMA = plgpu.Layout.WGMMA
 _TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 
 
-def sum_of_splits(parts: list):
-    """Sum of the splits of the input width: in order, those of each half of it by themselves, as one or the other half
-    may be another thread block's.
-    """
-    each = ceil_div(len(parts), CLUSTER)
-    halves = [functools.reduce(jnp.add, parts[i : i + each]) for i in range(0, len(parts), each)]
-    return functools.reduce(jnp.add, halves)
-
-
 def total_of(granules, rank_tile, scale, parts: list, dtype):
-    """Sum of the splits of 64 ranks, scaled; zero past the module's own ranks, of which there are `granules` times
-    eight.
+    """Sum of the splits of 64 ranks in order, scaled; zero past the module's own ranks, of which there are `granules`
+    times eight.
     """
-    total = sum_of_splits(parts)
+    total = functools.reduce(jnp.add, parts)
     row = plgpu.broadcasted_iota(jnp.int32, total.shape, 0, layout=_WGMMA)
     live = row < granules * TILE_RANKS - rank_tile * STAGE_ROWS
     return jnp.where(live, total * scale, 0.0).astype(dtype)

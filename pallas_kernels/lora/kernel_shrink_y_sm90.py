@@ -1,14 +1,13 @@
 """Hopper kernel of lora_shrink before a product with the base weights: y of every token block as wgmma takes it.
 
-A cluster of two thread blocks takes 32 tokens of a window and all ranks, each a half of the input width, so that nobody
-waits for a stranger and no partial sum crosses memory; that A is read by two clusters instead of one costs less. Each
-gets the other's sums of sixteen of the tokens. The splits of the input width are summed on their own and added in
-order, as the other kernels do, so the bits are theirs. Then y is scaled and written tokens first, zero for tokens of
-other segments and past a module's own ranks. After the blocks in use stands one more, of zeros.
+A program takes sixteen tokens of a window and sums all ranks and the whole input width, so that nobody waits for a
+stranger and no partial sum crosses memory; that A is read by four programs instead of one costs less. The splits of the
+input width are summed on their own and added in order, as the other kernels do, so the bits are theirs. Then y is
+scaled and written tokens first, zero for tokens of other segments and past a module's own ranks. After the blocks in
+use stands one more, of zeros.
 """
 
 import functools
-from typing import Any
 
 import jax
 from jax import lax
@@ -19,8 +18,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry
 from pallas_kernels.geometry import ceil_div as static_ceil_div
 from pallas_kernels.lora.any_rows import any_rows
-from pallas_kernels.lora.config import CLUSTER, CLUSTERS, LoraConfig
-from pallas_kernels.lora.expand_y import sum_of_splits, total_of
+from pallas_kernels.lora.config import LoraConfig
+from pallas_kernels.lora.expand_y import total_of
 from pallas_kernels.lora.mosaic_common import (
     OPERAND,
     PLAN_ROWS,
@@ -33,7 +32,6 @@ from pallas_kernels.lora.mosaic_common import (
     ceil_div,
     drain,
 )
-from pallas_kernels.lora.pair_sum import PairSum
 from pallas_kernels.lora.plan import (
     NUM_TOKENS,
     OFFSET,
@@ -45,17 +43,15 @@ from pallas_kernels.lora.plan import (
     y_rows,
 )
 from pallas_kernels.lora.short_items import split_chunks
-from pallas_kernels.lora.short_ring import WARP_CHUNKS, full_arrivals
+from pallas_kernels.lora.short_ring import WARP_CHUNKS, WARPS, full_arrivals
 from pallas_kernels.lora.windows import WINDOW
 
-_TOKENS = 32
+_TOKENS = 16
 """Of an item: as few as leave work for every multiprocessor in a step of 2,048 tokens."""
 _OCTETS = _TOKENS // TILE_RANKS
-_ITEMS = WINDOW // _TOKENS
-"""Of a token block."""
+_PARTS = WINDOW // _TOKENS
 _STAGES = 5
-_SLOTS = 2
-"""Of sums from the other thread block: one has been read when the next one but one is sent."""
+_CTAS = 132
 _WGMMA = plgpu.Layout.WGMMA
 
 
@@ -110,13 +106,12 @@ def _launch(
     interpret=None,
 ):
     modules, dtype = GROUPS[group], out.dtype
-    clusters, parts = (2, 1) if interpret else (CLUSTERS, CLUSTER)
-    own_tokens = _TOKENS // parts
+    ctas = 2 if interpret else _CTAS
     total, per_split, splits = split_chunks(source.geometry, group, config, source.chunk)
     in_tiles = source.geometry.in_tiles(modules[0])
     rank_tiles = out.shape[2] // (len(modules) * STAGE_ROWS)
     max_span = sums_rows // TILE_RANKS * in_tiles
-    fixed_bytes = 4 * (sums_rows + _SLOTS * STAGE_ROWS) * own_tokens + 2 * own_tokens * STAGE_ROWS
+    fixed_bytes = 4 * sums_rows * _TOKENS + 2 * _TOKENS * STAGE_ROWS
     stage_bytes = 2 * (STAGE_ROWS + _TOKENS) * source.chunk * TILE_COLS
     stages = min(_STAGES, (SHARED_BYTES - fixed_bytes) // stage_bytes)
 
@@ -136,26 +131,20 @@ def _launch(
         tile,
         full,
         empty,
-        received=None,
-        sent=None,
     ):
         operand, chunks = source.views(ring)
         x_smem, x_target = source.views(x_ring)
-        cluster, wg = lax.axis_index("cluster"), lax.axis_index("wg")
-        part = lax.axis_index("part") if parts > 1 else jnp.int32(0)
+        cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
         layer, used = layer_ref[0], counts[0]
-        # Dealt out without turning back: of a window with two segments the items of one without tokens of its own are
-        # then not always the same clusters'.
-        num_items = jnp.maximum(ceil_div((used + 1) * _ITEMS - cluster, clusters), 0)
-        each = static_ceil_div(splits, parts)
-        first_chunk = part * (each * per_split)
-        num_chunks = jnp.clip(total - first_chunk, 0, each * per_split)
+        # Dealt out without turning back: of a window with two segments the parts of one without tokens of its own are
+        # then not always the same programs'.
+        num_items = jnp.maximum(ceil_div((used + 1) * _PARTS - cta, ctas), 0)
 
         def describe(n):
             """Token block, first token of the item in it, and rank blocks to sum: none if all tokens are others'."""
-            item = cluster + n * clusters
-            block = lax.div(item, jnp.int32(_ITEMS))
-            first = (item - block * _ITEMS) * _TOKENS
+            item = cta + n * ctas
+            block = lax.div(item, jnp.int32(_PARTS))
+            first = (item - block * _PARTS) * _TOKENS
             offset, num_tokens = (b_records[block, layer, i] for i in (OFFSET, NUM_TOKENS))
             granules = a_records[block, layer, group_fields(group)[1]]
             live = (block < used) & (offset < first + _TOKENS) & (offset + num_tokens > first)
@@ -163,23 +152,25 @@ def _launch(
 
         @pl.when(wg == 1)
         def load():
-            # Each warp copies two granules of a stage and eight of its tokens: started one after another, the copies
-            # of a stage take longer to start than to arrive.
+            # Each warp copies two granules of a stage and, the last two, eight of its tokens: started one after
+            # another, the copies of a stage take longer to start than to arrive.
             @plgpu.warp_map
             def _(warp):
                 mine = [warp * WARP_CHUNKS + i for i in range(WARP_CHUNKS)]
+                octet = lax.rem(warp, jnp.int32(_OCTETS))
+                has_tokens = warp >= WARPS - _OCTETS  # which copy nothing else of low ranks
 
                 def tokens_of(slot):
                     if source.whole:
-                        return x_target.at[slot, pl.ds(warp, 1)]
-                    return x_target.at[slot, pl.ds(pl.multiple_of(warp * TILE_RANKS, TILE_RANKS), TILE_RANKS)]
+                        return x_target.at[slot, pl.ds(octet, 1)]
+                    return x_target.at[slot, pl.ds(pl.multiple_of(octet * TILE_RANKS, TILE_RANKS), TILE_RANKS)]
 
                 def item_body(n, issued):
                     block, first, all_granules = describe(n)
                     read = (a_records[block, layer, i] for i in (TOKEN, PAGE_START, *group_fields(group)))
                     token, page_start, section, _, *known = read
                     item_pages = source.pages(section, max_span, known, page_start, page_ids)
-                    token += first + warp * TILE_RANKS
+                    token += first + octet * TILE_RANKS
 
                     def rank_body(rank_block, issued):
                         granules = all_granules - rank_block * STAGE_CHUNKS
@@ -189,7 +180,7 @@ def _launch(
                         copies = sum(w.astype(jnp.int32) for w in wanted)
 
                         def stage_body(stage, carry):
-                            column = (first_chunk + stage) * source.chunk
+                            column = stage * source.chunk
                             slot = lax.rem(issued + stage, jnp.int32(stages))
                             indices = [source.locate(row + column, item_pages) for row in rows]
 
@@ -197,16 +188,16 @@ def _launch(
                             def _():
                                 plgpu.barrier_wait(empty.at[slot])
 
-                            source.expect(full.at[slot], copies, 1)
+                            source.expect(full.at[slot], copies, has_tokens.astype(jnp.int32))
                             source.copy_tokens(
-                                x_ref, token, column, tokens_of(slot), TILE_RANKS, full.at[slot], jnp.bool_(True)
+                                x_ref, token, column, tokens_of(slot), TILE_RANKS, full.at[slot], has_tokens
                             )
                             for s, index, w in zip(mine, indices, wanted, strict=True):
                                 source.copy(pool, index, chunks, slot * STAGE_CHUNKS + s, full.at[slot], w)
                             return carry
 
-                        lax.fori_loop(0, num_chunks, stage_body, ())
-                        return issued + num_chunks
+                        lax.fori_loop(0, total, stage_body, ())
+                        return issued + total
 
                     return lax.fori_loop(0, ceil_div(all_granules, STAGE_CHUNKS), rank_body, issued)
 
@@ -215,9 +206,7 @@ def _launch(
         @pl.when(wg == 0)
         def multiply():
             def sum_of(seen, split):
-                """Of this thread block's split of that number, none where the last one has fewer."""
-                first = jnp.minimum(split * per_split, num_chunks)
-                last = jnp.minimum(first + per_split, num_chunks)
+                first, last = split * per_split, min((split + 1) * per_split, total)
 
                 def free(c):
                     plgpu.barrier_arrive(empty.at[lax.rem(seen + c, jnp.int32(stages))])
@@ -233,33 +222,23 @@ def _launch(
                         pl.when(c > first)(lambda: free(c - 1))
 
                     plgpu.wgmma_wait(0)
-                    pl.when(last > first)(lambda: free(last - 1))
+                    free(last - 1)
                     return acc[...]
 
                 return pl.run_scoped(accumulate, plgpu.ACC((STAGE_ROWS, _TOKENS), jnp.float32))
 
-            def all_splits(seen, number):
-                """Sum for the thread block's own tokens. number: of the exchange."""
-                found = [sum_of(seen, split) for split in range(each)]
-                if parts == 1:
-                    return sum_of_splits(found)
-                slot = lax.rem(number, jnp.int32(_SLOTS))
-                pair = PairSum(parts=received.at[pl.ds(slot, 1)], sent=sent.at[slot], part=part)
-                return pair.exchange([functools.reduce(jnp.add, found)], 1)[0]
-
-            def item_body(n, carry):
+            def item_body(n, seen):
                 block, first, all_granules = describe(n)
 
-                def rank_body(rank_block, carry):
-                    seen, number = carry
-                    sums[pl.ds(rank_block * STAGE_ROWS, STAGE_ROWS)] = all_splits(seen, number)
-                    return seen + num_chunks, number + 1
+                def rank_body(rank_block, seen):
+                    parts = [sum_of(seen, split) for split in range(splits)]
+                    sums[pl.ds(rank_block * STAGE_ROWS, STAGE_ROWS)] = functools.reduce(jnp.add, parts)
+                    return seen + total
 
-                carry = lax.fori_loop(0, ceil_div(all_granules, STAGE_CHUNKS), rank_body, carry)
+                seen = lax.fori_loop(0, ceil_div(all_granules, STAGE_CHUNKS), rank_body, seen)
                 plgpu.commit_smem()
-                first += part * own_tokens
                 offset, num_tokens = (b_records[block, layer, i] for i in (OFFSET, NUM_TOKENS))
-                tokens = pl.ds(pl.multiple_of(first, own_tokens), own_tokens)
+                tokens = pl.ds(pl.multiple_of(first, _TOKENS), _TOKENS)
                 for number, module in enumerate(modules):
                     granules, row = (b_records[block, layer, module_field(module) + i] for i in (1, 2))
                     granules, row = (jnp.where(block < used, value, 0) for value in (granules, row))
@@ -278,34 +257,25 @@ def _launch(
                         column = pl.multiple_of((number * rank_tiles + rank_tile) * STAGE_ROWS, STAGE_ROWS)
                         plgpu.copy_smem_to_gmem(tile, y_ref.at[block, tokens, pl.ds(column, STAGE_ROWS)])
 
-                return carry
+                return seen
 
-            lax.fori_loop(0, num_items, item_body, (jnp.int32(0), jnp.int32(0)))
+            lax.fori_loop(0, num_items, item_body, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
-    # Interpreted, a thread block takes all of an item.
-    exchange: dict[str, Any] = {}
-    cluster_axes: dict[str, Any] = {}
-    if parts > 1:
-        exchange["received"] = plgpu.SMEM((_SLOTS, STAGE_ROWS, own_tokens), jnp.float32)
-        exchange["sent"] = plgpu.Barrier(num_barriers=_SLOTS)
-        cluster_axes |= dict(cluster=(CLUSTER,), cluster_names=("part",))
     kernel = plgpu.kernel(
         lora_shrink_y,
         out_type=out,
-        grid=(clusters,),
-        grid_names=("cluster",),
-        **cluster_axes,
+        grid=(ctas,),
+        grid_names=("cta",),
         num_threads=2,
         thread_name="wg",
         scratch_types=dict(
             ring=source.ring(stages * STAGE_ROWS, x.dtype),
             x_ring=source.tokens((stages,), _TOKENS, x.dtype),
-            sums=plgpu.SMEM((sums_rows, own_tokens), jnp.float32),
-            tile=plgpu.SMEM((own_tokens, STAGE_ROWS), dtype, transforms=OPERAND),
-            full=plgpu.Barrier(num_arrivals=full_arrivals(source, _OCTETS * source.chunk), num_barriers=stages),
+            sums=plgpu.SMEM((sums_rows, _TOKENS), jnp.float32),
+            tile=plgpu.SMEM((_TOKENS, STAGE_ROWS), dtype, transforms=OPERAND),
+            full=plgpu.Barrier(num_arrivals=full_arrivals(source, WARPS * source.chunk), num_barriers=stages),
             empty=plgpu.Barrier(num_barriers=stages),
-            **exchange,
         ),
         interpret=interpret,
     )

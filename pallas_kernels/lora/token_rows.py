@@ -4,6 +4,7 @@ The Hopper kernels hand over partial sums in token blocks of up to 64 tokens, of
 and with a row for each token they are what S-LoRA's layout sends: tokens x stacked ranks and nothing else.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -11,7 +12,6 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.geometry import GROUPS, TILE_RANKS, ceil_div
-from pallas_kernels.lora.expand_y import sum_of_splits
 from pallas_kernels.lora.plan import by_length, first_row, token_blocks
 
 Intermediate = jax.Array | tuple[jax.Array, ...]
@@ -73,8 +73,9 @@ def _to_rows(
     block = (first_block[segment] + within // size)[:, None]
     column = (token - first_row(token - within % size, num_tokens, size))[:, None]
     row = jnp.arange(ranks, dtype=jnp.int32)
-    # in the order in which expand adds them
-    return sum_of_splits([y.at[block, split, row, column].get(mode="clip") for split in range(y.shape[1])])
+    # split by split, in the order in which expand adds them
+    parts = [y.at[block, split, row, column].get(mode="clip") for split in range(y.shape[1])]
+    return functools.reduce(jnp.add, parts)
 
 
 def from_token_rows(
