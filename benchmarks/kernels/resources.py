@@ -1,15 +1,14 @@
 """Registers and spills of the Mosaic kernels of a step, on a machine without a GPU.
 
-    pip install --no-deps jax-cuda13-pjrt
-    JAX_PLATFORMS=cpu python -m benchmarks.kernels.resources --case 8x256x8p
+    pip install --no-deps --target PLUGIN jax-cuda13-pjrt==VERSION  # jax's
+    JAX_PLATFORMS=cpu PYTHONPATH=PLUGIN python -m benchmarks.kernels.resources --case 8x256x8p
 
 Lowers the step and compiles each kernel as JAX would before its first launch, with the compiler in JAX's CUDA plugin
 and CUDA's ptxas, which must be in PATH; cc makes a stand-in for the driver where there is none. A product that ptxas
-"serialized" waits for each of its instructions.
+serializes waits for each of its instructions.
 """
 
 import argparse
-import ctypes
 import dataclasses
 import importlib.util
 import os
@@ -43,6 +42,15 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
 }
 """
 
+_COMPILE = """
+import ctypes, pathlib, sys
+compiler = ctypes.CDLL(sys.argv[1]).MosaicGpuCompile
+compiler.restype, compiler.argtypes = ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_int]
+module = pathlib.Path(sys.argv[2]).read_bytes()
+compiler(module, len(module))
+"""
+"""In a process of its own, for what it prints: without a GPU the kernel cannot be loaded then."""
+
 
 def kernels(shape: str, case: Case, few_adapters: bool) -> list[bytes]:
     """Modules of the different kernels that a step launches, in their order."""
@@ -62,41 +70,50 @@ def kernels(shape: str, case: Case, few_adapters: bool) -> list[bytes]:
     return list(found.values())
 
 
-def parse(log: str) -> list[dict[str, str | int]]:
-    """Of ptxas's messages: kernel, registers, bytes that it spills, and whether products are serialized."""
-    rows: dict[str, dict[str, str | int]] = {}
-    for name, rest in re.findall(r"Compiling entry function '(\w+)'(.*?)Compile time", log, re.DOTALL):
-        used, spilled = re.search(r"Used (\d+) registers", rest), re.search(r"(\d+) bytes spill stores", rest)
-        serialized = re.search(rf"serialized.*'{name}'", log)
-        assert used and spilled
-        rows[name] = dict(
-            kernel=name.removesuffix("_mosaic_gpu_kernel"),
-            registers=int(used[1]),
-            spilled=int(spilled[1]),
-            serialized=int(bool(serialized)),
-        )
-    return list(rows.values())
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Resources:
+    """Of a kernel, by ptxas. registers: of a thread, at its launch. spilled: bytes of a thread. serialized: whether its
+    products wait for each of their instructions.
+    """
+
+    kernel: str
+    registers: int
+    spilled: int
+    serialized: bool
 
 
-def _compile(path: str, plugin: str) -> None:
-    """In a process of its own: prints what ptxas says of a module. Without a GPU it cannot be loaded then."""
-    compiler = ctypes.CDLL(plugin).MosaicGpuCompile
-    compiler.restype, compiler.argtypes = ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_int]
-    module = Path(path).read_bytes()
-    compiler(module, len(module))
+def parse(log: str) -> Resources:
+    """From what ptxas says of one kernel. Raises ValueError if it says nothing of one."""
+    patterns = (
+        r"entry function '(\w+)_mosaic_gpu_kernel'",
+        r"Used (\d+) registers",
+        r"(\d+) bytes spill stores, \d+ bytes spill",
+    )
+    found = [re.search(pattern, log) for pattern in patterns]
+    if not all(found):
+        raise ValueError(f"the kernel was not compiled; the compiler says:\n{log}")
+    kernel, registers, spilled = (match[1] for match in found if match)
+    return Resources(
+        kernel=kernel, registers=int(registers), spilled=int(spilled), serialized="instructions are serialized" in log
+    )
 
 
-def _plugin() -> str:
+def _required(command: str, package: str) -> str:
+    if not shutil.which(command):
+        raise SystemExit(f"{command} is not in PATH: install {package}")
+    return command
+
+
+def _plugin() -> Path:
     package = importlib.util.find_spec("jax_plugins")  # a namespace
     folders = package.submodule_search_locations if package else None
     found = [path for folder in folders or [] for path in Path(folder).glob("xla_cuda*/xla_cuda_plugin.so")]
     if not found:
         raise SystemExit(
-            f"the compiler is in JAX's CUDA plugin: pip install --no-deps jax-cuda13-pjrt=={jax.__version__}"
+            "the compiler is in JAX's CUDA plugin: pip install --no-deps --target PLUGIN "
+            f"jax-cuda13-pjrt=={jax.__version__}, and name PLUGIN in PYTHONPATH"
         )
-    if not shutil.which("ptxas"):
-        raise SystemExit("ptxas is not in PATH: install CUDA's compiler")
-    return str(found[0])
+    return found[0]
 
 
 def main() -> None:
@@ -108,23 +125,22 @@ def main() -> None:
     parser.add_argument("--few-adapters", action="store_true")
     args = parser.parse_args()
     plugin = _plugin()
+    _required("ptxas", "CUDA's compiler")
     case = Case.parse(args.case, tuple(int(r) for r in args.ranks.split(",")), tuple(args.targets.split(",")))
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | dict(MOSAIC_GPU_DUMP_PTXAS="1")
         if not Path("/dev/nvidiactl").exists():
-            command = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", f"{folder}/libcuda.so.1"]
-            subprocess.run(command, input=_DRIVER, text=True, check=True)
-            environment["LD_LIBRARY_PATH"] = folder
+            command = [_required("cc", "a C compiler"), "-shared", "-fPIC", "-x", "c", "-", "-o", "libcuda.so.1"]
+            subprocess.run(command, input=_DRIVER, text=True, check=True, cwd=folder)
+            environment["LD_LIBRARY_PATH"] = f"{folder}:{os.environ.get('LD_LIBRARY_PATH', '')}"
         for module in kernels(args.shape, case, args.few_adapters):
-            Path(folder, "module").write_bytes(module)
-            code = f"from benchmarks.kernels.resources import _compile; _compile({folder!r} + '/module', {plugin!r})"
-            ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-            for row in parse(ran.stdout + ran.stderr):
-                print(
-                    f"{row['kernel']:28s} {row['registers']:4d} registers {row['spilled']:5d} bytes spilled"
-                    f"{', products serialized' if row['serialized'] else ''}",
-                    flush=True,
-                )
+            path = Path(folder, "module")
+            path.write_bytes(module)
+            command = [sys.executable, "-c", _COMPILE, str(plugin), str(path)]
+            ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+            of = parse(ran.stdout + ran.stderr)
+            serialized = ", products serialized" if of.serialized else ""
+            print(f"{of.kernel:28s} {of.registers:4d} registers {of.spilled:5d} bytes spilled{serialized}", flush=True)
 
 
 if __name__ == "__main__":
