@@ -8,6 +8,7 @@ use stands one more, of zeros.
 """
 
 import functools
+import itertools
 
 import jax
 from jax import lax
@@ -31,6 +32,7 @@ from pallas_kernels.lora.mosaic_common import (
     capacity,
     ceil_div,
     drain,
+    having_read,
 )
 from pallas_kernels.lora.plan import (
     NUM_TOKENS,
@@ -111,7 +113,7 @@ def _launch(
     in_tiles = source.geometry.in_tiles(modules[0])
     rank_tiles = out.shape[2] // (len(modules) * STAGE_ROWS)
     max_span = sums_rows // TILE_RANKS * in_tiles
-    fixed_bytes = 4 * sums_rows * _TOKENS + 2 * _TOKENS * STAGE_ROWS
+    fixed_bytes = 4 * sums_rows * _TOKENS + 2 * len(modules) * _TOKENS * STAGE_ROWS
     stage_bytes = 2 * (STAGE_ROWS + _TOKENS) * source.chunk * TILE_COLS
     stages = min(_STAGES, (SHARED_BYTES - fixed_bytes) // stage_bytes)
 
@@ -128,7 +130,7 @@ def _launch(
         ring,
         x_ring,
         sums,
-        tile,
+        tiles,
         full,
         empty,
     ):
@@ -167,8 +169,9 @@ def _launch(
 
                 def item_body(n, issued):
                     block, first, all_granules = describe(n)
-                    read = (a_records[block, layer, i] for i in (TOKEN, PAGE_START, *group_fields(group)))
+                    read = [a_records[block, layer, i] for i in (TOKEN, PAGE_START, *group_fields(group))]
                     token, page_start, section, _, *known = read
+                    all_granules = having_read(read, all_granules)
                     item_pages = source.pages(section, max_span, known, page_start, page_ids)
                     token += first + octet * TILE_RANKS
 
@@ -229,6 +232,10 @@ def _launch(
 
             def item_body(n, seen):
                 block, first, all_granules = describe(n)
+                offset, num_tokens = (b_records[block, layer, i] for i in (OFFSET, NUM_TOKENS))
+                sections = [[b_records[block, layer, module_field(m) + i] for i in (1, 2)] for m in modules]
+                scales = [scaling[block, layer, m] for m in modules]
+                all_granules = having_read([offset, num_tokens, *itertools.chain(*sections)], all_granules, scales)
 
                 def rank_body(rank_block, seen):
                     parts = [sum_of(seen, split) for split in range(splits)]
@@ -236,22 +243,23 @@ def _launch(
                     return seen + total
 
                 seen = lax.fori_loop(0, ceil_div(all_granules, STAGE_CHUNKS), rank_body, seen)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.commit_smem()
-                offset, num_tokens = (b_records[block, layer, i] for i in (OFFSET, NUM_TOKENS))
                 tokens = pl.ds(pl.multiple_of(first, _TOKENS), _TOKENS)
-                for number, module in enumerate(modules):
-                    granules, row = (b_records[block, layer, module_field(module) + i] for i in (1, 2))
-                    granules, row = (jnp.where(block < used, value, 0) for value in (granules, row))
+                for number, (section, scale) in enumerate(zip(sections, scales, strict=True)):
+                    granules, row = (jnp.where(block < used, value, 0) for value in section)
 
                     @pl.loop(0, jnp.where(block < used, ceil_div(granules, STAGE_CHUNKS), rank_tiles))
-                    def write_tile(rank_tile, number=number, module=module, granules=granules, row=row):
+                    def write_tile(rank_tile, number=number, granules=granules, row=row, scale=scale):
                         window = pl.ds(row + rank_tile * STAGE_ROWS, STAGE_ROWS)
                         part = plgpu.load(sums.at[window], layout=_WGMMA, optimized=False)
-                        y = total_of(granules, rank_tile, scaling[block, layer, module], [part], dtype)
+                        y = total_of(granules, rank_tile, scale, [part], dtype)
                         token = plgpu.broadcasted_iota(jnp.int32, y.shape, 1, layout=_WGMMA) + first
                         own = (token >= offset) & (token < offset + num_tokens)
                         y = jnp.where(own, y, jnp.zeros_like(y))
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        if rank_tiles > 1:
+                            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        tile = tiles.at[number]
                         tile.T[...] = plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
                         plgpu.commit_smem()
                         column = pl.multiple_of((number * rank_tiles + rank_tile) * STAGE_ROWS, STAGE_ROWS)
@@ -273,7 +281,7 @@ def _launch(
             ring=source.ring(stages * STAGE_ROWS, x.dtype),
             x_ring=source.tokens((stages,), _TOKENS, x.dtype),
             sums=plgpu.SMEM((sums_rows, _TOKENS), jnp.float32),
-            tile=plgpu.SMEM((_TOKENS, STAGE_ROWS), dtype, transforms=OPERAND),
+            tiles=plgpu.SMEM((len(modules), _TOKENS, STAGE_ROWS), dtype, transforms=OPERAND),
             full=plgpu.Barrier(num_arrivals=full_arrivals(source, WARPS * source.chunk), num_barriers=stages),
             empty=plgpu.Barrier(num_barriers=stages),
         ),

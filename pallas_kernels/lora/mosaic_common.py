@@ -7,6 +7,7 @@ core matrix.
 """
 
 import dataclasses
+import functools
 
 from jax import lax
 from jax import numpy as jnp
@@ -210,6 +211,19 @@ def dealt(total, cta, ctas: int):
 def dealt_item(cta, n, ctas: int):
     """Item n of program `cta`. Where items become smaller towards the end, no program has all the large ones."""
     return n * ctas + jnp.where(lax.rem(n, jnp.int32(2)) == 1, ctas - 1 - cta, cta)
+
+
+def having_read(fields: list, value, scales=()):
+    """`value`, known when `fields` of records (int32 scalars) and `scales` (float32) have been read.
+
+    The compiler starts a read where its result is used. Behind a branch that waits for another field, or for what is
+    done with one, that is a whole latency of memory later.
+    """
+    # None is that small, which the compiler does not know.
+    known = functools.reduce(jnp.minimum, fields) == jnp.iinfo(jnp.int32).min
+    for scale in scales:
+        known |= scale == jnp.finfo(jnp.float32).min
+    return value + jnp.where(known, 1, 0)
 
 
 def drain(barriers, uses, slots: int):

@@ -13,7 +13,7 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.lora.expand_items import ExpandItem, ExpandItems
-from pallas_kernels.lora.mosaic_common import STAGE_ROWS, drain
+from pallas_kernels.lora.mosaic_common import STAGE_ROWS, drain, having_read
 from pallas_kernels.lora.plan import PAGE_START, TOKEN
 from pallas_kernels.lora.product_tiles import ProductTiles
 from pallas_kernels.lora.short_ring import WARP_CHUNKS
@@ -64,8 +64,7 @@ class StageLoad:
         first = jnp.minimum(count, steps)
         least = lax.fori_loop(0, first, load_and_read, jnp.int32(0))
         pl.loop(first, steps)(load)
-        # No field is that small, which the compiler does not know: it leaves the reads in.
-        return steps + jnp.where(least == jnp.iinfo(jnp.int32).min, 1, 0)
+        return having_read([least], steps)
 
     def _deltas(self, item_of: Callable, place, begin, end, zeros, issued):
         """Loads the stages of a module's deltas in a tile: of the blocks from `begin` to `end`, ``item_of(block)``
