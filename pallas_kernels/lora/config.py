@@ -9,12 +9,12 @@ import dataclasses
 from pallas_kernels.geometry import TILE_COLS, Geometry
 from pallas_kernels.tuning import measured
 
-_NUM_SMS = 132
+NUM_SMS = 132
 CLUSTER = 2
 """Thread blocks that share an item where one launch shrinks and expands. Two are neighbours on any GPU; of clusters of
 four, an H200 runs no more than thirty at a time.
 """
-CLUSTERS = _NUM_SMS // CLUSTER
+CLUSTERS = NUM_SMS // CLUSTER
 SHORT_STEP = 1024
 """Steps up to this many tokens use blocks of eight for all segments: a second pair of launches costs more."""
 PRODUCT_STEP = 1024
@@ -58,8 +58,8 @@ class LoraConfig:
     shrink_packed: int = 4
     expand_packed: int = 4
     out_slots: int = 2
-    shrink_ctas: int = _NUM_SMS
-    expand_ctas: int = _NUM_SMS
+    shrink_ctas: int = NUM_SMS
+    expand_ctas: int = NUM_SMS
 
     def __post_init__(self):
         if self.block_tokens not in (8, 16, 32, 64):

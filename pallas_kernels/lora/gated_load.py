@@ -18,7 +18,7 @@ from pallas_kernels.lora.windows import TILE
 class GatedLoad(StageLoad):
     ring: GatedRing
 
-    def _tile(self, n, zeros, issued):
+    def _tile(self, n, issued):
         tile, column, _ = self.order.place(n)
         begin, end = (self.first_block[tile + i] for i in (0, 1))
         issued += self._base(tile, column, issued, begin, end - begin)
@@ -27,11 +27,7 @@ class GatedLoad(StageLoad):
             gate, up = GROUPS[self.items.group]
             module = jnp.where(place == 0, gate, up)
             width = self.items.geometry.out_tiles(gate)  # and of up
-
-            def item_of(block):
-                return self.items.item(block, module, width, 0, column, 1, self.items.fetch_of(block, module))
-
-            return self._deltas(item_of, place, begin, end, zeros, issued)
+            return self._deltas(tile, module, place, width, column, issued)
 
         return lax.fori_loop(0, MATRICES, module_body, issued)
 
@@ -52,6 +48,8 @@ class GatedLoad(StageLoad):
             ring.arrive_for_missing(slot)
 
         def fields(k):
-            return [f for m in GROUPS[self.items.group] for f in self.items.fetch_of(begin + k, m)]
+            modules = GROUPS[self.items.group]
+            units = [self.units[tile, self.items.layer, m, k] for m in modules]
+            return units + [f for m in modules for f in self._b_of(begin + k, m)]
 
         return self._base_stages(load, fields, count)

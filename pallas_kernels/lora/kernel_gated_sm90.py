@@ -54,14 +54,14 @@ def gated_matmul(x, w, y, pages, half: Half, tiles: Tiles, windows, layer, *, co
     out = tuple(jax.ShapeDtypeStruct((num_tokens, n), x.dtype) for n in (columns // MATRICES, columns))
     number = jnp.concatenate([layer, jnp.full(1, num_tokens // TILE, jnp.int32)])
     adapters = source.view_of_pool(pages), half.page_ids, half.plan.records
-    args = (x, w, y, *adapters, tiles.first_block, tiles.stages, tiles.reach, windows, number)
+    args = (x, w, y, *adapters, tiles.first_block, tiles.stages, tiles.reach, tiles.units, windows, number)
     options = dict(config=config, source=source)
     with jax.named_scope("lora_matmul_silu_mul"):
         if interpret:
             return _launch(*args, **options, out=out, interpret=interpret)
         most, blocks = capacity(STEP_ROWS, num_tokens), capacity(PLAN_ROWS, half.plan.records.shape[0])
-        rows = {0: most, 2: blocks, 5: blocks, 6: most // TILE + 1} | dict.fromkeys((7, 8), most // TILE)
-        rows[9] = most // WINDOW
+        rows = {0: most, 2: most, 5: blocks, 6: most // TILE + 1} | dict.fromkeys((7, 8, 9), most // TILE)
+        rows[10] = most // WINDOW
         largest = tuple(jax.ShapeDtypeStruct((most, o.shape[1]), o.dtype) for o in out)
         return any_rows(_launch, args, rows=rows, out=out, in_place=False, options=options | dict(out=largest))
 
@@ -71,7 +71,7 @@ def _launch(*args, out, config, source, interpret=None):
     geometry, modules, up_column = source.geometry, GROUPS[GROUP], w.shape[2] // MATRICES
     ctas = 2 if interpret else _CTAS
     steps = x.shape[1] // STAGE_ROWS
-    most_ranks = y.shape[2] // (len(modules) * STAGE_ROWS)
+    most_stages = y.shape[1] // (len(modules) * STAGE_ROWS)
 
     def lora_matmul_silu_mul(
         x_ref,
@@ -83,6 +83,7 @@ def _launch(*args, out, config, source, interpret=None):
         first_block,
         stages,
         reach,
+        units,
         windows,
         number,
         h_ref,
@@ -112,8 +113,8 @@ def _launch(*args, out, config, source, interpret=None):
         @pl.when(wg == 2)
         def load():
             plgpu.set_max_registers(56, action="decrease")
-            options = dict(page_ids=page_ids, first_block=first_block, most_ranks=most_ranks)
-            refs = dict(x=x_ref, w=w_ref, y=y_ref, pool=pool)
+            options = dict(first_block=first_block, stages=stages, units=units, most_stages=most_stages)
+            refs = dict(x=x_ref, w=w_ref, y=y_ref, pool=pool, page_ids=page_ids)
 
             @plgpu.warp_map
             def _(warp):

@@ -1,7 +1,8 @@
 """Hopper kernel of a base projection with the deltas of long segments: ``x W`` rounded to bfloat16, then ``+ y B``.
 
 The deltas never cross memory: after its last columns of x, a tile of 128 tokens and 256 outputs goes on with the
-segments that reach into it, each like 64 more columns: y of their tokens, zero for all others, and their adapter's B.
+segments that reach into it, sixteen ranks of each like as many more columns: y of their tokens, zero for all others,
+and their adapter's B. Four times sixteen are a stage, be they one adapter's or four adapters': see Tiles.
 Two warpgroups multiply, 64 tokens each, a third fills the ring in shared memory. The base's sum is rounded before the
 deltas are added and the result once more, as if lora_expand had followed: the bits do not show which of the two it was.
 A thread's registers hold no more than the deltas of half of its outputs, so the segments are gone through twice. Where
@@ -56,12 +57,12 @@ def matmul(x, w, y, pages, half: Half, tiles: Tiles, layer, *, group: str, confi
     number = jnp.concatenate([layer, jnp.full(1, x.shape[0] // TILE, jnp.int32)])
     plan = half.plan
     adapters = source.view_of_pool(pages), half.page_ids, plan.records
-    args = (x, w, y, *adapters, tiles.first_block, tiles.stages, tiles.reach, number)
+    args = (x, w, y, *adapters, tiles.first_block, tiles.stages, tiles.reach, tiles.units, number)
     with jax.named_scope("lora_matmul"):
         if interpret:
             return _launch(*args, out=out, group=group, config=config, source=source, interpret=interpret)
         most, blocks = capacity(STEP_ROWS, x.shape[0]), capacity(PLAN_ROWS, plan.records.shape[0])
-        rows = {0: most, 2: blocks, 5: blocks, 6: most // TILE + 1, 7: most // TILE, 8: most // TILE}
+        rows = {0: most, 2: most, 5: blocks, 6: most // TILE + 1} | dict.fromkeys((7, 8, 9), most // TILE)
         largest = jax.ShapeDtypeStruct((most, out.shape[1]), out.dtype)
         options = dict(out=largest, group=group, config=config, source=source)
         return any_rows(_launch, args, rows=rows, out=(out,), in_place=False, options=options)[0]
@@ -72,7 +73,7 @@ def _launch(*args, out, group, config, source, interpret=None):
     geometry, modules = source.geometry, GROUPS[group]
     ctas = 2 if interpret else _CTAS
     steps = x.shape[1] // STAGE_ROWS
-    most_ranks = y.shape[2] // (len(modules) * STAGE_ROWS)
+    most_stages = y.shape[1] // (len(modules) * STAGE_ROWS)
 
     def lora_matmul(
         x_ref,
@@ -84,6 +85,7 @@ def _launch(*args, out, group, config, source, interpret=None):
         first_block,
         stages,
         reach,
+        units,
         number,
         out_ref,
         *,
@@ -111,7 +113,7 @@ def _launch(*args, out, group, config, source, interpret=None):
         @pl.when(wg == 2)
         def load():
             plgpu.set_max_registers(56, action="decrease")
-            options = dict(first_block=first_block, stages=stages, most_ranks=most_ranks)
+            options = dict(first_block=first_block, stages=stages, units=units, most_stages=most_stages)
             refs = dict(x=x_ref, w=w_ref, y=y_ref, pool=pool, page_ids=page_ids)
 
             @plgpu.warp_map

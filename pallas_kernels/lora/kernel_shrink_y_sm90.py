@@ -1,10 +1,10 @@
-"""Hopper kernel of lora_shrink before a product with the base weights: y of every token block as wgmma takes it.
+"""Hopper kernel of lora_shrink before a product with the base weights: y of every tile's stages as wgmma takes it.
 
-A program takes sixteen tokens of a window and sums all ranks and the whole input width, so that nobody waits for a
-stranger and no partial sum crosses memory; that A is read by four programs instead of one costs less. The splits of the
-input width are summed on their own and added in order, as the other kernels do, so the bits are theirs. Then y is
-scaled and written tokens first, zero for tokens of other segments and past a module's own ranks. After the blocks in
-use stands one more, of zeros.
+A program takes the sixteen tokens of a part of a window, with at most two segments, and sums all ranks and the whole
+input width of each, so that nobody waits for a stranger and no partial sum crosses memory; that A is read by four
+programs instead of one costs less. The splits of the input width are summed on their own and added in order, as the
+other kernels do, so the bits are theirs. Then y is scaled and written tokens first, zero where a stage has ranks of
+other tokens. Stages that do not reach into a window are not written there.
 """
 
 import functools
@@ -17,10 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.geometry import GROUPS, TILE_COLS, TILE_RANKS, Geometry
-from pallas_kernels.geometry import ceil_div as static_ceil_div
 from pallas_kernels.lora.any_rows import any_rows
-from pallas_kernels.lora.config import LoraConfig
-from pallas_kernels.lora.expand_y import total_of
+from pallas_kernels.lora.config import NUM_SMS, LoraConfig
 from pallas_kernels.lora.mosaic_common import (
     OPERAND,
     PLAN_ROWS,
@@ -34,26 +32,17 @@ from pallas_kernels.lora.mosaic_common import (
     drain,
     having_read,
 )
-from pallas_kernels.lora.plan import (
-    NUM_TOKENS,
-    OFFSET,
-    PAGE_START,
-    TOKEN,
-    Plan,
-    group_fields,
-    module_field,
-    y_rows,
-)
+from pallas_kernels.lora.plan import NUM_TOKENS, OFFSET, PAGE_START, TOKEN, Plan, group_fields, module_field, y_rows
 from pallas_kernels.lora.short_items import split_chunks
 from pallas_kernels.lora.short_ring import WARP_CHUNKS, WARPS, full_arrivals
-from pallas_kernels.lora.windows import WINDOW
+from pallas_kernels.lora.windows import PART, TILE, UNIT_RANKS, WINDOW, Tiles, most_stages
 
-_TOKENS = 16
-"""Of an item: as few as leave work for every multiprocessor in a step of 2,048 tokens."""
-_OCTETS = _TOKENS // TILE_RANKS
-_PARTS = WINDOW // _TOKENS
+_OCTETS = PART // TILE_RANKS
+_SEGMENTS = 2
+"""That a part can have."""
+_MARGIN = STAGE_ROWS
+"""Rows around the sums, for stages that begin before a module's ranks or end after them."""
 _STAGES = 5
-_CTAS = 132
 _WGMMA = plgpu.Layout.WGMMA
 
 
@@ -63,6 +52,7 @@ def shrink_y(
     page_ids,
     a: Plan,
     b: Plan,
+    tiles: Tiles,
     layer,
     *,
     group: str,
@@ -72,33 +62,40 @@ def shrink_y(
     max_rank: int,
     interpret=None,
 ):
-    """bfloat16 ``[token blocks, 64 tokens, modules x 64 ranks]``, each module's ranks padded to a multiple of 64.
+    """bfloat16 ``[T, modules x most stages x 64 ranks]``: of the stages that a tile multiplies.
 
-    a, b: plans of the two matrices, cut at windows. page_ids, geometry: of A's. layer: int32[1].
+    a, b: plans of the two matrices, cut at windows, as `tiles` is. page_ids, geometry: of A's. layer: int32[1].
     """
     source = ChunkSource(geometry=geometry, num_pages=pages.shape[1], chunk=chunk, whole=not interpret)
-    blocks, columns = len(b.records), len(GROUPS[group]) * static_ceil_div(max_rank, STAGE_ROWS) * STAGE_ROWS
-    out = jax.ShapeDtypeStruct((blocks, WINDOW, columns), x.dtype)
+    tokens, columns = len(x), len(GROUPS[group]) * most_stages(max_rank) * STAGE_ROWS
+    out = jax.ShapeDtypeStruct((tokens, columns), x.dtype)
     views = source.view_of_tokens(x), source.view_of_pool(pages)
-    args = (*views, page_ids, a.counts, a.records, b.records, b.scaling, layer)
+    number = jnp.concatenate([layer, jnp.full(1, tokens // PART, jnp.int32)])
+    places = tiles.stages, tiles.reach, tiles.first_unit, tiles.parts
+    args = (*views, page_ids, a.records, b.records, b.scaling, *places, number)
     options = dict(group=group, config=config, source=source, sums_rows=y_rows(group, max_rank))
     with jax.named_scope("lora_shrink"):
         if interpret:
             return _launch(*args, **options, out=out, interpret=interpret)
-        rows = {0: capacity(STEP_ROWS, x.shape[0])} | dict.fromkeys((4, 5, 6), capacity(PLAN_ROWS, blocks))
-        largest = jax.ShapeDtypeStruct((rows[4], *out.shape[1:]), out.dtype)
-        return any_rows(_launch, args, rows=rows, out=(out,), in_place=False, options=options | dict(out=largest))[0]
+        most = capacity(STEP_ROWS, tokens)
+        rows = {0: most, 9: max(most // PART, NUM_SMS)} | dict.fromkeys((6, 7), most // TILE)
+        rows |= dict.fromkeys((3, 4, 5, 8), capacity(PLAN_ROWS, len(b.records)))
+        options["out"] = jax.ShapeDtypeStruct((most, columns), out.dtype)
+        return any_rows(_launch, args, rows=rows, out=(out,), in_place=False, options=options)[0]
 
 
 def _launch(
     x,
     pool,
     page_ids,
-    counts,
     a_records,
     b_records,
     scaling,
-    layer,
+    stages_of,
+    reach,
+    first_unit,
+    parts,
+    number,
     *,
     group,
     config,
@@ -108,24 +105,28 @@ def _launch(
     interpret=None,
 ):
     modules, dtype = GROUPS[group], out.dtype
-    ctas = 2 if interpret else _CTAS
+    ctas = 2 if interpret else NUM_SMS
     total, per_split, splits = split_chunks(source.geometry, group, config, source.chunk)
     in_tiles = source.geometry.in_tiles(modules[0])
-    rank_tiles = out.shape[2] // (len(modules) * STAGE_ROWS)
+    most = out.shape[1] // (len(modules) * STAGE_ROWS)
     max_span = sums_rows // TILE_RANKS * in_tiles
-    fixed_bytes = 4 * sums_rows * _TOKENS + 2 * len(modules) * _TOKENS * STAGE_ROWS
-    stage_bytes = 2 * (STAGE_ROWS + _TOKENS) * source.chunk * TILE_COLS
+    sums_rows += 2 * _MARGIN
+    fixed_bytes = 4 * sums_rows * PART + 2 * len(modules) * PART * STAGE_ROWS
+    stage_bytes = 2 * (STAGE_ROWS + PART) * source.chunk * TILE_COLS
     stages = min(_STAGES, (SHARED_BYTES - fixed_bytes) // stage_bytes)
 
     def lora_shrink_y(
         x_ref,
         pool,
         page_ids,
-        counts,
         a_records,
         b_records,
         scaling,
-        layer_ref,
+        stages_of,
+        reach,
+        first_unit,
+        parts,
+        number,
         y_ref,
         ring,
         x_ring,
@@ -137,20 +138,28 @@ def _launch(
         operand, chunks = source.views(ring)
         x_smem, x_target = source.views(x_ring)
         cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
-        layer, used = layer_ref[0], counts[0]
-        # Dealt out without turning back: of a window with two segments the parts of one without tokens of its own are
-        # then not always the same programs'.
-        num_items = jnp.maximum(ceil_div((used + 1) * _PARTS - cta, ctas), 0)
+        layer, last = number[0], number[1] - 1
+        num_items = ceil_div(jnp.maximum(number[1] - cta, 0), ctas)
 
-        def describe(n):
-            """Token block, first token of the item in it, and rank blocks to sum: none if all tokens are others'."""
-            item = cta + n * ctas
-            block = lax.div(item, jnp.int32(_PARTS))
-            first = (item - block * _PARTS) * _TOKENS
-            offset, num_tokens = (b_records[block, layer, i] for i in (OFFSET, NUM_TOKENS))
-            granules = a_records[block, layer, group_fields(group)[1]]
-            live = (block < used) & (offset < first + _TOKENS) & (offset + num_tokens > first)
-            return block, first, jnp.where(live, granules, 0)
+        def blocks_of(part):
+            return [parts[part, i] for i in range(_SEGMENTS)]
+
+        def for_parts(body, init):
+            """Folds ``body(part, its token blocks, or -1, how many they are, carry)``. Blocks are read one part ahead,
+            of the first one before it is known whether there is one: see Tiles.
+            """
+
+            def step(n, state):
+                blocks, carry = state
+                part = cta + n * ctas
+                count = sum(jnp.where(block >= 0, 1, 0) for block in blocks)
+                return blocks_of(jnp.minimum(part + ctas, last)), body(part, blocks, count, carry)
+
+            first = blocks_of(cta)
+            return lax.fori_loop(0, having_read(first, num_items), step, (first, init))[1]
+
+        def chosen(i, values):
+            return jnp.where(i == 0, *values)
 
         @pl.when(wg == 1)
         def load():
@@ -167,44 +176,48 @@ def _launch(
                         return x_target.at[slot, pl.ds(octet, 1)]
                     return x_target.at[slot, pl.ds(pl.multiple_of(octet * TILE_RANKS, TILE_RANKS), TILE_RANKS)]
 
-                def item_body(n, issued):
-                    block, first, all_granules = describe(n)
-                    read = [a_records[block, layer, i] for i in (TOKEN, PAGE_START, *group_fields(group))]
-                    token, page_start, section, _, *known = read
-                    all_granules = having_read(read, all_granules)
-                    item_pages = source.pages(section, max_span, known, page_start, page_ids)
-                    token += first + octet * TILE_RANKS
+                def load_part(part, blocks, count, issued):
+                    token = part * PART + octet * TILE_RANKS
 
-                    def rank_body(rank_block, issued):
-                        granules = all_granules - rank_block * STAGE_CHUNKS
-                        wanted = [s < granules for s in mine]
-                        start = section + rank_block * (STAGE_CHUNKS * in_tiles)
-                        rows = [jnp.where(w, start + s * in_tiles, start) for s, w in zip(mine, wanted, strict=True)]
-                        copies = sum(w.astype(jnp.int32) for w in wanted)
+                    def segment_body(i, issued):
+                        block = chosen(i, blocks)
+                        page_start, *read = (a_records[block, layer, f] for f in (PAGE_START, *group_fields(group)))
+                        section, all_granules, *known = read
+                        all_granules = having_read([page_start, *read], all_granules)
+                        item_pages = source.pages(section, max_span, known, page_start, page_ids)
 
-                        def stage_body(stage, carry):
-                            column = stage * source.chunk
-                            slot = lax.rem(issued + stage, jnp.int32(stages))
-                            indices = [source.locate(row + column, item_pages) for row in rows]
+                        def rank_body(rank_block, issued):
+                            granules = all_granules - rank_block * STAGE_CHUNKS
+                            wanted = [s < granules for s in mine]
+                            start = section + rank_block * (STAGE_CHUNKS * in_tiles)
+                            own = zip(mine, wanted, strict=True)
+                            rows = [jnp.where(w, start + s * in_tiles, start) for s, w in own]
+                            copies = sum(w.astype(jnp.int32) for w in wanted)
 
-                            @pl.when(issued + stage >= stages)
-                            def _():
-                                plgpu.barrier_wait(empty.at[slot])
+                            @pl.loop(0, total)
+                            def stage_body(stage):
+                                column = stage * source.chunk
+                                slot = lax.rem(issued + stage, jnp.int32(stages))
+                                indices = [source.locate(row + column, item_pages) for row in rows]
 
-                            source.expect(full.at[slot], copies, has_tokens.astype(jnp.int32))
-                            source.copy_tokens(
-                                x_ref, token, column, tokens_of(slot), TILE_RANKS, full.at[slot], has_tokens
-                            )
-                            for s, index, w in zip(mine, indices, wanted, strict=True):
-                                source.copy(pool, index, chunks, slot * STAGE_CHUNKS + s, full.at[slot], w)
-                            return carry
+                                @pl.when(issued + stage >= stages)
+                                def _():
+                                    plgpu.barrier_wait(empty.at[slot])
 
-                        lax.fori_loop(0, total, stage_body, ())
-                        return issued + total
+                                barrier = full.at[slot]
+                                source.expect(barrier, copies, has_tokens.astype(jnp.int32))
+                                target = tokens_of(slot)
+                                source.copy_tokens(x_ref, token, column, target, TILE_RANKS, barrier, has_tokens)
+                                for s, index, w in zip(mine, indices, wanted, strict=True):
+                                    source.copy(pool, index, chunks, slot * STAGE_CHUNKS + s, barrier, w)
 
-                    return lax.fori_loop(0, ceil_div(all_granules, STAGE_CHUNKS), rank_body, issued)
+                            return issued + total
 
-                drain(empty, lax.fori_loop(0, num_items, item_body, jnp.int32(0)), stages)
+                        return lax.fori_loop(0, ceil_div(all_granules, STAGE_CHUNKS), rank_body, issued)
+
+                    return lax.fori_loop(0, count, segment_body, issued)
+
+                drain(empty, for_parts(load_part, jnp.int32(0)), stages)
 
         @pl.when(wg == 0)
         def multiply():
@@ -228,46 +241,79 @@ def _launch(
                     free(last - 1)
                     return acc[...]
 
-                return pl.run_scoped(accumulate, plgpu.ACC((STAGE_ROWS, _TOKENS), jnp.float32))
+                return pl.run_scoped(accumulate, plgpu.ACC((STAGE_ROWS, PART), jnp.float32))
 
-            def item_body(n, seen):
-                block, first, all_granules = describe(n)
-                offset, num_tokens = (b_records[block, layer, i] for i in (OFFSET, NUM_TOKENS))
-                sections = [[b_records[block, layer, module_field(m) + i] for i in (1, 2)] for m in modules]
-                scales = [scaling[block, layer, m] for m in modules]
-                all_granules = having_read([offset, num_tokens, *itertools.chain(*sections)], all_granules, scales)
+            def sum_part(part, blocks, count, seen):
+                tile, rest = lax.div(part, jnp.int32(TILE // PART)), lax.rem(part, jnp.int32(TILE // PART))
+                window = lax.div(rest, jnp.int32(WINDOW // PART))
+                lengths = [stages_of[tile, layer, m] for m in modules]
+                reached = [reach[tile, layer, m, window] for m in modules]
+                present, blocks = [block >= 0 for block in blocks], [jnp.maximum(block, 0) for block in blocks]
+                own = [_own_tokens(b_records, block, layer, part * PART) for block in blocks]
+                ranks = [[_ranks_of(b_records, first_unit, block, layer, m) for m in modules] for block in blocks]
+                scales = [[scaling[block, layer, m] for m in modules] for block in blocks]
+                fields = itertools.chain(lengths, reached, *own, *itertools.chain(*ranks))
+                count = having_read(list(fields), count, itertools.chain(*scales))
+                ranks = [
+                    [(jnp.where(p, granules, 0), *rest) for granules, *rest in of]
+                    for p, of in zip(present, ranks, strict=True)
+                ]
 
-                def rank_body(rank_block, seen):
-                    parts = [sum_of(seen, split) for split in range(splits)]
-                    sums[pl.ds(rank_block * STAGE_ROWS, STAGE_ROWS)] = functools.reduce(jnp.add, parts)
-                    return seen + total
+                def is_own(shape, first, length):
+                    token = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=_WGMMA)
+                    return (token >= first) & (token < first + length)
 
-                seen = lax.fori_loop(0, ceil_div(all_granules, STAGE_CHUNKS), rank_body, seen)
+                def segment_body(i, seen):
+                    all_granules = a_records[chosen(i, blocks), layer, group_fields(group)[1]]
+                    first, length = (chosen(i, values) for values in zip(*own, strict=True))
+
+                    def rank_body(rank_block, seen):
+                        of_splits = [sum_of(seen, split) for split in range(splits)]
+                        place = pl.ds(_MARGIN + rank_block * STAGE_ROWS, STAGE_ROWS)
+                        others = plgpu.load(sums.at[place], layout=_WGMMA, optimized=False)
+                        found = functools.reduce(jnp.add, of_splits)
+                        sums[place] = jnp.where(is_own(found.shape, first, length), found, others)
+                        return seen + total
+
+                    return lax.fori_loop(0, ceil_div(all_granules, STAGE_CHUNKS), rank_body, seen)
+
+                seen = lax.fori_loop(0, count, segment_body, seen)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.commit_smem()
-                tokens = pl.ds(pl.multiple_of(first, _TOKENS), _TOKENS)
-                for number, (section, scale) in enumerate(zip(sections, scales, strict=True)):
-                    granules, row = (jnp.where(block < used, value, 0) for value in section)
 
-                    @pl.loop(0, jnp.where(block < used, ceil_div(granules, STAGE_CHUNKS), rank_tiles))
-                    def write_tile(rank_tile, number=number, granules=granules, row=row, scale=scale):
-                        window = pl.ds(row + rank_tile * STAGE_ROWS, STAGE_ROWS)
-                        part = plgpu.load(sums.at[window], layout=_WGMMA, optimized=False)
-                        y = total_of(granules, rank_tile, scale, [part], dtype)
-                        token = plgpu.broadcasted_iota(jnp.int32, y.shape, 1, layout=_WGMMA) + first
-                        own = (token >= offset) & (token < offset + num_tokens)
-                        y = jnp.where(own, y, jnp.zeros_like(y))
-                        if rank_tiles > 1:
-                            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                        tile = tiles.at[number]
-                        tile.T[...] = plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
-                        plgpu.commit_smem()
-                        column = pl.multiple_of((number * rank_tiles + rank_tile) * STAGE_ROWS, STAGE_ROWS)
-                        plgpu.copy_smem_to_gmem(tile, y_ref.at[block, tokens, pl.ds(column, STAGE_ROWS)])
+                def y_of(stage, m, segments):
+                    """What a stage has of the part's tokens, [64 ranks, tokens]."""
+                    y: jax.Array | float = 0.0
+                    for (first, length), of, scale in list(zip(own, ranks, scales, strict=True))[:segments]:
+                        granules, row, unit = of[m]
+                        low = unit * UNIT_RANKS - stage * STAGE_ROWS  # where in the stage the ranks begin
+                        place = jnp.clip(_MARGIN + row - low, 0, sums_rows - STAGE_ROWS)
+                        total = plgpu.load(sums.at[pl.ds(place, STAGE_ROWS)], layout=_WGMMA, optimized=False)
+                        rank = plgpu.broadcasted_iota(jnp.int32, total.shape, 0, layout=_WGMMA) - low
+                        live = is_own(total.shape, first, length) & (rank >= 0) & (rank < granules * TILE_RANKS)
+                        y = jnp.where(live, total * scale[m], y)
+                    return jnp.asarray(y).astype(dtype)
 
+                def write(segments):
+                    for m in range(len(modules)):
+
+                        @pl.loop(0, lengths[m])
+                        def write_stage(stage, m=m):
+                            @pl.when(lax.shift_right_logical(reached[m], jnp.minimum(stage, 31)) & 1 == 1)
+                            def _():
+                                y, target = y_of(stage, m, segments), tiles.at[m]
+                                pl.when(stage > 0)(lambda: plgpu.wait_smem_to_gmem(0, wait_read_only=True))
+                                target.T[...] = plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
+                                plgpu.commit_smem()
+                                tokens = pl.ds(pl.multiple_of(part * PART, PART), PART)
+                                column = pl.multiple_of((m * most + stage) * STAGE_ROWS, STAGE_ROWS)
+                                plgpu.copy_smem_to_gmem(target, y_ref.at[tokens, pl.ds(column, STAGE_ROWS)])
+
+                pl.when(count < _SEGMENTS)(lambda: write(1))
+                pl.when(count == _SEGMENTS)(lambda: write(_SEGMENTS))
                 return seen
 
-            lax.fori_loop(0, num_items, item_body, jnp.int32(0))
+            for_parts(sum_part, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
     kernel = plgpu.kernel(
@@ -279,12 +325,24 @@ def _launch(
         thread_name="wg",
         scratch_types=dict(
             ring=source.ring(stages * STAGE_ROWS, x.dtype),
-            x_ring=source.tokens((stages,), _TOKENS, x.dtype),
-            sums=plgpu.SMEM((sums_rows, _TOKENS), jnp.float32),
-            tiles=plgpu.SMEM((len(modules), _TOKENS, STAGE_ROWS), dtype, transforms=OPERAND),
+            x_ring=source.tokens((stages,), PART, x.dtype),
+            sums=plgpu.SMEM((sums_rows, PART), jnp.float32),
+            tiles=plgpu.SMEM((len(modules), PART, STAGE_ROWS), dtype, transforms=OPERAND),
             full=plgpu.Barrier(num_arrivals=full_arrivals(source, WARPS * source.chunk), num_barriers=stages),
             empty=plgpu.Barrier(num_barriers=stages),
         ),
         interpret=interpret,
     )
-    return kernel(x, pool, page_ids, counts, a_records, b_records, scaling, layer)
+    return kernel(x, pool, page_ids, a_records, b_records, scaling, stages_of, reach, first_unit, parts, number)
+
+
+def _own_tokens(records, block, layer, start) -> tuple:
+    """The first of a block's own tokens, counted from `start` on, and how many they are."""
+    token, offset, length = (records[block, layer, i] for i in (TOKEN, OFFSET, NUM_TOKENS))
+    return token + offset - start, length
+
+
+def _ranks_of(records, first_unit, block, layer, module) -> tuple:
+    """A block's granules of a module, the first of its stacked ranks, and its first unit in the tile."""
+    granules, row = (records[block, layer, module_field(module) + i] for i in (1, 2))
+    return granules, row, first_unit[block, layer, module]

@@ -44,7 +44,7 @@ _STATIC = ("group", "geometry", "config", "chunk", "max_rank", "interpret")
 _shrink = jax.jit(shrink, static_argnames=_STATIC)
 _expand = jax.jit(expand, static_argnames=_STATIC)
 _make_plan = jax.jit(make_plan, static_argnames=("num_tokens", "geometry", "block_tokens", "windows"))
-_make_tiles = jax.jit(make_tiles, static_argnames="num_tokens")
+_make_tiles = jax.jit(make_tiles, static_argnames=("num_tokens", "max_rank"))
 _shrink_y = jax.jit(shrink_y, static_argnames=_STATIC)
 _matmul = jax.jit(kernel_matmul_sm90.matmul, static_argnames=("group", "config", "interpret"))
 _gated = jax.jit(kernel_gated_sm90.gated_matmul, static_argnames=("config", "interpret"))
@@ -315,8 +315,9 @@ def _before_product(x, pages, shrink, expand, seg_start, seg_adapter, *, layer, 
     a, b = (matrices.half(seg_start, long, num_tokens, config, windows=True) for matrices in (shrink, expand))
     options: dict[str, Any] = dict(group=group, config=config, interpret=interpret, geometry=a.geometry)
     options |= dict(chunk=chunk_tiles(a.geometry, config.chunk_tiles), max_rank=max_rank)
-    y = _shrink_y(x, pages, a.page_ids, a.plan, b.plan, where, **options)
-    return where, (short, config, b, _make_tiles(b.plan, num_tokens=num_tokens), y)
+    tiles = _make_tiles(b.plan, num_tokens=num_tokens, max_rank=max_rank)
+    y = _shrink_y(x, pages, a.page_ids, a.plan, b.plan, tiles, where, **options)
+    return where, (short, config, b, tiles, y)
 
 
 def _whole_rows(out: Float[Array, "T c"]) -> Float[Array, "T2 c"]:

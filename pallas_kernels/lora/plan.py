@@ -78,10 +78,10 @@ class Half:
 
 def max_token_blocks(num_tokens: int, num_segments: int, block_tokens: int, *, windows: bool = False) -> int:
     """Most token blocks that any cut of `num_tokens` tokens in `num_segments` segments can give. windows: see
-    make_plan; one more, which is never used.
+    make_plan.
     """
     if windows:
-        return num_tokens // block_tokens + min(num_segments, num_tokens // (SHORT_SEGMENT + 1)) + 1
+        return num_tokens // block_tokens + min(num_segments, num_tokens // (SHORT_SEGMENT + 1))
     used = min(num_segments, num_tokens)
     return max(1, min(num_tokens, (num_tokens + used * (block_tokens - 1)) // block_tokens))
 

@@ -1,7 +1,6 @@
 """The warpgroup that fills the ring of the kernel for base projections with their deltas."""
 
 import dataclasses
-from typing import Any
 
 from jax import lax
 from jax import numpy as jnp
@@ -17,25 +16,20 @@ from pallas_kernels.lora.windows import TILE
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProductLoad(StageLoad):
-    """stages: of `Tiles`, in global memory."""
-
     ring: ProductRing
-    stages: Any
 
-    def _tile(self, n, zeros, issued):
+    def _tile(self, n, issued):
         first_block, layer = self.first_block, self.items.layer
         tile, column, half = self.order.place(n)
-        module, place_in_group, width, first_tile = self.order.module_of(column)
+        module, place, width, first_tile = self.order.module_of(column)
         begin, end, length = first_block[tile], first_block[tile + 1], self.stages[tile, layer, module]
-        records = (lambda k: self.items.fetch_of(begin + k, module)), end - begin
-        issued += self._base(tile, column, half, issued, records)
 
-        def item_of(block):
-            chunk = column - lax.div(first_tile, CHUNK)
-            fetched = self.items.fetch_of(block, module)
-            return self.items.item(block, module, width, first_tile, chunk, 1, fetched)
+        def fields(k):
+            return [*self._b_of(begin + k, module), self.units[tile, layer, module, k]]
 
-        once = lambda _, issued: self._deltas(item_of, place_in_group, begin, end, zeros, issued)  # noqa: E731
+        issued += self._base(tile, column, half, issued, (fields, end - begin))
+        chunk = column - lax.div(first_tile, CHUNK)
+        once = lambda _, issued: self._deltas(tile, module, place, width, chunk, issued)  # noqa: E731
         times = jnp.where((length <= STAGES) | (half < HALVES), 1, HALVES)
         return lax.fori_loop(0, times, once, issued)
 

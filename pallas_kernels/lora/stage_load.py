@@ -12,19 +12,21 @@ from jax import lax
 from jax import numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.lora.expand_items import ExpandItem, ExpandItems
+from pallas_kernels.lora.expand_items import ExpandItems
 from pallas_kernels.lora.mosaic_common import STAGE_ROWS, drain, having_read
-from pallas_kernels.lora.plan import PAGE_START, TOKEN
+from pallas_kernels.lora.plan import PAGE_START, module_field, module_pages
 from pallas_kernels.lora.product_tiles import ProductTiles
 from pallas_kernels.lora.short_ring import WARP_CHUNKS
 from pallas_kernels.lora.stage_ring import STAGES
-from pallas_kernels.lora.windows import WINDOW, is_second
+from pallas_kernels.lora.windows import STAGE_UNITS, TILE, UNIT_GRANULES, UNITS_OF_BLOCK, WINDOW, rank_blocks
+
+assert WARP_CHUNKS == UNIT_GRANULES, "a warp copies a unit of each stage"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageLoad:
-    """warp: whose part this is. x: [T, in], w: [layers, in, out], y: [blocks, 64, modules * most_ranks * 64], zeros
-    after the blocks in use. page_ids: of the adapters' B. first_block: of `Tiles`. All in global memory.
+    """warp: whose part this is. x: [T, in], w: [layers, in, out], y: [T, modules * most_stages * 64]. page_ids: of the
+    adapters' B. first_block, stages, units: of `Tiles`. All in global memory.
     """
 
     ring: Any
@@ -37,17 +39,23 @@ class StageLoad:
     pool: Any
     page_ids: Any
     first_block: Any
-    most_ranks: int
+    stages: Any
+    units: Any
+    most_stages: int
 
     def run(self) -> None:
         """Loads all stages of this program's tiles, and waits until they have been read."""
-        zeros = self.first_block[self.order.tiles]
-        body = lambda n, issued: self._tile(n, zeros, issued)  # noqa: E731
-        drain(self.ring.empty, lax.fori_loop(0, self.order.count, body, jnp.int32(0)), STAGES)
+        drain(self.ring.empty, lax.fori_loop(0, self.order.count, self._tile, jnp.int32(0)), STAGES)
 
-    def _tile(self, n, zeros, issued):
+    def _tile(self, n, issued):
         """Loads the n-th tile's stages after so many. Returns how many there are then."""
         raise NotImplementedError
+
+    def _b_of(self, block, module) -> list:
+        """Of a token block: its adapter's first page, and of a module's B the first tile, granules and two pages."""
+        field, page = module_field(module), module_pages(module)
+        fields = PAGE_START, field, field + 1, page, page + 1
+        return [self.items.records[block, self.items.layer, i] for i in fields]
 
     def _base_stages(self, load: Callable, fields: Callable, count):
         """Loads the stages of the base projection, ``load(k)`` each. Returns how many there are.
@@ -66,47 +74,31 @@ class StageLoad:
         pl.loop(first, steps)(load)
         return having_read([least], steps)
 
-    def _deltas(self, item_of: Callable, place, begin, end, zeros, issued):
-        """Loads the stages of a module's deltas in a tile: of the blocks from `begin` to `end`, ``item_of(block)``
-        each. place: of the module in the group. Returns how many stages there are then.
+    def _deltas(self, tile, module, place, width, chunk, issued):
+        """Loads the stages of a module's deltas in a tile. Returns how many stages there are then.
+
+        place: of the module in the group. width: its output tiles, of which the `chunk`-th few are the tile's.
         """
+        ring, source, layer, warp = self.ring, self.ring.source, self.items.layer, self.warp
+        span = self.items.max_span(rank_blocks(self.most_stages))
+        window, has_window = warp & 1, warp < 2
+        copied = WARP_CHUNKS + jnp.where(has_window, ring.tile_units // 2, 0)
+        length = self.stages[tile, layer, module]
 
-        def block_body(block, issued):
-            here, before, after = (
-                [self.items.records[i, self.items.layer, field] for field in (TOKEN, PAGE_START)]
-                for i in (block, jnp.maximum(block - 1, begin), jnp.minimum(block + 1, end - 1))
-            )
-            item = item_of(block)
-            count = jnp.where(is_second(before, here) | (item.granules == 0), 0, item.rank_tiles)
-
-            @pl.when(count > 0)
-            def _():
-                odd = lax.rem(lax.div(here[0], jnp.int32(WINDOW)), jnp.int32(2)) == 1
-                other = jnp.where(is_second(here, after), block + 1, zeros)
-                first, second = jnp.where(odd, zeros, block), jnp.where(odd, block, other)
-                self._pair(item, place, first, second, issued)
-
-            return issued + count
-
-        return lax.fori_loop(begin, end, block_body, issued)
-
-    def _pair(self, item: ExpandItem, place, first, second, issued):
-        """Stages of a segment in a tile. first, second: where y of the tile's windows is: the first two warps'."""
-        ring, source = self.ring, self.ring.source
-        span = self.items.max_span(self.most_ranks)
-        pages = source.pages(item.section, span, item.pages, item.page_start, self.page_ids)
-        mine = [self.warp * WARP_CHUNKS + i for i in range(WARP_CHUNKS)]
-        window, has_window = self.warp & 1, self.warp < 2
-        units = WARP_CHUNKS + jnp.where(has_window, ring.tile_units // 2, 0)
-        block = jnp.where(window == 0, first, second)
-
-        @pl.loop(0, item.rank_tiles)
+        @pl.loop(0, length)
         def _(k):
-            indices = [source.locate(self.items.chunk_tile(item, s, k, 0), pages) for s in mine]
-            slot = ring.claim(issued + k, units)
-            ranks = pl.ds((place * self.most_ranks + k) * STAGE_ROWS, STAGE_ROWS)
-            target = ring.rows.at[slot, pl.ds(window * WINDOW, WINDOW)]
-            ring.copy(self.y.at[block, :, ranks], target, slot, has_window)
-            for s, index in zip(mine, indices, strict=True):
-                row = ring.chunk(slot, s)
+            unit = self.units[tile, layer, module, k * STAGE_UNITS + warp]
+            block, unit = lax.div(unit, jnp.int32(UNITS_OF_BLOCK)), lax.rem(unit, jnp.int32(UNITS_OF_BLOCK))
+            page_start, section, granules, *known = self._b_of(block, module)
+            pages = source.pages(section, span, known, page_start, self.page_ids)
+            rows = [jnp.minimum(unit * UNIT_GRANULES + i, granules - 1) for i in range(UNIT_GRANULES)]
+            indices = [source.locate(section + row * width + chunk * source.chunk, pages) for row in rows]
+            slot = ring.claim(issued + k, copied)
+            tokens = pl.ds(tile * TILE + window * WINDOW, WINDOW)
+            ranks = pl.ds((place * self.most_stages + k) * STAGE_ROWS, STAGE_ROWS)
+            ring.copy(self.y.at[tokens, ranks], ring.rows.at[slot, pl.ds(window * WINDOW, WINDOW)], slot, has_window)
+            for i, index in enumerate(indices):
+                row = ring.chunk(slot, warp * WARP_CHUNKS + i)
                 source.copy(self.pool, index, ring.chunks, row, ring.full.at[slot], jnp.bool_(True))
+
+        return issued + length

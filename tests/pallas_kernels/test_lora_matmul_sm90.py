@@ -2,7 +2,9 @@
 machine.
 """
 
+import functools
 import re
+from types import SimpleNamespace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,9 +26,19 @@ from pallas_kernels.lora.kernel_sm90 import Matrices, matmul_sm90
 from pallas_kernels.lora.plan import NUM_TOKENS, OFFSET, TOKEN, make_plan, max_token_blocks
 from pallas_kernels.lora.product_tiles import CHUNK, HALVES, ProductTiles
 from pallas_kernels.lora.table import section_starts
-from pallas_kernels.lora.windows import TILE, WINDOW, make_tiles
+from pallas_kernels.lora.windows import (
+    PART,
+    STAGE_UNITS,
+    TILE,
+    UNIT_GRANULES,
+    UNITS_OF_BLOCK,
+    WINDOW,
+    make_tiles,
+    most_stages,
+)
 
 UNEVEN = geometry(768, 256, 512, kv_heads=4)
+MOST = 512
 HIGH = [[8] * 7, [16, 4, 0, 8, 40, 80, 8], [80, 8, 16, 8, 8, 8, 8]]
 
 
@@ -73,38 +85,38 @@ def test_interpreted(g, lengths, group):
     product.check(product.run(interpret=plgpu.InterpretGPUParams()))
 
 
+@functools.partial(jax.jit, static_argnums=3)
+def _plan_and_tiles(table, start, adapters, tokens):
+    options = dict(num_tokens=tokens, geometry=TINY, block_tokens=WINDOW, windows=True)
+    plan = make_plan(table, start, adapters, **options)
+    return plan, make_tiles(plan, tokens, MOST)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     lengths=st.lists(st.integers(SHORT_SEGMENT + 1, 200), min_size=1, max_size=12),
-    chosen=st.lists(st.integers(-1, 2), min_size=12, max_size=12),
+    adapters=st.lists(st.integers(-1, 2), min_size=12, max_size=12),
 )
-def test_tiles_list_every_pair_of_a_segment_and_a_tile(lengths, chosen):
-    tokens = -(-sum(lengths) // TILE) * TILE
+def test_tiles_list_every_pair_of_a_segment_and_a_tile(lengths, adapters):
+    lengths += [0] * (len(adapters) - len(lengths))
+    tokens = -(-200 * len(lengths) // TILE) * TILE
     start = np.cumsum([0, *lengths]).astype(np.int32)
-    adapters = np.array(chosen[: len(lengths)], np.int32)
-    table = Batch(TINY, HIGH, (1,), (0,), "qkv").table
-    plan = make_plan(
-        table,
-        jnp.asarray(start),
-        jnp.asarray(adapters),
-        num_tokens=tokens,
-        geometry=TINY,
-        block_tokens=WINDOW,
-        windows=True,
-    )
+    table = Batch(TINY, [*HIGH[:2], [MOST, 8, 16, 24, 8, 8, 8]], (1,), (0,), "qkv").table
+    plan, tiles = _plan_and_tiles(table, jnp.asarray(start), jnp.asarray(adapters, jnp.int32), tokens)
+    tiles = SimpleNamespace(**{name: np.asarray(value) for name, value in vars(tiles).items()})
     blocks = [
         (w * WINDOW, max(a - w * WINDOW, 0), min(b, (w + 1) * WINDOW) - max(a, w * WINDOW))
         for a, b, which in zip(start, start[1:], adapters, strict=False)
-        if which >= 0
+        if which >= 0 and a < b
         for w in range(a // WINDOW, -(-b // WINDOW))
     ]
-    assert plan.counts[0] == len(blocks) < max_token_blocks(tokens, len(lengths), WINDOW, windows=True)
+    assert plan.counts[0] == len(blocks) <= max_token_blocks(tokens, len(lengths), WINDOW, windows=True)
     found = plan.records[: len(blocks), 0, jnp.array([TOKEN, OFFSET, NUM_TOKENS])]
     assert found.tolist() == [list(block) for block in blocks]
-    tiles = make_tiles(plan, tokens)
     per_tile = [sum(token // TILE == t for token, *_ in blocks) for t in range(tokens // TILE)]
     assert tiles.first_block.tolist() == np.cumsum([0, *per_tile]).tolist()
-    rank_tiles = -(-np.asarray(table.granules) // 8)  # [adapters, layers, 7]
+    adapter_units = -(-np.asarray(table.granules) // UNIT_GRANULES)  # [adapters, layers, 7]
+    first_block = tiles.first_block.tolist()
     for t in range(tokens // TILE):
         # runs of the same adapter: a pair may go from one segment to the next where a window ends between them
         pairs, reached, last = [], [], None
@@ -112,7 +124,7 @@ def test_tiles_list_every_pair_of_a_segment_and_a_tile(lengths, chosen):
             inside = [
                 a
                 for a, b, e in zip(adapters, start, start[1:], strict=False)
-                if a >= 0 and b < (w + 1) * WINDOW and e > w * WINDOW
+                if a >= 0 and max(b, w * WINDOW) < min(e, (w + 1) * WINDOW)
             ]
             same = w % 2 == 1 and inside and last is not None and inside[0] == last
             if same:
@@ -120,13 +132,32 @@ def test_tiles_list_every_pair_of_a_segment_and_a_tile(lengths, chosen):
             pairs += inside[1:] if same else inside
             reached += [{w % 2} for _ in (inside[1:] if same else inside)]
             last = inside[-1] if inside else None
-        wanted = sum((rank_tiles[a] for a in pairs), np.zeros_like(rank_tiles[0]))
-        np.testing.assert_array_equal(tiles.stages[t], wanted)
-        for layer, module in np.ndindex(*wanted.shape):
-            touched = [r for a, r in zip(pairs, reached, strict=True) for _ in range(rank_tiles[a, layer, module])]
-            bits = [sum(1 << i for i, windows in enumerate(touched) if w in windows) for w in (0, 1)]
-            expected = bits if len(touched) <= 30 else [-1, -1]
+        # where each pair is listed, which its second block follows
+        listed = [first_block[t] + len(pairs[:i]) + sum(len(r) - 1 for r in reached[:i]) for i in range(len(pairs))]
+        for layer, module in np.ndindex(table.granules.shape[1:]):
+            units = [
+                (i, n, windows)
+                for i, a, windows in zip(listed, pairs, reached, strict=True)
+                for n in range(adapter_units[a, layer, module])
+            ]
+            stages = -(-len(units) // STAGE_UNITS)
+            assert tiles.stages[t, layer, module] == stages <= most_stages(MOST)
+            bits = [{i // STAGE_UNITS for i, (*_, windows) in enumerate(units) if w in windows} for w in (0, 1)]
+            expected = [sum(1 << i for i in b) for b in bits] if stages <= 30 else [-1, -1]
             assert tiles.reach[t, layer, module].tolist() == expected
+            numbers = [i * UNITS_OF_BLOCK + n for i, n, _ in units]
+            padded = (numbers + numbers[-1:] * STAGE_UNITS)[: stages * STAGE_UNITS]
+            assert tiles.units[t, layer, module, : stages * STAGE_UNITS].tolist() == padded
+            for i, windows in zip(listed, reached, strict=True):
+                first = next((k for k, unit in enumerate(units) if unit[0] == i), None)
+                if first is not None:
+                    assert tiles.first_unit[i : i + len(windows), layer, module].tolist() == [first] * len(windows)
+    parts = [
+        [i for i, (token, offset, n) in enumerate(blocks) if token + offset < p + PART and token + offset + n > p]
+        for p in range(0, tokens, PART)
+    ]
+    parts += [[]] * (len(tiles.parts) - len(parts))
+    assert tiles.parts.tolist() == [(inside + [-1, -1])[:2] for inside in parts] and max(map(len, parts)) <= 2
 
 
 @pytest.mark.parametrize("tiles", [1, 7, 16, 37])
