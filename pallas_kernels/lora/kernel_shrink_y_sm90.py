@@ -32,12 +32,12 @@ from pallas_kernels.lora.mosaic_common import (
     drain,
     having_read,
 )
-from pallas_kernels.lora.plan import NUM_TOKENS, OFFSET, PAGE_START, TOKEN, Plan, group_fields, module_field, y_rows
+from pallas_kernels.lora.plan import NUM_TOKENS, OFFSET, TOKEN, Plan, group_fields, module_field, y_rows
 from pallas_kernels.lora.short_items import split_chunks
-from pallas_kernels.lora.short_ring import WARP_CHUNKS, WARPS, full_arrivals
+from pallas_kernels.lora.short_ring import WARPS, full_arrivals
+from pallas_kernels.lora.shrink_y_load import ShrinkYLoad
 from pallas_kernels.lora.windows import PART, TILE, UNIT_RANKS, WINDOW, Tiles, most_stages
 
-_OCTETS = PART // TILE_RANKS
 _SEGMENTS = 2
 """That a part can have."""
 _MARGIN = STAGE_ROWS
@@ -107,9 +107,8 @@ def _launch(
     modules, dtype = GROUPS[group], out.dtype
     ctas = 2 if interpret else NUM_SMS
     total, per_split, splits = split_chunks(source.geometry, group, config, source.chunk)
-    in_tiles = source.geometry.in_tiles(modules[0])
     most = out.shape[1] // (len(modules) * STAGE_ROWS)
-    max_span = sums_rows // TILE_RANKS * in_tiles
+    max_span = sums_rows // TILE_RANKS * source.geometry.in_tiles(modules[0])
     sums_rows += 2 * _MARGIN
     fixed_bytes = 4 * sums_rows * PART + 2 * len(modules) * PART * STAGE_ROWS
     stage_bytes = 2 * (STAGE_ROWS + PART) * source.chunk * TILE_COLS
@@ -158,69 +157,20 @@ def _launch(
             first = blocks_of(cta)
             return lax.fori_loop(0, having_read(first, num_items), step, (first, init))[1]
 
-        def chosen(i, values):
-            return jnp.where(i == 0, *values)
-
         @pl.when(wg == 1)
         def load():
-            # Each warp copies two granules of a stage and, the last two, eight of its tokens: started one after
-            # another, the copies of a stage take longer to start than to arrive.
             @plgpu.warp_map
             def _(warp):
-                mine = [warp * WARP_CHUNKS + i for i in range(WARP_CHUNKS)]
-                octet = lax.rem(warp, jnp.int32(_OCTETS))
-                has_tokens = warp >= WARPS - _OCTETS  # which copy nothing else of low ranks
-
-                def tokens_of(slot):
-                    if source.whole:
-                        return x_target.at[slot, pl.ds(octet, 1)]
-                    return x_target.at[slot, pl.ds(pl.multiple_of(octet * TILE_RANKS, TILE_RANKS), TILE_RANKS)]
-
-                def load_part(part, blocks, count, issued):
-                    token = part * PART + octet * TILE_RANKS
-
-                    def segment_body(i, issued):
-                        block = chosen(i, blocks)
-                        page_start, *read = (a_records[block, layer, f] for f in (PAGE_START, *group_fields(group)))
-                        section, all_granules, *known = read
-                        all_granules = having_read([page_start, *read], all_granules)
-                        item_pages = source.pages(section, max_span, known, page_start, page_ids)
-
-                        def rank_body(rank_block, issued):
-                            granules = all_granules - rank_block * STAGE_CHUNKS
-                            wanted = [s < granules for s in mine]
-                            start = section + rank_block * (STAGE_CHUNKS * in_tiles)
-                            own = zip(mine, wanted, strict=True)
-                            rows = [jnp.where(w, start + s * in_tiles, start) for s, w in own]
-                            copies = sum(w.astype(jnp.int32) for w in wanted)
-
-                            @pl.loop(0, total)
-                            def stage_body(stage):
-                                column = stage * source.chunk
-                                slot = lax.rem(issued + stage, jnp.int32(stages))
-                                indices = [source.locate(row + column, item_pages) for row in rows]
-
-                                @pl.when(issued + stage >= stages)
-                                def _():
-                                    plgpu.barrier_wait(empty.at[slot])
-
-                                barrier = full.at[slot]
-                                source.expect(barrier, copies, has_tokens.astype(jnp.int32))
-                                target = tokens_of(slot)
-                                source.copy_tokens(x_ref, token, column, target, TILE_RANKS, barrier, has_tokens)
-                                for s, index, w in zip(mine, indices, wanted, strict=True):
-                                    source.copy(pool, index, chunks, slot * STAGE_CHUNKS + s, barrier, w)
-
-                            return issued + total
-
-                        return lax.fori_loop(0, ceil_div(all_granules, STAGE_CHUNKS), rank_body, issued)
-
-                    return lax.fori_loop(0, count, segment_body, issued)
-
-                drain(empty, for_parts(load_part, jnp.int32(0)), stages)
+                options = dict(source=source, group=group, stages=stages, total=total, max_span=max_span)
+                refs = dict(x=x_ref, pool=pool, records=a_records, page_ids=page_ids, rows=x_target, chunks=chunks)
+                of_warp = ShrinkYLoad(warp=warp, layer=layer, full=full, empty=empty, **refs, **options)
+                drain(empty, for_parts(of_warp.part, jnp.int32(0)), stages)
 
         @pl.when(wg == 0)
         def multiply():
+            def chosen(i, values):
+                return jnp.where(i == 0, *values)
+
             def sum_of(seen, split):
                 first, last = split * per_split, min((split + 1) * per_split, total)
 
