@@ -4,7 +4,8 @@ To each segment that reaches into a tile belongs a *pair*: y of the segment's to
 with its adapter's B. A pair is listed under its first token block. Its ranks are cut into *units* of sixteen, the depth
 of one wgmma instruction, and the units of a tile's pairs follow one another, four to a stage: a token has zeros in
 those of other segments. So however many adapters there are, no more is multiplied than their ranks; and as each unit is
-summed by an instruction of its own, in the order of its adapter's ranks, what else is in a stage does not show.
+summed by an instruction of its own, in the order of its adapter's ranks, what else is in a stage does not show. (Zeros
+are multiplied with other adapters' B, which are finite: one that is not is refused when it is loaded.)
 """
 
 import dataclasses
