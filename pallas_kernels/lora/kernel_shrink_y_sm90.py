@@ -7,7 +7,6 @@ other kernels do, so the bits are theirs. Then y is scaled and written tokens fi
 other tokens. Stages that do not reach into a window are not written there.
 """
 
-import functools
 import itertools
 
 import jax
@@ -172,7 +171,7 @@ def _launch(
                 return jnp.where(i == 0, *values)
 
             def sum_of(seen, split):
-                first, last = split * per_split, min((split + 1) * per_split, total)
+                first, last = split * per_split, jnp.minimum((split + 1) * per_split, total)
 
                 def free(c):
                     plgpu.barrier_arrive(empty.at[lax.rem(seen + c, jnp.int32(stages))])
@@ -218,10 +217,10 @@ def _launch(
                     first, length = (chosen(i, values) for values in zip(*own, strict=True))
 
                     def rank_body(rank_block, seen):
-                        of_splits = [sum_of(seen, split) for split in range(splits)]
+                        zeros = plgpu.layout_cast(jnp.zeros((STAGE_ROWS, PART), jnp.float32), _WGMMA)
+                        found = lax.fori_loop(0, splits, lambda split, sums: sums + sum_of(seen, split), zeros)
                         place = pl.ds(_MARGIN + rank_block * STAGE_ROWS, STAGE_ROWS)
                         others = plgpu.load(sums.at[place], layout=_WGMMA, optimized=False)
-                        found = functools.reduce(jnp.add, of_splits)
                         sums[place] = jnp.where(is_own(found.shape, first, length), found, others)
                         return seen + total
 
@@ -231,25 +230,34 @@ def _launch(
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.commit_smem()
 
+                def of_module(m, values):
+                    """The m-th of the modules' values."""
+                    found = values[0]
+                    for i, value in enumerate(values[1:], 1):
+                        found = jax.tree.map(lambda a, b, i=i: jnp.where(m == i, a, b), value, found)
+                    return found
+
                 def y_of(stage, m, segments):
                     """What a stage has of the part's tokens, [64 ranks, tokens]."""
                     y: jax.Array | float = 0.0
                     for (first, length), of, scale in list(zip(own, ranks, scales, strict=True))[:segments]:
-                        granules, row, unit = of[m]
+                        granules, row, unit = of_module(m, of)
                         low = unit * UNIT_RANKS - stage * STAGE_ROWS  # where in the stage the ranks begin
                         place = jnp.clip(_MARGIN + row - low, 0, sums_rows - STAGE_ROWS)
                         total = plgpu.load(sums.at[pl.ds(place, STAGE_ROWS)], layout=_WGMMA, optimized=False)
                         rank = plgpu.broadcasted_iota(jnp.int32, total.shape, 0, layout=_WGMMA) - low
                         live = is_own(total.shape, first, length) & (rank >= 0) & (rank < granules * TILE_RANKS)
-                        y = jnp.where(live, total * scale[m], y)
+                        y = jnp.where(live, total * of_module(m, scale), y)
                     return jnp.asarray(y).astype(dtype)
 
                 def write(segments):
-                    for m in range(len(modules)):
+                    @pl.loop(0, len(modules))
+                    def write_module(m):
+                        bits = of_module(m, reached)
 
-                        @pl.loop(0, lengths[m])
-                        def write_stage(stage, m=m):
-                            @pl.when(lax.shift_right_logical(reached[m], jnp.minimum(stage, 31)) & 1 == 1)
+                        @pl.loop(0, of_module(m, lengths))
+                        def write_stage(stage):
+                            @pl.when(lax.shift_right_logical(bits, jnp.minimum(stage, 31)) & 1 == 1)
                             def _():
                                 y, target = y_of(stage, m, segments), tiles.at[m]
                                 pl.when(stage > 0)(lambda: plgpu.wait_smem_to_gmem(0, wait_read_only=True))
