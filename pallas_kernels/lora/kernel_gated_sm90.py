@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.geometry import GROUPS, TILE_COLS, Geometry
 from pallas_kernels.lora.any_rows import any_rows
-from pallas_kernels.lora.config import LoraConfig
+from pallas_kernels.lora.config import NUM_SMS, LoraConfig
 from pallas_kernels.lora.expand_items import ExpandItems
 from pallas_kernels.lora.gated_load import GatedLoad
 from pallas_kernels.lora.gated_ring import CHUNK, COLUMNS, MATRICES, GatedRing, weights_type
@@ -31,7 +31,6 @@ from pallas_kernels.vectors_sm90 import unsupported_row
 GROUP = "gu"
 _SLOTS = COLUMNS // TILE_COLS
 """Outputs of a warpgroup on their way to memory, and gate on its way to up."""
-_CTAS = 132
 
 
 def unsupported(geometry: Geometry) -> str | None:
@@ -69,7 +68,7 @@ def gated_matmul(x, w, y, pages, half: Half, tiles: Tiles, windows, layer, *, co
 def _launch(*args, out, config, source, interpret=None):
     x, w, y, *_ = args
     geometry, modules, up_column = source.geometry, GROUPS[GROUP], w.shape[2] // MATRICES
-    ctas = 2 if interpret else _CTAS
+    ctas = 2 if interpret else NUM_SMS
     steps = x.shape[1] // STAGE_ROWS
     most_stages = y.shape[1] // (len(modules) * STAGE_ROWS)
 

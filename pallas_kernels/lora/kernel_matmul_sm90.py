@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.geometry import GROUPS, TILE_COLS, Geometry
 from pallas_kernels.lora.any_rows import any_rows
-from pallas_kernels.lora.config import LoraConfig, chunk_tiles
+from pallas_kernels.lora.config import NUM_SMS, LoraConfig, chunk_tiles
 from pallas_kernels.lora.expand_items import ExpandItems
 from pallas_kernels.lora.mosaic_common import OPERAND, PLAN_ROWS, STAGE_ROWS, STEP_ROWS, ChunkSource, capacity
 from pallas_kernels.lora.plan import Half
@@ -32,7 +32,6 @@ from pallas_kernels.lora.windows import TILE, WINDOW, Tiles
 
 _SLOTS = HALF // TILE_COLS
 """Outputs on their way to memory, of a warpgroup."""
-_CTAS = 132
 
 
 def unsupported(x, w, geometry: Geometry) -> str | None:
@@ -71,7 +70,7 @@ def matmul(x, w, y, pages, half: Half, tiles: Tiles, layer, *, group: str, confi
 def _launch(*args, out, group, config, source, interpret=None):
     x, _, y, *_ = args
     geometry, modules = source.geometry, GROUPS[group]
-    ctas = 2 if interpret else _CTAS
+    ctas = 2 if interpret else NUM_SMS
     steps = x.shape[1] // STAGE_ROWS
     most_stages = y.shape[1] // (len(modules) * STAGE_ROWS)
 

@@ -113,6 +113,7 @@ def _launch(
     fixed_bytes = 4 * sums_rows * PART + 2 * len(modules) * PART * STAGE_ROWS
     stage_bytes = 2 * (STAGE_ROWS + PART) * source.chunk * TILE_COLS
     stages = min(_STAGES, (SHARED_BYTES - fixed_bytes) // stage_bytes)
+    assert stages >= 2, "a slot is free once the next one's product is issued"
 
     def lora_shrink_y(
         x_ref,

@@ -56,8 +56,8 @@ class Tiles:
     are more than fit.
 
     units: token block times UNITS_OF_BLOCK, plus which of the adapter's units it is; past a tile's last one that again.
-    first_unit: of each token block in its tile. parts: token blocks with tokens in each PART of the step, or -1; not
-    less than programs of a launch.
+    first_unit: of each token block in its tile. parts: token blocks with tokens in each PART of the step, or -1; no
+    fewer rows than a launch has programs, so that each can read one at once.
     """
 
     first_block: Int[Array, "M1"]

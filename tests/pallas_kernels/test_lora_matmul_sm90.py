@@ -2,11 +2,12 @@
 machine.
 """
 
+import dataclasses
 import functools
 import re
 from types import SimpleNamespace
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 import jax
 from jax import numpy as jnp
@@ -76,9 +77,10 @@ class Product:
     [
         (WIDE, (100, 17, 50, 89), "qkv"),
         (WIDE, (128, 80, 30, 18), "gu"),
+        (WIDE, (40, 80, 30, 106), "gu"),  # an adapter begins within a stage and ends in the next one
         (UNEVEN, (50, 28, 20, 30), "qkv"),  # five tiles for two programs: the last one in halves
     ],
-    ids=["qkv", "gu", "halves"],
+    ids=["qkv", "gu", "across", "halves"],
 )
 def test_interpreted(g, lengths, group):
     product = Product(g, HIGH, lengths, (0, 1, -1, 2), group)
@@ -97,6 +99,7 @@ def _plan_and_tiles(table, start, adapters, tokens):
     lengths=st.lists(st.integers(SHORT_SEGMENT + 1, 200), min_size=1, max_size=12),
     adapters=st.lists(st.integers(-1, 2), min_size=12, max_size=12),
 )
+@example(lengths=[SHORT_SEGMENT + 1] * 12, adapters=[2] * 12)  # more stages than a window has bits
 def test_tiles_list_every_pair_of_a_segment_and_a_tile(lengths, adapters):
     lengths += [0] * (len(adapters) - len(lengths))
     tokens = -(-200 * len(lengths) // TILE) * TILE
@@ -194,10 +197,16 @@ def _lower(spec, group, tokens):
 
 
 @pytest.mark.parametrize(
-    "name, group", [("7b_prefill_2048_8_segments_r64", "gu"), ("8b_prefill_2048_64_segments_r16", "qkv")]
+    "name, group, ranks",
+    [
+        ("7b_prefill_2048_8_segments_r64", "gu", 64),
+        ("8b_prefill_2048_64_segments_r16", "qkv", 16),
+        ("7b_prefill_2048_8_segments_r64", "qkv", MOST),
+    ],
 )
-def test_lowers_to_cuda(name, group):
-    lowered = _lower(SPECS[name], group, 2048)
+def test_lowers_to_cuda(name, group, ranks):
+    spec = SPECS[name]
+    lowered = _lower(dataclasses.replace(spec, ranks=(ranks,) * len(spec.ranks)), group, 2048)
     assert lowered.count("@mosaic_gpu_v2") == 3  # shrink, product, and what adds short segments
     assert "dot_general" not in lowered
 
